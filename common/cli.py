@@ -1,0 +1,383 @@
+"""What the scripts share at their edge: flags, --config and --resume, errors in one line, the run folder.
+
+Needs augment.py, data.py and losses.py of `common` (for choices and defaults) and torch.
+"""
+
+import argparse
+import contextlib
+import csv
+import difflib
+import errno
+import glob
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+
+from common.augment import CROPS, Policy
+from common.data import DATASETS
+
+SCRIPT_FOLDER = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+RESUME_MAY_CHANGE = {"resume", "device", "workers", "epochs", "output", "overwrite", "config"}
+NOT_IN_CONFIG = {"resume", "output", "overwrite", "config"}
+DISK_ERRORS = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
+               errno.ENOENT, errno.EIO, errno.ENAMETOOLONG}  # fmt: skip
+
+
+class UserError(Exception):
+    """Something the user gave is wrong: one line on stderr and exit code 2."""
+
+    exit_code = 2
+
+
+# ------------------------------------------------------------------------------------------------------------- errors
+
+
+def run_script(main, parse):
+    """main(parse(argv)); every error that is the user's to mend ends in one line on stderr.
+
+    Exceptions with an `exit_code` (UserError, DataError, ModelError, NonFiniteLoss, Interrupted, ...) exit with it, disk errors with 2,
+    out of memory with 1, naming batch size and model; anything else is our own fault and keeps its traceback.
+    """
+    args = None
+    try:
+        args = parse(sys.argv[1:])
+        sys.exit(main(args) or 0)
+    except KeyboardInterrupt:
+        fail("stopped by Ctrl-C", 130)
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")
+        sys.exit(1)
+    except Exception as error:
+        text = " ".join(str(error).split())
+        if getattr(error, "exit_code", None):
+            fail(text, error.exit_code)
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            fail(f"{error.strerror}: {error.filename or 'while writing'}", 2)
+        if "out of memory" in text or "can't allocate memory" in text or isinstance(error, MemoryError):
+            model, batch = getattr(args, "model", None), getattr(args, "batch_size", None)
+            fail(f"out of memory with --batch-size {batch} and --model {model}: try a smaller batch or model", 1)
+        raise
+
+
+def fail(text, code):
+    prefix = "" if text.startswith("interrupted") else "error: "
+    print(f"{prefix}{text}", file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+# -------------------------------------------------------------------------------------------------------------- flags
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, keeps the docstring's commands as they are."""
+
+    def _fill_text(self, text, width, indent):
+        return "".join(indent + line for line in text.splitlines(keepends=True))
+
+    def _get_help_string(self, action):
+        if action.default in (None, False) or isinstance(action, argparse._StoreTrueAction):
+            return action.help
+        return super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    def __init__(self, description):
+        super().__init__(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
+
+    def error(self, message):
+        fail(f"{message} (see {self.prog} --help)", 2)
+
+
+def number(kind, low=-math.inf, high=math.inf, above=False):
+    """An argparse type: an int or float within [low, high], or above low."""
+
+    def convert(text):
+        value = kind(text)
+        if not (low < value if above else low <= value) or not value <= high or value != value:
+            limits = f"{'above' if above else 'at least'} {low}" + (f" and at most {high}" if high < math.inf else "")
+            raise argparse.ArgumentTypeError(f"{text} must be {limits}")
+        return value
+
+    convert.__name__ = kind.__name__
+    return convert
+
+
+POSITIVE, NATURAL = number(int, 1), number(int, 0)
+SHARE = number(float, 0, 1)
+AMOUNT = number(float, 0)
+
+
+def add_run_flags(parser, output):
+    g = parser.add_argument_group("run")
+    g.add_argument("--output", default=output, help="run folder that this run writes")
+    g.add_argument("--overwrite", action="store_true", help="replace the run that is in the run folder")
+    g.add_argument("--resume", metavar="RUN", help="continue this run folder; needs no other flag")
+    g.add_argument("--config", metavar="FILE.json", help="flags from a JSON object or a run's config.json; the command line wins")
+    g.add_argument("--seed", type=NATURAL, default=0, help="fixes weights, order and augmentation, never a split")
+    g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    g.add_argument("--save-every", type=NATURAL, default=0, metavar="N", help="keep epoch_N.pth every N epochs; 0 is off")
+
+
+def add_data_flags(parser, dataset="digits"):
+    g = parser.add_argument_group("data")
+    g.add_argument("--dataset", default=dataset, choices=list(DATASETS), help="dataset" if dataset else "dataset; by default the checkpoint's")
+    g.add_argument("--data-root", help="folder or file of the dataset; by default $DATA_ROOT, then data/ beside the script")
+    g.add_argument("--download", action="store_true", help="fetch CIFAR-10 or CIFAR-100 into --data-root")
+    g.add_argument("--val-split", type=SHARE, help="share of train that becomes val, by class, where the dataset has no val (0.1)")
+    g.add_argument("--split-seed", type=NATURAL, default=0, help="fixes the val split and --limit-train")
+    g.add_argument("--limit-train", type=POSITIVE, metavar="N", help="train on N images, classes in proportion; by default all")
+    g.add_argument("--resolution", type=POSITIVE, help="input side in pixels; by default the dataset's (CIFAR 32, digits 16)")
+    g.add_argument("--batch-size", type=POSITIVE, default=64, help="images a step")
+    add_reading_flags(g)
+    g.add_argument("--save-samples", metavar="FILE.png", help="draw what the models see in the first epoch, side by side")
+
+
+def add_reading_flags(g):
+    g.add_argument("--cache", default="auto", choices=("auto", "off", "ram", "device"), help="where decoded images are kept")
+    g.add_argument("--workers", type=NATURAL, help="processes that decode what is not cached; by default up to 8")
+    g.add_argument("--on-bad-image", default="error", choices=("error", "skip"), help="stop at a broken image, or name it and leave it out")
+    g.add_argument("--decode-size", type=POSITIVE, default=512, help="larger images are shrunk to this longest side (pixels) when decoded")
+    g.add_argument("--window", type=float, nargs=2, metavar=("LOW", "HIGH"), help="grey levels that become black and white in 16-bit images")
+
+
+def add_augment_flags(parser):
+    g = parser.add_argument_group("augmentation", "by default the dataset's: CIFAR and image folders are cropped with "
+                                  "padding and flipped, digits shifted and rotated, MedMNIST shifted")  # fmt: skip
+    g.add_argument("--no-augment", action="store_true", help="train on plain images")
+    g.add_argument("--crop", choices=CROPS, help="pad: shift by whole pixels; resized: random resized crop")
+    g.add_argument("--padding", type=float, help="reach of --crop pad, share of the side")
+    g.add_argument("--crop-scale", type=float, nargs=2, metavar=("MIN", "MAX"), help="area of --crop resized, share of the image")
+    g.add_argument("--hflip", type=float, help="probability of a horizontal flip")
+    g.add_argument("--vflip", type=float, help="probability of a vertical flip")
+    g.add_argument("--rotation", type=float, help="largest angle, degrees")
+    g.add_argument("--scale", type=float, nargs=2, metavar=("MIN", "MAX"), help="zoom about the centre, above 1 enlarges")
+    g.add_argument("--brightness", type=float, help="factor within 1 +- this")
+    g.add_argument("--contrast", type=float, help="factor within 1 +- this")
+    g.add_argument("--saturation", type=float, help="factor within 1 +- this")
+    g.add_argument("--hue", type=float, help="turn of the colour circle, at most 0.5")
+
+
+def augment_policy(args):
+    """The dataset's default policy with the flags that were given."""
+    given = {}
+    for name in Policy.__dataclass_fields__:
+        value = getattr(args, name)
+        if value is not None:
+            given[name] = tuple(value) if isinstance(value, list) else value
+    if args.no_augment:
+        if given:
+            raise UserError(f"--no-augment and --{next(iter(given)).replace('_', '-')} contradict each other")
+        return Policy()
+    return Policy(**{**DATASETS[args.dataset][3].__dict__, **given})
+
+
+def add_model_flags(parser, model):
+    g = parser.add_argument_group("model")
+    g.add_argument("--model", default=model, help="resnet8, resnet18, vit_6_192, vit_tiny, any timm name, or hf:NAME_OR_FOLDER")
+    g.add_argument("--patch-size", type=POSITIVE, help="patch side of vit_6_192 and vit_tiny in pixels (4)")
+    g.add_argument("--pretrained", action="store_true", help="start from the hub's weights")
+    g.add_argument("--weights", metavar="FILE", help="start from a foreign state dict (.pth or .safetensors), strictly")
+    g.add_argument("--init-checkpoint", metavar="FILE", help="start from a checkpoint of these scripts; new head where classes differ")
+
+
+def add_training_flags(parser, epochs):
+    g = parser.add_argument_group("training")
+    g.add_argument("--epochs", type=POSITIVE, default=epochs, help="passes over train")
+    g.add_argument("--optimizer", default="sgd", choices=("sgd", "adam", "adamw"), help="optimizer")
+    g.add_argument("--lr", type=number(float, 0, above=True), help="peak learning rate (sgd 0.05, adam and adamw 0.001)")
+    g.add_argument("--momentum", type=SHARE, default=0.9, help="of sgd")
+    g.add_argument("--nesterov", action="store_true", help="Nesterov momentum, with sgd")
+    g.add_argument("--weight-decay", type=AMOUNT, help="never on norms and biases (sgd 0.0005, adamw 0.05, adam 0)")
+    g.add_argument("--schedule", default="cosine", choices=("cosine", "multistep", "plateau", "constant"), help="of the learning rate")
+    g.add_argument("--milestones", type=POSITIVE, nargs="+", metavar="EPOCH", help="epochs after which multistep multiplies by --gamma")
+    g.add_argument("--gamma", type=SHARE, default=0.1, help="factor of multistep and plateau")
+    g.add_argument("--plateau-patience", type=POSITIVE, default=5, help="epochs without gain before plateau lowers the rate")
+    g.add_argument("--warmup-epochs", type=AMOUNT, default=0, help="linear warm-up, epochs")
+    g.add_argument("--label-smoothing", type=SHARE, default=0.0, help="of the cross-entropy; a smoothed teacher teaches worse")
+    g.add_argument("--clip-grad", type=AMOUNT, default=0.0, help="largest gradient norm; 0 is off")
+    g.add_argument("--ema", type=SHARE, default=0.0, metavar="DECAY", help="evaluate and keep an average of the weights, as 0.999; 0 is off")
+    g.add_argument("--patience", type=NATURAL, default=0, help="stop after this many epochs without gain in --select-metric; 0 is off")
+    g.add_argument("--select-metric", default="accuracy", help="val metric that chooses the best epoch")
+    g.add_argument("--amp", default="auto", choices=("auto", "off", "bf16", "fp16"), help="mixed precision; auto: on a GPU")
+    g.add_argument("--compile", default="auto", choices=("auto", "on", "off"), help="torch.compile; auto: on a GPU")
+
+
+def config_argv(parser, values, source):
+    """{"batch_size": 64, "nesterov": true} -> ["--batch-size", "64", "--nesterov"], so that argparse checks them."""
+    actions = {a.dest: a for a in parser._actions if a.option_strings}
+    argv = []
+    for key, value in values.items():
+        dest = key.replace("-", "_")
+        if dest not in actions:
+            near = difflib.get_close_matches(dest, actions, 1)
+            hint = f": did you mean {near[0]}?" if near else ""
+            raise UserError(f"{source} has the unknown key {key!r}{hint}")
+        if dest in NOT_IN_CONFIG or value is None or value is False:
+            continue
+        flag = actions[dest].option_strings[0]
+        argv += [flag] if value is True else [flag, *map(str, value if isinstance(value, list) else [value])]
+    return argv
+
+
+def read_json(path):
+    try:
+        with open(path) as file:
+            return json.load(file)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is no JSON: {error}") from None
+
+
+def parse_flags(parser, argv):
+    """Parse argv over --config FILE or the flags of --resume RUN; returns a Namespace."""
+    args = parser.parse_args(argv)
+    if args.resume and args.config:
+        raise UserError("--resume and --config contradict each other: a resumed run has its own flags")
+    if not args.resume and not args.config:
+        return args
+    path = args.config or os.path.join(args.resume, "config.json")
+    values = read_json(path)
+    if isinstance(values, dict) and isinstance(values.get("flags"), dict):
+        values = values["flags"]
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds no JSON object of flags")
+    saved = config_argv(parser, values, path)
+    args = parser.parse_args(saved + argv)
+    if args.resume:
+        before = parser.parse_args(saved)
+        for dest, value in vars(args).items():
+            if dest not in RESUME_MAY_CHANGE and value != getattr(before, dest):
+                flag = dest.replace("_", "-")
+                raise UserError(f"--{flag} {value} beside --resume: the run has {getattr(before, dest)}; only device, workers and epochs may change")
+        if args.output not in (parser.get_default("output"), args.resume):
+            raise UserError(f"--output {args.output} beside --resume {args.resume}: a resumed run stays in its folder")
+        args.output = args.resume
+    return args
+
+
+def data_root(args):
+    """--data-root, else $DATA_ROOT, else data/ beside the script."""
+    beside = os.path.join(SCRIPT_FOLDER, "data")
+    return args.data_root or os.environ.get("DATA_ROOT") or (beside if os.path.isdir(beside) else None)
+
+
+# --------------------------------------------------------------------------------------------------------- run folder
+
+
+@contextlib.contextmanager
+def atomic_write(path):
+    """Yield a path beside `path`; it takes the place of `path` if all goes well and is removed if not."""
+    folder, name = os.path.split(os.path.abspath(path))
+    handle, temporary = tempfile.mkstemp(prefix=f".{name}.", dir=folder)
+    os.close(handle)
+    os.chmod(temporary, 0o644)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        raise
+
+
+def write_json(path, value):
+    with atomic_write(path) as temporary, open(temporary, "w") as file:
+        json.dump(plain(value), file, indent=1, allow_nan=False)
+        file.write("\n")
+
+
+def plain(value):
+    """JSON's types: tuples become lists, numbers that are not finite null."""
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def environment(device):
+    """Versions, git commit and hardware: what a figure depends on beside the flags."""
+    versions = {}
+    for package in ("torch", "torchvision", "timm", "transformers", "numpy", "scikit-learn", "pillow"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    git = ["git", "-C", SCRIPT_FOLDER, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip() or None
+    except (OSError, subprocess.TimeoutExpired):
+        commit = None
+    return {"python": platform.python_version(), **versions, "git_commit": commit, "device": device,
+            "threads": os.cpu_count(), "platform": platform.platform(), "command": " ".join(sys.argv)}  # fmt: skip
+
+
+class RunFolder:
+    """A run's files.  Nothing is written or replaced before `open`, so that bad input found earlier loses nothing."""
+
+    OWN = ("config.json", "metrics.csv", "metrics.json", "results.json", "log.txt", "*.pth", "confusion_*.npy", "predictions_*.npz")
+
+    def __init__(self, folder, resume=False, overwrite=False):
+        self.folder, self.resume, self.rows, self._log, self._early = folder, resume, [], None, []
+        if resume:
+            if overwrite:
+                raise UserError("--resume and --overwrite contradict each other")
+            if not os.path.exists(self.path("latest.pth")):
+                raise UserError(f"{folder} has no latest.pth: nothing to resume, start again with --overwrite")
+        elif not overwrite and self._own_files():
+            raise UserError(f"{folder} holds a run: --resume {folder} continues it, --overwrite replaces it, --output names another folder")
+
+    def path(self, name):
+        return os.path.join(self.folder, name)
+
+    def _own_files(self):
+        return [f for pattern in self.OWN for f in glob.glob(os.path.join(glob.escape(self.folder), pattern))]
+
+    def open(self, flags, environment, rows=0, log_bytes=0):
+        """Make the folder; `rows` and `log_bytes`: what a resumed checkpoint had seen, later lines are dropped."""
+        os.makedirs(self.folder, exist_ok=True)
+        if self.resume:
+            self.rows = read_json(self.path("metrics.json"))[:rows] if rows else []
+            with open(self.path("log.txt"), "a+") as file:
+                file.truncate(min(log_bytes, os.path.getsize(self.path("log.txt"))))
+        else:
+            for file in self._own_files():
+                os.remove(file)
+        write_json(self.path("config.json"), {"flags": flags, "environment": environment})
+        self._log = open(self.path("log.txt"), "a", buffering=1)
+        for line in self._early:
+            self._log.write(line + "\n")
+        self._write_rows()
+
+    @property
+    def log_bytes(self):
+        return self._log.tell()
+
+    def log(self, text):
+        """A line on stdout and in log.txt."""
+        print(text, flush=True)
+        if self._log is None:
+            self._early.append(text)
+        else:
+            self._log.write(text + "\n")
+
+    def add_row(self, row):
+        """One epoch's metrics, to metrics.csv and metrics.json."""
+        self.rows.append(plain(row))
+        if len(self.rows) > 1 and list(row) == list(self.rows[0]):
+            with open(self.path("metrics.csv"), "a", newline="") as file:
+                csv.writer(file).writerow(self.rows[-1].values())
+            write_json(self.path("metrics.json"), self.rows)
+        else:
+            self._write_rows()
+
+    def _write_rows(self):
+        with atomic_write(self.path("metrics.csv")) as temporary, open(temporary, "w", newline="") as file:
+            writer = csv.DictWriter(file, list(dict.fromkeys(k for row in self.rows for k in row)))
+            writer.writeheader()
+            writer.writerows(self.rows)
+        write_json(self.path("metrics.json"), self.rows)

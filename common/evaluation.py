@@ -1,0 +1,128 @@
+"""Predictions, the frozen teacher, and the results of a run.
+
+Needs the other files of `common`, torch and numpy.
+"""
+
+import math
+import os
+
+import numpy as np
+import torch
+
+from common import metrics
+from common.augment import Augmenter, Policy
+from common.cli import atomic_write, read_json, write_json
+from common.data import TASK, load_splits
+from common.loader import Loader
+from common.training import Precision, file_sha256, load_checkpoint, load_model, peak_memory_mb, select_device
+
+
+
+def predict(model, loader, preprocess, precision, interrupts=None):
+    """Logits (N, C) float32 numpy of a loader's samples on their plain images, the model in eval mode."""
+    was_training, augment, parts = model.training, Augmenter(Policy(), 0), []
+    model.eval()
+    with torch.no_grad():
+        for batch in loader.batches():
+            with precision.autocast():
+                logits = model({"image": preprocess(augment(batch, preprocess.resolution))})["logits"]
+            parts.append(logits[: batch["valid"]].float())
+            if interrupts is not None:
+                interrupts.check()
+    model.train(was_training)
+    return torch.cat(parts).cpu().numpy()
+
+
+def live_teacher(teacher, preprocess, augment, precision):
+    """`targets(batch) -> dict`: the frozen teacher's outputs on its own input, made from the raw batch.
+
+    no_grad, not inference_mode: outputs of the latter cannot be saved for backward.
+    """
+    teacher.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def targets(batch):
+        with precision.autocast():
+            return teacher({"image": preprocess(augment(batch, preprocess.resolution))})
+
+    return targets
+
+
+def is_chance_level(balanced_accuracy, num_classes, count):
+    """Whether a balanced accuracy on `count` samples is within two standard deviations of guessing, 1 / C."""
+    chance = 1 / num_classes
+    return balanced_accuracy < chance + 2 * math.sqrt(chance * (1 - chance) / count)
+
+
+def write_results(run, splits, loaders, recorder, preprocess, precision, *, script, method=None, teacher=None,
+                  teacher_logits=None):
+    """Judge best and last weights on val and test, once, at the end; write results.json, predictions, confusions.
+
+    loaders: {"val", "test": Loader}; teacher: dict for results.json; teacher_logits: {"val", "test": (N, C)}.
+    Returns the results.
+    """
+    model, checkpoint = recorder.updater.evaluated_model, load_checkpoint(run.path("best.pth"))
+    config = read_json(run.path("config.json"))
+    results = {
+        "role": recorder.content["role"], "script": script, "method": method, **config, "dataset": splits.describe(),
+        "model": {"name": recorder.updater.model.name, "family": recorder.updater.model.family,
+                  "parameters": recorder.updater.model.num_parameters, "resolution": preprocess.resolution},
+        "teacher": teacher,
+    }  # fmt: skip
+    final = {name: value.clone() for name, value in model.state_dict().items()}
+    for prefix, weights in (("final_", final), ("", checkpoint["model"])):
+        model.load_state_dict(weights)
+        for split, loader in loaders.items():
+            logits = predict(model, loader, preprocess, precision, recorder.interrupts)
+            results[prefix + split] = metrics.classification(logits, loader.dataset.labels)
+            if teacher_logits:
+                results[prefix + split].update(metrics.fidelity(logits, teacher_logits[split], loader.dataset.labels))
+            if not prefix:
+                write_predictions(run.folder, split, loader.dataset, logits, splits.classes)
+    results.update(
+        checkpoint="best.pth", checkpoint_sha256=file_sha256(run.path("best.pth")), select_metric=recorder.metric,
+        best_epoch=recorder.best_epoch, last_epoch=len(run.rows), stopped_early=recorder.stopped_early,
+        throughput=throughput(run.rows), peak_memory_mb=peak_memory_mb(precision.device),
+        wall_time_s=round(recorder.seconds, 1),
+    )  # fmt: skip
+    write_json(run.path("results.json"), results)
+    test, last = results["test"], results["final_test"]
+    run.log(f"test accuracy {test['accuracy']:.4f}, balanced {test['balanced_accuracy']:.4f} (best epoch {recorder.best_epoch}); "
+            f"last epoch {last['accuracy']:.4f}; {run.path('results.json')}")  # fmt: skip
+    return results
+
+
+def throughput(rows):
+    """Training images/s: median over epochs, without the first where there are more."""
+    rates = [row["images_per_second"] for row in (rows[1:] or rows) if row["images_per_second"]]
+    return round(float(np.median(rates)), 1) if rates else None
+
+
+def write_predictions(folder, split, dataset, logits, classes):
+    """predictions_<split>.npz and confusion_<split>_label.npy."""
+    with atomic_write(os.path.join(folder, f"predictions_{split}.npz")) as temporary, open(temporary, "wb") as file:
+        np.savez(file, ids=np.array(dataset.ids), labels=dataset.labels, logits=logits.astype(np.float32), classes=np.array(classes))
+    with atomic_write(os.path.join(folder, f"confusion_{split}_{TASK}.npy")) as temporary, open(temporary, "wb") as file:
+        np.save(file, metrics.confusion_matrix(logits, dataset.labels))
+
+
+def evaluate_checkpoint(path, split="test", device="auto", batch_size=128, data_root=None):
+    """Metrics of a checkpoint on a split of its own dataset, read anew."""
+    device, checkpoint = select_device(device), load_checkpoint(path)
+    model, preprocess = load_model(checkpoint, device, path=path)
+    splits = splits_of(checkpoint, data_root=data_root)
+    logits = predict(model, Loader(getattr(splits, split), batch_size, device), preprocess, Precision("off", device))
+    return metrics.classification(logits, getattr(splits, split).labels)
+
+
+def splits_of(checkpoint, dataset=None, data_root=None, splits=("train", "val", "test"), **reading):
+    """The splits that a checkpoint was trained on, or another dataset's with the checkpoint's classes."""
+    flags = checkpoint["flags"]
+    own = dataset in (None, flags["dataset"]) and data_root in (None, flags["data_root"])
+    name = dataset or flags["dataset"]
+    return load_splits(
+        name, data_root or (flags["data_root"] if name == flags["dataset"] else None), splits=splits,
+        classes=checkpoint["classes"], val_split=flags["val_split"] if own else None,
+        split_seed=flags["split_seed"], limit_train=flags["limit_train"] if own else None,
+        **{"decode_size": flags["decode_size"], "window": flags["window"], **reading},
+    )  # fmt: skip

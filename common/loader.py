@@ -1,0 +1,206 @@
+"""Batches: caching of decoded images, order, transfer.  Needs data.py and augment.py of `common`, torch, numpy, pillow.
+
+    loader = Loader(splits.train, batch_size=128, device=device, shuffle=True)
+    for batch in loader.batches(epoch=1):                            # image (B, 3, H, W) uint8 on the device, ...
+"""
+
+import os
+import signal
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from PIL import Image
+
+from common.augment import uniform
+from common.data import TASK, DataError
+
+
+def pad_images(images):
+    """List of (3, H, W) uint8 -> (B, 3, H_max, W_max), each in the top left corner, and their sizes (B, 2)."""
+    sizes = torch.tensor([image.shape[1:] for image in images])
+    if (sizes == sizes[0]).all():
+        return torch.stack(images), sizes
+    out = images[0].new_zeros(len(images), 3, *sizes.amax(0).tolist())
+    for row, image in zip(out, images):
+        row[:, : image.shape[1], : image.shape[2]] = image
+    return out, sizes
+
+
+class ImageCache:
+    """Decoded images of a dataset, in memory once: one tensor where all are of one size, else a flat one."""
+
+    def __init__(self, dataset, device):
+        if dataset.images is not None:
+            images = torch.from_numpy(dataset.images)  # (N, H, W) or (N, H, W, 3)
+            images = images[:, None].expand(-1, 3, -1, -1) if images.dim() == 3 else images.permute(0, 3, 1, 2)
+            self.uniform = images.contiguous().to(device)
+            self.sizes = torch.tensor(self.uniform.shape[2:]).repeat(len(dataset), 1)
+            return
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes without Python's lock
+            images = list(pool.map(lambda i: dataset[i]["image"], range(len(dataset))))
+        self.sizes = torch.tensor([image.shape[1:] for image in images])
+        self.uniform = torch.stack(images).to(device) if (self.sizes == self.sizes[0]).all() else None
+        if self.uniform is None:
+            self.offsets = [0, *(3 * self.sizes.prod(1)).cumsum(0).tolist()]
+            self.flat = torch.cat([image.flatten() for image in images]).to(device)
+
+    def batch(self, rows):
+        """rows (B,) int64 on the CPU -> images (B, 3, H, W) uint8 where the cache lies, sizes (B, 2)."""
+        if self.uniform is not None:
+            return self.uniform[rows.to(self.uniform.device)], self.sizes[rows]
+        parts = [self.flat[self.offsets[i] : self.offsets[i + 1]].view(3, *self.sizes[i]) for i in rows.tolist()]
+        return pad_images(parts)
+
+
+def choose_cache(dataset, cache, device):
+    """Where decoded images go: "off", "ram" or "device".  auto: the device, else memory, if a quarter of it is free."""
+    if cache == "device" and device.type == "cpu":
+        return "ram"
+    if cache != "auto":
+        return cache
+    probe = range(0, len(dataset), max(1, len(dataset) // 16))
+    needed = len(dataset) * np.mean([dataset.read(i).size for i in probe])
+    if device.type == "cuda" and needed < torch.cuda.mem_get_info(device)[0] / 4:
+        return "device"
+    if dataset.images is not None:
+        return "ram"
+    return "ram" if needed < available_memory() / 4 else "off"
+
+
+def available_memory():
+    """Free memory in bytes: the machine's or, if that is less, what the cgroup's limit leaves."""
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        with open("/proc/meminfo") as file:  # counts what caches would give back
+            free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+        with open("/sys/fs/cgroup/memory.max") as limit, open("/sys/fs/cgroup/memory.current") as used:
+            free = min(free, int(limit.read()) - int(used.read()))
+    except (OSError, StopIteration, ValueError):
+        return free  # not Linux, or no limit
+    return free
+
+
+class EpochOrder(torch.utils.data.Sampler):
+    """Batches of rows for one epoch; what a DataLoader that keeps its workers iterates over again and again."""
+
+    def __init__(self):
+        self.batches = []
+
+    def __iter__(self):
+        return iter(self.batches)
+
+    def __len__(self):
+        return len(self.batches)
+
+
+def _collate(samples):
+    """Runs in a worker: a broken image comes back as its message, for a traceback would not be one line."""
+    errors = [s for s in samples if isinstance(s, str)]
+    if errors:
+        return errors[0]
+    images, sizes = pad_images([s["image"] for s in samples])
+    return images, sizes
+
+
+def _ignore_signals(worker):
+    """A stop is the main process's to handle; workers end when it does."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+class _Readable(torch.utils.data.Dataset):
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, i):
+        try:
+            return self.dataset[i]
+        except DataError as error:
+            return str(error)
+
+
+class Loader:
+    """Batches of a dataset on a device.
+
+    shuffle: an order of (seed, epoch), dropping the last short batch, for training; else in order, the last batch
+    filled up by repeating its last row (`valid` rows count), so that every batch has one shape.
+    """
+
+    def __init__(self, dataset, batch_size, device, shuffle=False, seed=0, cache="auto", workers=None):
+        self.dataset, self.device, self.shuffle, self.seed = dataset, torch.device(device), shuffle, seed
+        self.batch_size = min(batch_size, len(dataset)) if shuffle else batch_size
+        self.keys = torch.from_numpy(dataset.keys)
+        self.labels = torch.from_numpy(dataset.labels).to(self.device)
+        self.cache_kind = choose_cache(dataset, cache, self.device)
+        self.cache = self._workers = None
+        if self.cache_kind == "off":
+            self.workers = min(8, os.cpu_count()) if workers is None else workers
+        else:
+            self.cache = ImageCache(dataset, self.device if self.cache_kind == "device" else "cpu")
+
+    def __len__(self):
+        """Batches an epoch."""
+        return len(self.dataset) // self.batch_size if self.shuffle else -(-len(self.dataset) // self.batch_size)
+
+    def rows(self, epoch):
+        """Lists of rows, a batch each."""
+        if self.shuffle:
+            seed = int(uniform(self.seed, epoch, 0, torch.zeros(1, dtype=torch.int64))[0, 0] * 2**53)
+            order = torch.randperm(len(self.dataset), generator=torch.Generator().manual_seed(seed))
+        else:
+            order = torch.arange(len(self) * self.batch_size).clamp(max=len(self.dataset) - 1)
+        return [order[i * self.batch_size : (i + 1) * self.batch_size] for i in range(len(self))]
+
+    def batches(self, epoch=0, start=0):
+        """Yield batches from number `start` on.  In training the view is the epoch (from 1), else 0, the plain image.
+
+        A batch: `index`, `key`, `view` (B,) and `size` (B, 2) on the CPU; `image` (B, 3, H, W) uint8 and `targets`
+        {task: (B,)} on the device; `valid`, the rows that count.
+        """
+        rows = self.rows(epoch)[start:]
+        images = self._cached(rows) if self.cache else self._loaded(rows)
+        for step, (index, (image, size)) in enumerate(zip(rows, images), start):
+            pinned = image.pin_memory() if self.device.type == "cuda" and not image.is_cuda else image
+            yield {
+                "index": index,
+                "key": self.keys[index],
+                "view": torch.full_like(index, epoch if self.shuffle else 0),
+                "size": size,
+                "image": pinned.to(self.device, non_blocking=True),
+                "targets": {TASK: self.labels[index.to(self.device, non_blocking=True)]},
+                "valid": min(self.batch_size, len(self.dataset) - step * self.batch_size),
+            }
+
+    def _cached(self, rows):
+        for index in rows:
+            yield self.cache.batch(index)
+
+    def _loaded(self, rows):
+        if self._workers is None:
+            self._order = EpochOrder()
+            self._workers = torch.utils.data.DataLoader(
+                _Readable(self.dataset), batch_sampler=self._order, collate_fn=_collate, num_workers=self.workers,
+                pin_memory=self.device.type == "cuda", persistent_workers=self.workers > 0,
+                worker_init_fn=_ignore_signals,
+            )
+        self._order.batches = [index.tolist() for index in rows]
+        for item in self._workers:
+            if isinstance(item, str):
+                raise DataError(f"{item} (--on-bad-image skip leaves such images out)")
+            yield item
+
+
+def save_sample_grid(path, rows, columns=16):
+    """Draw what the models see: rows of (B, 3, R, R) images in 0..1, one row of tiles each, at one size."""
+    side = max(64, max(r.shape[-1] for r in rows))
+    columns = min(columns, len(rows[0]))
+    sheet = Image.new("RGB", (columns * (side + 2), len(rows) * (side + 2)), "white")
+    for y, row in enumerate(rows):
+        for x, image in enumerate(row[:columns].float().cpu().clamp(0, 1)):
+            tile = Image.fromarray((image.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8))
+            sheet.paste(tile.resize((side, side), Image.Resampling.NEAREST), (x * (side + 2), y * (side + 2)))
+    sheet.save(path)

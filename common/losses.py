@@ -1,0 +1,151 @@
+"""Losses of knowledge distillation.  Needs torch alone and no other file of `common`.
+
+Every function returns one scalar in float32, whatever the autocast, and takes (B, ...) tensors.  `DistillationLoss`
+is the weighted sum of them that a method names.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+# Weights a published combination sets; --ce-weight, --kl-weight, ... override one by one, 0 leaves a term out.
+METHODS = {
+    "response": {"ce": 0.5, "kl": 0.5, "feature": 0.0},  # Hinton et al. 2015, arXiv:1503.02531
+    "feature": {"ce": 0.5, "kl": 0.5, "feature": 1.0},  # the same and a hint, Romero et al. 2015, arXiv:1412.6550
+}
+FEATURE_LOSSES = ("mse", "cosine")
+
+
+class LossError(ValueError):
+    """Loss settings, or outputs of teacher and student, that do not fit each other (a user's mistake)."""
+
+    exit_code = 2
+
+
+def _float32(*tensors):
+    return [t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in tensors]
+
+
+def cross_entropy(logits, labels, label_smoothing=0.0):
+    """Mean cross-entropy in nats.  logits (B, C); labels (B,) int64."""
+    with torch.autocast(logits.device.type, enabled=False):
+        return F.cross_entropy(*_float32(logits), labels, label_smoothing=label_smoothing)
+
+
+def temperature_kl(student_logits, teacher_logits, temperature=4.0):
+    """T^2 * KL(softmax(teacher / T) || softmax(student / T)), summed over classes, averaged over the batch.
+
+    `batchmean`, not `mean`: the latter is C times smaller.  T^2 always, so that the gradient does not shrink with T.
+    Both logits (B, C).  Hinton et al. 2015, arXiv:1503.02531, section 2.
+    """
+    with torch.autocast(student_logits.device.type, enabled=False):
+        student, teacher = _float32(student_logits, teacher_logits)
+        student = F.log_softmax(student / temperature, dim=1)
+        teacher = F.log_softmax(teacher / temperature, dim=1)
+        return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
+
+
+def same_size(student, teacher):
+    """Average-pool the larger of two maps (B, C, H, W) to the smaller one's height and width."""
+    size = [min(s, t) for s, t in zip(student.shape[-2:], teacher.shape[-2:])]
+    return F.adaptive_avg_pool2d(student, size), F.adaptive_avg_pool2d(teacher, size)
+
+
+def feature_mse(student, teacher):
+    """Mean squared error over all elements of two maps (B, C, H, W) of equal width; sizes are pooled to the smaller.
+
+    The hint loss of FitNets, Romero et al. 2015, arXiv:1412.6550, equation 3, as a mean.
+    """
+    with torch.autocast(student.device.type, enabled=False):
+        return F.mse_loss(*same_size(*_float32(student, teacher)))
+
+
+def feature_cosine(student, teacher):
+    """1 - cosine over channels, averaged over positions and batch; maps (B, C, H, W), sizes pooled to the smaller."""
+    with torch.autocast(student.device.type, enabled=False):
+        student, teacher = same_size(*_float32(student, teacher))
+        return (1 - F.cosine_similarity(student, teacher, dim=1)).mean()
+
+
+def method_weights(method, alpha=None, **overrides):
+    """Weights {term: float} of a method.
+
+    alpha: weighs cross-entropy, 1 - alpha the KL (methods response and feature; 0.5 where it is None).
+    overrides: ce, kl, feature: a number each, or None for the method's own.  Raises LossError.
+    """
+    weights = dict(METHODS[method])
+    given = {name: value for name, value in overrides.items() if value is not None}
+    if alpha is not None:
+        clash = [name for name in ("ce", "kl") if name in given]
+        if clash:
+            raise LossError(f"--alpha and --{clash[0]}-weight both set the weight of {clash[0]}: give one of them")
+        if not 0 <= alpha <= 1:
+            raise LossError(f"--alpha {alpha} is not in 0 to 1")
+        weights.update(ce=alpha, kl=1 - alpha)
+    weights.update(given)
+    negative = [name for name, value in weights.items() if not value >= 0]
+    if negative:
+        raise LossError(f"--{negative[0]}-weight {weights[negative[0]]} is below 0")
+    if not any(weights.values()):
+        raise LossError("every weight of the loss is 0: nothing to train on")
+    return weights
+
+
+class DistillationLoss(nn.Module):
+    """Sum of the terms whose weight is not 0; owns the projectors.
+
+    weights: {"ce", "kl", "feature": float}; temperature: of the KL; feature_loss: "mse" or "cosine".
+
+    `build(student, teacher)` once, on outputs of a dry batch and before optimizer, EMA and DDP see the parameters,
+    makes a 1x1 projector from the student's width to the teacher's for each pair of features.
+    `loss(student, teacher, labels)`: model outputs (`logits` (B, C), `features` {layer: (B, C_l, H_l, W_l)}, paired in
+    order) and (B,) int64 labels -> scalar; `loss.terms` holds each term's value, unweighted and detached.
+    """
+
+    def __init__(self, weights, temperature=4.0, feature_loss="mse", label_smoothing=0.0):
+        super().__init__()
+        if not temperature > 0:
+            raise LossError(f"--temperature {temperature} is not above 0")
+        self.weights = {name: float(value) for name, value in weights.items() if value}
+        self.temperature, self.label_smoothing = temperature, label_smoothing
+        self.feature_term = {"mse": feature_mse, "cosine": feature_cosine}[feature_loss]
+        self.projectors = nn.ModuleList()
+        self.terms = {}
+
+    def build(self, student, teacher):
+        if "kl" in self.weights and student["logits"].shape != teacher["logits"].shape:
+            raise LossError(
+                f"the teacher has {teacher['logits'].shape[1]} classes, the student {student['logits'].shape[1]}"
+            )
+        if "feature" not in self.weights:
+            return
+        pairs = list(zip(student["features"].values(), teacher["features"].values()))
+        if len(student["features"]) != len(teacher["features"]) or not pairs:
+            raise LossError(
+                f"--student-layer names {len(student['features'])} layers and --teacher-layer "
+                f"{len(teacher['features'])}: the feature term pairs them in order, give the same number (at least 1)"
+            )
+        for s, t in pairs:
+            self.projectors.append(nn.Conv2d(s.shape[1], t.shape[1], 1).to(s.device))
+
+    def forward(self, student, teacher, labels):
+        loss, self.terms = 0.0, {}
+        for name, weight in self.weights.items():
+            if name == "ce":
+                term = cross_entropy(student["logits"], labels, self.label_smoothing)
+            elif name == "kl":
+                term = temperature_kl(student["logits"], teacher["logits"], self.temperature)
+            elif name == "feature":
+                term = self.feature(student["features"], teacher["features"])
+            loss = loss + weight * term
+            self.terms[name] = term.detach()
+        return loss
+
+    def feature(self, student, teacher):
+        """Mean of the feature loss over the pairs of layers, the student's maps projected to the teacher's width."""
+        with torch.autocast(self.projectors[0].weight.device.type, enabled=False):
+            terms = [
+                self.feature_term(projector(s.to(projector.weight.dtype)), t)
+                for projector, s, t in zip(self.projectors, student.values(), teacher.values(), strict=True)
+            ]
+        return torch.stack(terms).mean()

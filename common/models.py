@@ -1,0 +1,419 @@
+"""Image models behind one contract.  Needs torch and timm (transformers for `hf:` names), no other file of `common`.
+
+    model = build_model("resnet8", num_classes=10, img_size=32)
+    out = model({"image": images})     # images (B, 3, H, W), normalized for this model
+    out["logits"]                      # (B, C)
+    out["embedding"]                   # (B, D), pooled
+    out["features"]["layer3"]          # (B, C_l, H_l, W_l), where model.set_feature_layers(["layer3"]) asked for it
+
+`resnet8`, `resnet18`, `vit_6_192`, `vit_tiny` are written here, for small images; any other name is timm's
+(`timm:resnet18` is timm's where both have it), `hf:NAME_OR_FOLDER` is a Hugging Face vision model.
+"""
+
+import math
+import warnings
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class ModelError(ValueError):
+    """A model, layer or weight file that does not exist or does not fit (a user's mistake)."""
+
+    exit_code = 2
+
+
+# ------------------------------------------------------------------------------------------------------------- ResNet
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut, He et al. 2016, arXiv:1512.03385."""
+
+    def __init__(self, width_in, width, stride):
+        super().__init__()
+        self.conv1 = nn.Conv2d(width_in, width, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or width_in != width:
+            self.shortcut = nn.Sequential(nn.Conv2d(width_in, width, 1, stride, bias=False), nn.BatchNorm2d(width))
+
+    def forward(self, x):
+        out = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(out)) + self.shortcut(x))
+
+
+class ResNet(nn.Module):
+    """ResNet for small images: 3x3 stride-1 stem, no max-pool, widths 64 to 512.
+
+    `blocks` a stage: [1, 1, 1, 1] is ResNet-8 here (4.9 M parameters), [2, 2, 2, 2] ResNet-18 (11.2 M).
+    """
+
+    num_prefix_tokens = 0
+
+    def __init__(self, blocks, num_classes):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        width_in = 64
+        for i, (count, width) in enumerate(zip(blocks, (64, 128, 256, 512)), 1):
+            stride = 1 if i == 1 else 2
+            stage = [BasicBlock(width_in if j == 0 else width, width, stride if j == 0 else 1) for j in range(count)]
+            setattr(self, f"layer{i}", nn.Sequential(*stage))
+            width_in = width
+        self.num_features = width_in
+        self.fc = nn.Linear(width_in, num_classes)
+        for m in self.modules():
+            if isinstance(m, nn.Conv2d):
+                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward_features(self, x):
+        x = F.relu(self.bn1(self.conv1(x)))
+        return self.layer4(self.layer3(self.layer2(self.layer1(x))))  # (B, 512, H / 8, W / 8)
+
+    def forward_head(self, x, pre_logits=False):
+        x = x.mean((2, 3))  # (B, 512)
+        return x if pre_logits else self.fc(x)
+
+    def reset_classifier(self, num_classes):
+        self.fc = nn.Linear(self.num_features, num_classes)
+
+
+# ---------------------------------------------------------------------------------------------------------------- ViT
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm attention and MLP, Dosovitskiy et al. 2021, arXiv:2010.11929."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+
+    def forward(self, x):
+        batch, tokens, dim = x.shape
+        qkv = self.qkv(self.norm1(x)).view(batch, tokens, 3, self.heads, dim // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, N, D / heads)
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, tokens, dim)
+        x = x + self.proj(attended)
+        return x + self.mlp(self.norm2(x))
+
+
+class VisionTransformer(nn.Module):
+    """ViT with a class token and learned positions, which are resized where the image's grid differs."""
+
+    num_prefix_tokens = 1
+
+    def __init__(self, depth, dim, heads, patch_size, img_size, num_classes):
+        super().__init__()
+        if img_size % patch_size:
+            raise ModelError(f"--patch-size {patch_size} does not divide the resolution {img_size}")
+        self.num_features, self.grid = dim, img_size // patch_size
+        self.patch_embed = nn.Conv2d(3, dim, patch_size, patch_size)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid**2, dim))
+        self.blocks = nn.Sequential(*[TransformerBlock(dim, heads) for _ in range(depth)])
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.head = nn.Linear(dim, num_classes)
+        for parameter in (self.cls_token, self.pos_embed):
+            nn.init.trunc_normal_(parameter, std=0.02)
+        for m in self.modules():
+            if isinstance(m, nn.Linear):
+                nn.init.trunc_normal_(m.weight, std=0.02)
+                nn.init.zeros_(m.bias)
+
+    def no_weight_decay(self):
+        return {"cls_token", "pos_embed"}
+
+    def positions(self, height, width):
+        if (height, width) == (self.grid, self.grid):
+            return self.pos_embed
+        grid = self.pos_embed[:, 1:].transpose(1, 2).unflatten(2, (self.grid, self.grid))
+        grid = F.interpolate(grid, (height, width), mode="bicubic", align_corners=False)
+        return torch.cat([self.pos_embed[:, :1], grid.flatten(2).transpose(1, 2)], 1)
+
+    def forward_features(self, x):
+        x = self.patch_embed(x)  # (B, D, H / P, W / P)
+        height, width = x.shape[-2:]
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x.flatten(2).transpose(1, 2)], 1)
+        return self.norm(self.blocks(x + self.positions(height, width)))  # (B, 1 + N, D)
+
+    def forward_head(self, x, pre_logits=False):
+        return x[:, 0] if pre_logits else self.head(x[:, 0])
+
+    def reset_classifier(self, num_classes):
+        self.head = nn.Linear(self.num_features, num_classes)
+
+
+# -------------------------------------------------------------------------------------------------------- Hugging Face
+
+
+class HuggingFaceBackbone(nn.Module):
+    """A vision model of transformers with a linear head on its class token or pooled map."""
+
+    def __init__(self, body, num_classes):
+        super().__init__()
+        self.body = body
+        config = body.config
+        self.num_features = getattr(config, "hidden_size", None) or config.hidden_sizes[-1]
+        self.num_prefix_tokens = 1 + (getattr(config, "num_register_tokens", 0) or 0)
+        if "distill" in config.model_type or config.model_type == "deit":
+            self.num_prefix_tokens += 1  # DeiT's distillation token
+        self.head = nn.Linear(self.num_features, num_classes)
+
+    def forward_features(self, x):
+        if "interpolate_pos_encoding" in self.body.forward.__code__.co_varnames:
+            return self.body(pixel_values=x, interpolate_pos_encoding=True).last_hidden_state
+        return self.body(pixel_values=x).last_hidden_state
+
+    def forward_head(self, x, pre_logits=False):
+        pooled = x.mean((2, 3)) if x.dim() == 4 else x[:, 0]
+        return pooled if pre_logits else self.head(pooled)
+
+    def reset_classifier(self, num_classes):
+        self.head = nn.Linear(self.num_features, num_classes)
+
+
+# ----------------------------------------------------------------------------------------------------------- the model
+
+
+class ImageModel(nn.Module):
+    """A backbone (ours, timm's or Hugging Face's) behind `model(batch) -> dict`, see the head of this file.
+
+    `build_args` rebuild it: `build_model(**build_args)`, never asking a hub.  `mean`, `std`: what its pretrained
+    weights expect, or None.
+    """
+
+    def __init__(self, backbone, build_args, mean=None, std=None):
+        super().__init__()
+        self.backbone, self.build_args, self.mean, self.std = backbone, build_args, mean, std
+        self.feature_layers, self._indices, self._hooks, self._hooked = [], None, [], {}
+
+    def forward(self, batch):
+        images, features = batch["image"], {}
+        if self._indices is not None:
+            order = sorted(set(self._indices))
+            hidden, maps = self.backbone.forward_intermediates(images, indices=order, output_fmt="NCHW")
+            maps = dict(zip(order, maps))
+            features = {layer: maps[i] for layer, i in zip(self.feature_layers, self._indices)}
+        else:
+            hidden = self.backbone.forward_features(images)
+            if self.feature_layers:
+                features = {layer: self._as_map(layer, self._hooked.pop(layer)) for layer in self.feature_layers}
+        out = {
+            "logits": self.backbone.forward_head(hidden),  # (B, C)
+            "embedding": self.backbone.forward_head(hidden, pre_logits=True),  # (B, D)
+        }
+        if features:
+            out["features"] = features
+        return out
+
+    def set_feature_layers(self, layers):
+        """Return the maps of these module paths from now on.  Call before compiling: later hooks never fire."""
+        modules = dict(self.backbone.named_modules())
+        for layer in layers:
+            if layer not in modules or layer == "":
+                raise ModelError(f"{self.name} has no layer {layer!r}; it has {', '.join(self.layer_names())}")
+        for hook in self._hooks:
+            hook.remove()
+        self.feature_layers, self._indices, self._hooks = list(layers), None, []
+        info = getattr(self.backbone, "feature_info", None)
+        known = [entry["module"] for entry in info] if info and hasattr(self.backbone, "forward_intermediates") else []
+        if layers and all(layer in known for layer in layers):
+            self._indices = [known.index(layer) for layer in layers]
+            return
+        for layer in layers:
+            self._hooks.append(modules[layer].register_forward_hook(self._keep(layer)))
+
+    def _keep(self, layer):
+        def hook(module, inputs, output):
+            self._hooked[layer] = output
+
+        return hook
+
+    def _as_map(self, layer, value):
+        """Output of a module -> (B, C, H, W): tokens lose their prefix and become a grid, channels-last maps turn."""
+        if not isinstance(value, torch.Tensor):  # Hugging Face layers may return a tuple or an output object
+            value = value[0]
+        if value.dim() == 4:
+            nhwc = getattr(self.backbone, "output_fmt", "NCHW") == "NHWC"
+            return value.permute(0, 3, 1, 2) if nhwc else value
+        if value.dim() == 3:
+            tokens = value[:, getattr(self.backbone, "num_prefix_tokens", 0) :]  # (B, N, D)
+            side = math.isqrt(tokens.shape[1])
+            if side * side == tokens.shape[1] and side:
+                return tokens.transpose(1, 2).unflatten(2, (side, side))
+        if value.dim() == 2:
+            return value[:, :, None, None]
+        raise ModelError(f"layer {layer} of {self.name} gives {tuple(value.shape)}, which is no map and no square grid")
+
+    def layer_names(self):
+        """Module paths of the depth that people name: stages, blocks and the layers around them."""
+        names = [n for n, m in self.backbone.named_modules() if n and n.count(".") <= 1 and any(True for _ in m.parameters())]
+        deep = [n for n in names if n.count(".") == 1 and n.split(".")[1].isdigit()]
+        return [n for n in names if n.count(".") == 0 or n in deep]
+
+    def set_resolution(self, resolution):
+        """Make a model of fixed positions take another input side (ours and Hugging Face's resize as they run)."""
+        if self.build_args.get("img_size") != resolution and hasattr(self.backbone, "set_input_size"):
+            try:
+                self.backbone.set_input_size(img_size=(resolution, resolution))
+            except (AssertionError, ValueError, RuntimeError) as error:
+                raise ModelError(f"{self.name} cannot take {resolution} px: {error}") from None
+
+    @property
+    def name(self):
+        return self.build_args["name"]
+
+    @property
+    def family(self):
+        """cnn or vit: whether anything attends over tokens."""
+        vit = any("attention" in type(m).__name__.lower() or isinstance(m, TransformerBlock) for m in self.modules())
+        return "vit" if vit else "cnn"
+
+    @property
+    def num_parameters(self):
+        return sum(p.numel() for p in self.parameters())
+
+
+SMALL_MODELS = {
+    "resnet8": lambda classes, img_size, patch: ResNet([1, 1, 1, 1], classes),
+    "resnet18": lambda classes, img_size, patch: ResNet([2, 2, 2, 2], classes),
+    "vit_6_192": lambda classes, img_size, patch: VisionTransformer(6, 192, 3, patch or 4, img_size, classes),
+    "vit_tiny": lambda classes, img_size, patch: VisionTransformer(12, 192, 3, patch or 4, img_size, classes),
+}
+
+
+def build_model(name, num_classes, img_size=32, patch_size=None, pretrained=False, hf_config=None):
+    """Build an ImageModel; see the head of this file for names.
+
+    img_size: input side in pixels; patch_size: of our ViTs (4 where None); pretrained: hub weights, with a new head;
+    hf_config: dict, set when an `hf:` model is rebuilt from a checkpoint.  Raises ModelError.
+    """
+    build_args = {"name": name, "num_classes": num_classes, "img_size": img_size}
+    if name in SMALL_MODELS:
+        if pretrained:
+            raise ModelError(f"--pretrained: there are no hub weights of {name}; timm:{name} may have some")
+        if patch_size and not name.startswith("vit"):
+            raise ModelError(f"--patch-size is for our ViTs; {name} has no patches")
+        build_args["patch_size"] = patch_size
+        return ImageModel(SMALL_MODELS[name](num_classes, img_size, patch_size), build_args)
+    if patch_size:
+        raise ModelError(f"--patch-size is for vit_tiny and vit_6_192; the name {name} fixes it")
+    if name.startswith("hf:"):
+        return _build_hugging_face(name, num_classes, build_args, pretrained, hf_config)
+    return _build_timm(name, num_classes, img_size, build_args, pretrained)
+
+
+def _build_timm(name, num_classes, img_size, build_args, pretrained):
+    import timm
+
+    timm_name = name.removeprefix("timm:")
+    if not timm.is_model(timm_name.split(".")[0]):
+        import difflib
+
+        near = difflib.get_close_matches(timm_name, [*SMALL_MODELS, *timm.list_models()], 3)
+        hint = f"; near: {', '.join(near)}" if near else f"; ours: {', '.join(SMALL_MODELS)}, any other is timm's"
+        raise ModelError(f"unknown model {name!r}{hint}")
+    arguments = {"pretrained": pretrained, "num_classes": num_classes}
+    try:
+        try:
+            backbone = timm.create_model(timm_name, img_size=img_size, **arguments)
+        except TypeError as error:  # a CNN takes no img_size
+            if "img_size" not in str(error):
+                raise
+            backbone = timm.create_model(timm_name, **arguments)
+    except Exception as error:
+        if pretrained:
+            config = timm.get_pretrained_cfg(timm_name)
+            source = getattr(config, "hf_hub_id", None) or getattr(config, "url", None) or timm_name
+            raise ModelError(
+                f"cannot get the weights of {timm_name} ({type(error).__name__}): fetch model.safetensors of "
+                f"{source} on the Hugging Face hub by hand and pass it with --weights FILE"
+            ) from None
+        raise ModelError(f"timm cannot build {timm_name} at {img_size} px: {_one_line(error)}") from None
+    config = backbone.pretrained_cfg
+    mean, std = (config.get("mean"), config.get("std")) if pretrained else (None, None)
+    return ImageModel(backbone, build_args, mean and list(mean), std and list(std))
+
+
+def _build_hugging_face(name, num_classes, build_args, pretrained, hf_config):
+    from transformers import AutoConfig, AutoModel
+
+    source = name.removeprefix("hf:")
+    try:
+        if hf_config is not None:
+            hf_config = dict(hf_config)
+            body = AutoModel.from_config(AutoConfig.for_model(hf_config.pop("model_type"), **hf_config))
+        elif pretrained:
+            body = AutoModel.from_pretrained(source)
+        else:
+            body = AutoModel.from_config(AutoConfig.from_pretrained(source))
+    except Exception as error:
+        raise ModelError(
+            f"cannot load {source} ({_one_line(error)}): download config.json and model.safetensors of it into a "
+            "folder by hand and name the folder, hf:FOLDER"
+        ) from None
+    build_args["hf_config"] = {k: v for k, v in body.config.to_dict().items() if k != "torch_dtype" and k != "dtype"}
+    if not hasattr(body.config, "hidden_size") and not hasattr(body.config, "hidden_sizes"):
+        raise ModelError(f"{source} is no image model that this project knows (no hidden_size in its config)")
+    return ImageModel(HuggingFaceBackbone(body, num_classes), build_args)
+
+
+def _one_line(error):
+    text = " ".join(str(error).split())
+    return text[:200] or type(error).__name__
+
+
+def load_weights(model, state, source):
+    """Load a foreign state dict into the backbone, strictly; a head of another number of classes stays new.
+
+    state: {name: tensor}, also under "model" or "state_dict", also with a "module." prefix; source: for messages.
+    Returns whether the head came along.  Raises ModelError.
+    """
+    for key in ("state_dict", "model", "teacher", "backbone"):
+        if isinstance(state.get(key), dict):
+            state = state[key]
+    if not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise ModelError(f"{source} holds no state dict of tensors")
+    for prefix in ("module.", "backbone."):
+        if all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): value for name, value in state.items()}
+    own = model.backbone.state_dict()
+    config = getattr(model.backbone, "pretrained_cfg", None) or {}
+    heads = config.get("classifier") or ("head", "fc")
+    heads = (heads,) if isinstance(heads, str) else tuple(heads)
+    head = [name for name in own if name.startswith(tuple(h + "." for h in heads))]
+    dropped = any(name not in state or state[name].shape != own[name].shape for name in head)
+    if dropped:
+        state = {**{k: v for k, v in state.items() if not k.startswith(tuple(h + "." for h in heads))},
+                 **{name: own[name] for name in head}}
+    try:
+        model.backbone.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        raise ModelError(f"{source} does not fit {model.name}: {_mismatch(error)}") from None
+    return not dropped
+
+
+def _mismatch(error):
+    """The first complaint of a strict load, in one line."""
+    lines = [line.strip() for line in str(error).splitlines()[1:] if line.strip()]
+    return f"{lines[0][:200]} (and {len(lines) - 1} more)" if len(lines) > 1 else (lines or [str(error)])[0][:200]
+
+
+def multiply_adds(model, resolution):
+    """Multiply-adds of one image's forward pass: half the FLOPs, which count two each."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    device, training = next(model.parameters()).device, model.training
+    model.eval()
+    counter = FlopCounterMode(display=False)
+    with warnings.catch_warnings(), torch.no_grad(), counter:
+        warnings.simplefilter("ignore")
+        model({"image": torch.zeros(1, 3, resolution, resolution, device=device)})
+    model.train(training)
+    return counter.get_total_flops() // 2

@@ -1,0 +1,158 @@
+"""Optimizer, learning rate and the step that uses them.  Needs cli.py, metrics.py of `common` and torch."""
+
+import math
+
+import torch
+from torch import nn
+
+from common import metrics
+from common.cli import UserError
+
+CHECK_EVERY = 50  # steps between looks at the device for a loss that is not finite
+
+
+class NonFiniteLoss(Exception):
+    exit_code = 1
+
+
+
+def make_optimizer(name, modules, lr, weight_decay=None, momentum=0.9, nesterov=False, projectors=None, projector_decay=0.0):
+    """Optimizer over the modules' parameters, no decay on norms, biases, class tokens and positions.
+
+    lr: None is 0.05 for sgd, 0.001 for adam and adamw; weight_decay: None is 5e-4 for sgd, 0.05 for adamw, 0 for adam;
+    projectors: a module with a decay of its own.
+    """
+    if lr is None:
+        lr = 0.05 if name == "sgd" else 1e-3
+    if weight_decay is None:
+        weight_decay = {"sgd": 5e-4, "adamw": 0.05, "adam": 0.0}[name]
+    decayed, free = [], []
+    for module in modules:
+        skip = set()
+        for prefix, child in module.named_modules():
+            if hasattr(child, "no_weight_decay"):
+                skip |= {f"{prefix}.{n}" if prefix else n for n in child.no_weight_decay()}
+        for n, p in module.named_parameters():
+            if p.requires_grad:
+                (free if p.ndim <= 1 or n in skip else decayed).append(p)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
+    if projectors is not None:
+        own = list(projectors.parameters())
+        groups.append({"params": [p for p in own if p.ndim > 1], "weight_decay": projector_decay})
+        groups.append({"params": [p for p in own if p.ndim <= 1], "weight_decay": 0.0})
+    groups = [g for g in groups if g["params"]]
+    fused = groups[0]["params"][0].device.type in ("cuda", "cpu")
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov, fused=fused)
+    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[name](groups, lr=lr, fused=fused)
+
+
+class Schedule:
+    """Learning rate by step: linear warm-up, then cosine to 0, multistep, plateau or constant."""
+
+    def __init__(self, kind, peak, epochs, steps_per_epoch, warmup_epochs=0.0, milestones=None, gamma=0.1, patience=5):
+        if warmup_epochs > epochs:
+            raise UserError(f"--warmup-epochs {warmup_epochs} is longer than --epochs {epochs}")
+        if milestones and kind != "multistep":
+            raise UserError(f"--milestones and --schedule {kind} contradict each other")
+        if kind == "multistep" and not milestones:
+            raise UserError("--schedule multistep needs --milestones EPOCH ...")
+        self.kind, self.peak, self.gamma, self.patience = kind, peak, gamma, patience
+        self.total, self.warmup = epochs * steps_per_epoch, warmup_epochs * steps_per_epoch
+        self.milestones = [m * steps_per_epoch for m in milestones or []]
+        self.factor, self.best, self.waited = 1.0, None, 0  # of plateau
+
+    def __call__(self, step):
+        """The rate of step number `step`, from 0."""
+        if step < self.warmup:
+            return self.peak * (step + 1) / (self.warmup + 1)
+        if self.kind == "cosine":
+            return self.peak * 0.5 * (1 + math.cos(math.pi * (step - self.warmup) / max(1, self.total - self.warmup)))
+        if self.kind == "multistep":
+            return self.peak * self.gamma ** sum(step >= m for m in self.milestones)
+        return self.peak * self.factor
+
+    def end_epoch(self, metric, value):
+        """plateau: lower the rate after `patience` epochs without gain."""
+        if metrics.better(metric, value, self.best):
+            self.best, self.waited = value, 0
+        else:
+            self.waited += 1
+            if self.kind == "plateau" and self.waited >= self.patience:
+                self.factor, self.waited = self.factor * self.gamma, 0
+
+    def state_dict(self):
+        return {"factor": self.factor, "best": self.best, "waited": self.waited}
+
+    def load_state_dict(self, state):
+        self.factor, self.best, self.waited = state["factor"], state["best"], state["waited"]
+
+
+class Updater:
+    """One optimizer step: rate, backward, clipping, step, average of the weights, and an eye on the loss.
+
+    The number of the first step whose loss was not finite stays on the device and is read every 50 steps and before
+    anything is saved, so that no step waits for the device.
+    """
+
+    def __init__(self, model, optimizer, schedule, precision, clip_grad=0.0, ema=0.0):
+        self.model, self.optimizer, self.schedule, self.precision = model, optimizer, schedule, precision
+        self.clip_grad, self.steps, self.lr = clip_grad, 0, schedule(0)
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.first_bad = torch.full((), 2**31 - 1, dtype=torch.int32, device=self.parameters[0].device)
+        self.average = None
+        if ema:
+            from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+            self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema))
+
+    @property
+    def evaluated_model(self):
+        """The weights that are judged and kept: the average where there is one."""
+        return self.model if self.average is None else self.average.module
+
+    def __call__(self, loss):
+        self.lr = self.schedule(self.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr
+        step = torch.where(torch.isfinite(loss.detach()), 2**31 - 1, self.steps + 1)
+        self.first_bad = torch.minimum(self.first_bad, step.to(torch.int32))
+        scaler = self.precision.scaler
+        scaler.scale(loss).backward()
+        if self.clip_grad:
+            scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.parameters, self.clip_grad)
+        scaler.step(self.optimizer)
+        scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.update_parameters(self.model)
+        self.steps += 1
+        if self.steps % CHECK_EVERY == 0:
+            self.check_finite()
+
+    def check_finite(self):
+        first = self.first_bad.item()
+        if first < 2**31 - 1:
+            lr = self.schedule(first - 1)
+            raise NonFiniteLoss(f"the loss of step {first} is not finite (learning rate {lr:.3g}): lower --lr, or use --warmup-epochs, --clip-grad or --amp off")
+
+    def state_dict(self):
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "scaler": self.precision.scaler.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
+            "steps": self.steps,
+        }
+
+    def load_state_dict(self, state):
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        if state["scaler"]:
+            self.precision.scaler.load_state_dict(state["scaler"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        self.steps = state["steps"]
+
+

@@ -1,0 +1,214 @@
+"""Train the small model, taught by a large one.
+
+    python distill.py                                         # teacher: runs/teacher/best.pth
+    python distill.py --teacher-checkpoint runs/teacher/best.pth --method feature --teacher-layer layer3 \\
+        --student-layer layer3
+    python distill.py --teacher-model timm:resnet50 --teacher-weights FILE --dataset imagefolder --data-root DIR
+    python distill.py --resume runs/distill
+
+The teacher is frozen and judged on val before training.  Writes the run folder as train_student.py does.
+Needs all files of common, and torch, timm, numpy, pillow, scikit-learn, tqdm.
+"""
+
+import os
+
+import torch
+
+from common import cli
+from common.augment import Augmenter
+from common.data import DATASETS, TASK, load_splits
+from common.evaluation import is_chance_level, live_teacher, predict, write_results
+from common.loader import Loader, save_sample_grid
+from common.losses import FEATURE_LOSSES, METHODS, DistillationLoss, method_weights
+from common.metrics import classification, fidelity
+from common.models import build_model
+from common.optimizer import Schedule, Updater, make_optimizer
+from common.training import (
+    Interrupts, Precision, Preprocess, Recorder, device_name, file_sha256, load_checkpoint, load_model, select_device,
+    start_weights, use_compile,
+)  # fmt: skip
+
+DEFAULT_TEACHER = "runs/teacher/best.pth"
+
+
+def parse(argv):
+    parser = cli.Parser(__doc__)
+    cli.add_run_flags(parser, output="runs/distill")
+    cli.add_data_flags(parser, dataset=None)
+    cli.add_augment_flags(parser)
+    cli.add_model_flags(parser, model="resnet8")
+    cli.add_training_flags(parser, epochs=20)
+    g = parser.add_argument_group("teacher")
+    g.add_argument("--teacher-checkpoint", metavar="FILE", help=f"a checkpoint of these scripts ({DEFAULT_TEACHER})")
+    g.add_argument("--teacher-model", metavar="NAME", help="a model by name, as --model, with --teacher-pretrained or --teacher-weights")
+    g.add_argument("--teacher-pretrained", action="store_true", help="the hub's weights for --teacher-model")
+    g.add_argument("--teacher-weights", metavar="FILE", help="a foreign state dict for --teacher-model, strictly")
+    g.add_argument("--teacher-resolution", type=cli.POSITIVE, help="the teacher's input side in pixels; by default the one it was trained at")
+    g.add_argument("--allow-weak-teacher", action="store_true", help="go on with a teacher that is no better than chance on val")
+    g = parser.add_argument_group("distillation")
+    g.add_argument("--method", default="response", choices=list(METHODS), help="published combination; sets the weights below")
+    g.add_argument("--alpha", type=float, help="alpha * cross-entropy + (1 - alpha) * T^2 * KL (0.5)")
+    g.add_argument("--temperature", type=float, default=4.0, help="T of the KL")
+    g.add_argument("--ce-weight", type=float, help="of the cross-entropy; by default the method's")
+    g.add_argument("--kl-weight", type=float, help="of T^2 * KL(teacher || student); by default the method's")
+    g.add_argument("--feature-weight", type=float, help="of the feature loss; by default the method's")
+    g.add_argument("--feature-loss", default="mse", choices=FEATURE_LOSSES, help="on projected and pooled maps")
+    g.add_argument("--student-layer", nargs="+", default=[], metavar="PATH", help="module paths of the student's features, as layer3 or blocks.5")
+    g.add_argument("--teacher-layer", nargs="+", default=[], metavar="PATH", help="module paths of the teacher's features, paired in order")
+    g.add_argument("--projector-weight-decay", type=cli.AMOUNT, default=0.0, help="of the projectors' matrices")
+    return cli.parse_flags(parser, argv)
+
+
+def teacher_checkpoint(args):
+    """(path, checkpoint) of the teacher, or (None, None) where it is a --teacher-model."""
+    if args.teacher_model:
+        if args.teacher_checkpoint:
+            raise cli.UserError("--teacher-model and --teacher-checkpoint contradict each other: give one of them")
+        if not args.teacher_pretrained and not args.teacher_weights:
+            raise cli.UserError("--teacher-model needs --teacher-pretrained or --teacher-weights FILE")
+        return None, None
+    if args.teacher_pretrained or args.teacher_weights:
+        raise cli.UserError("--teacher-pretrained and --teacher-weights need --teacher-model NAME")
+    path = args.teacher_checkpoint or DEFAULT_TEACHER
+    if not args.teacher_checkpoint and not os.path.exists(path):
+        raise cli.UserError(f"no --teacher-checkpoint, and {path} is missing: python train_teacher.py makes it")
+    return path, load_checkpoint(path)
+
+
+def load_teacher(args, path, checkpoint, classes, resolution, mean, std):
+    """(model, Preprocess, dict for results.json); the model on the CPU."""
+    if checkpoint is None:
+        side = args.teacher_resolution or resolution
+        teacher = build_model(args.teacher_model, len(classes), side, pretrained=args.teacher_pretrained)
+        start_weights(teacher, args.teacher_weights)
+        preprocess = Preprocess(side, teacher.mean or mean, teacher.std or std)
+        sha = file_sha256(args.teacher_weights) if args.teacher_weights else None
+    else:
+        if checkpoint["classes"] != classes:
+            raise cli.UserError(f"teacher and data have different classes: {path} knows {len(checkpoint['classes'])} "
+                                f"({', '.join(checkpoint['classes'][:4])}, ...), {args.dataset} has {len(classes)} ({', '.join(classes[:4])}, ...)")  # fmt: skip
+        teacher, preprocess = load_model(checkpoint, resolution=args.teacher_resolution, path=path)
+        sha = file_sha256(path)
+    described = {"name": teacher.name, "family": teacher.family, "parameters": teacher.num_parameters, "checkpoint": path, "sha256": sha}
+    return teacher, preprocess, described
+
+
+def main(args):
+    interrupts = Interrupts()
+    run = cli.RunFolder(args.output, bool(args.resume), args.overwrite)
+    device = select_device(args.device)
+    precision = Precision(args.amp, device)
+    weights = method_weights(
+        args.method, args.alpha, ce=args.ce_weight, kl=args.kl_weight, feature=args.feature_weight
+    )
+    if not weights["feature"] and (args.student_layer or args.teacher_layer):
+        raise cli.UserError(f"--student-layer and --teacher-layer with --method {args.method}: its feature weight is 0")
+
+    # data: the teacher's dataset where none is named
+    teacher_path, checkpoint = teacher_checkpoint(args)
+    if args.dataset is None:
+        args.dataset = checkpoint["flags"]["dataset"] if checkpoint else "digits"
+    if args.data_root is None and checkpoint and args.dataset == checkpoint["flags"]["dataset"]:
+        args.data_root = checkpoint["flags"]["data_root"]
+    _, default_resolution, (mean, std), _ = DATASETS[args.dataset]
+    resolution = args.resolution or default_resolution
+    policy = cli.augment_policy(args)
+    augment = Augmenter(policy, args.seed)
+    splits = load_splits(
+        args.dataset, cli.data_root(args), val_split=args.val_split, split_seed=args.split_seed,
+        limit_train=args.limit_train, download=args.download, on_bad_image=args.on_bad_image,
+        decode_size=args.decode_size, window=args.window,
+    )  # fmt: skip
+    train = Loader(splits.train, args.batch_size, device, True, args.seed, args.cache, args.workers)
+    val = Loader(splits.val, args.batch_size, device, cache=args.cache, workers=args.workers)
+
+    # teacher and student; the student starts from the weights that train_student.py has for this seed
+    teacher, teacher_preprocess, described = load_teacher(
+        args, teacher_path, checkpoint, splits.classes, resolution, mean, std
+    )
+    torch.manual_seed(args.seed)
+    model = build_model(args.model, len(splits.classes), resolution, args.patch_size, args.pretrained)
+    weights_from = start_weights(model, args.weights, args.init_checkpoint)
+    preprocess = Preprocess(resolution, model.mean or mean, model.std or std)
+    if weights["feature"]:
+        model.set_feature_layers(args.student_layer)
+        teacher.set_feature_layers(args.teacher_layer)
+    for module in (teacher, model):
+        module.to(device).to(memory_format=torch.channels_last)
+    targets = live_teacher(teacher, teacher_preprocess, augment, precision)
+
+    # loss: a dry batch makes the projectors before the optimizer sees the parameters
+    criterion = DistillationLoss(weights, args.temperature, args.feature_loss, args.label_smoothing)
+    dry = next(val.batches())
+    with torch.no_grad():
+        criterion.build(model.eval()({"image": preprocess(augment(dry, resolution))}), targets(dry))
+    optimizer = make_optimizer(
+        args.optimizer, [model], args.lr, args.weight_decay, args.momentum, args.nesterov, criterion,
+        args.projector_weight_decay,
+    )  # fmt: skip
+    schedule = Schedule(
+        args.schedule, optimizer.defaults["lr"], args.epochs, len(train), args.warmup_epochs, args.milestones,
+        args.gamma, args.plateau_patience,
+    )  # fmt: skip
+    updater = Updater(model, optimizer, schedule, precision, args.clip_grad, args.ema)
+    if use_compile(args.compile, device):
+        model.compile()
+        teacher.compile()
+
+    # the teacher is judged before it teaches; val images are plain, so its logits there are computed once
+    teacher_logits = {"val": predict(teacher, val, teacher_preprocess, precision, interrupts)}
+    described["val"] = classification(teacher_logits["val"], splits.val.labels)
+    run.log(f"teacher {described['name']}: {described['parameters']:,} parameters, {teacher_preprocess.resolution} px, "
+            f"val accuracy {described['val']['accuracy']:.4f}")  # fmt: skip
+    if is_chance_level(described["val"]["balanced_accuracy"], len(splits.classes), len(splits.val)) and not args.allow_weak_teacher:
+        raise cli.UserError(f"the teacher is no better than chance on val (balanced accuracy {described['val']['balanced_accuracy']:.4f}): "
+                            "wrong checkpoint, classes or preprocessing? --allow-weak-teacher goes on")  # fmt: skip
+
+    # run folder
+    recorder = Recorder(
+        run, updater, interrupts, epochs=args.epochs, metric=args.select_metric, patience=args.patience,
+        save_every=args.save_every, loss=criterion,
+        content={"role": "distill", "classes": splits.classes, "preprocess": preprocess.to_dict(),
+                 "augment": policy.to_dict(), "flags": vars(args), "teacher": described},
+    )  # fmt: skip
+    saved = load_checkpoint(run.path("latest.pth")) if args.resume else {"rows": 0, "log_bytes": 0}
+    if args.resume:
+        recorder.restore(saved)
+    run.open(vars(args), cli.environment(device_name(device)), saved["rows"], saved["log_bytes"])
+    run.log(f"{args.model}: {model.num_parameters:,} parameters, {resolution} px, {device}, {precision.name}")
+    run.log(f"{splits}, {train.cache_kind} cache")
+    run.log(f"{args.method}: " + " + ".join(f"{value:g} * {name}" for name, value in criterion.weights.items()))
+    if weights_from:
+        run.log(weights_from)
+    if args.save_samples:
+        batch = next(train.batches(1))
+        save_sample_grid(args.save_samples, [augment(batch, teacher_preprocess.resolution), augment(batch, resolution)])
+
+    with recorder.saving_when_interrupted():
+        for _ in recorder.epochs():
+            model.train()
+            for batch in recorder.batches(train):
+                taught = targets(batch)  # {"logits": (B, C), ...}, from the same views at the teacher's resolution
+                images = preprocess(augment(batch, resolution))  # (B, 3, R, R)
+                labels = batch["targets"][TASK]  # (B,)
+                with precision.autocast():
+                    out = model({"image": images})
+                loss = criterion(out, taught, labels)
+                updater(loss)
+                right = (out["logits"].argmax(1) == labels).float().mean()
+                recorder.meter.add(loss=loss, accuracy=right, **criterion.terms)
+            logits = predict(updater.evaluated_model, val, preprocess, precision, interrupts)  # (N, C)
+            values = classification(logits, splits.val.labels)
+            values.update(fidelity(logits, teacher_logits["val"], splits.val.labels))
+            recorder.end_epoch(values)
+
+        test = Loader(splits.test, args.batch_size, device, cache=args.cache, workers=args.workers)
+        teacher_logits["test"] = predict(teacher, test, teacher_preprocess, precision, interrupts)
+        write_results(
+            run, splits, {"val": val, "test": test}, recorder, preprocess, precision, script="distill.py",
+            method=args.method, teacher=described, teacher_logits=teacher_logits,
+        )  # fmt: skip
+
+
+if __name__ == "__main__":
+    cli.run_script(main, parse)

@@ -1,0 +1,111 @@
+"""Train the large model, which will teach.
+
+    python train_teacher.py
+    python train_teacher.py --dataset cifar10 --data-root data --download --epochs 300 --batch-size 128 --lr 0.1 \\
+        --schedule multistep --milestones 150 225 275
+    python train_teacher.py --resume runs/teacher
+
+Writes the run folder: best.pth, latest.pth, metrics.csv, metrics.json, results.json, predictions, confusion matrices.
+Needs all files of common but losses.DistillationLoss, and torch, timm, numpy, pillow, scikit-learn, tqdm.
+"""
+
+import torch
+
+from common import cli
+from common.augment import Augmenter
+from common.data import DATASETS, TASK, load_splits
+from common.evaluation import predict, write_results
+from common.loader import Loader, save_sample_grid
+from common.losses import cross_entropy
+from common.metrics import classification
+from common.models import build_model
+from common.optimizer import Schedule, Updater, make_optimizer
+from common.training import (
+    Interrupts, Precision, Preprocess, Recorder, device_name, load_checkpoint, select_device, start_weights, use_compile,
+)  # fmt: skip
+
+
+def parse(argv):
+    parser = cli.Parser(__doc__)
+    cli.add_run_flags(parser, output="runs/teacher")
+    cli.add_data_flags(parser)
+    cli.add_augment_flags(parser)
+    cli.add_model_flags(parser, model="resnet18")
+    cli.add_training_flags(parser, epochs=20)
+    return cli.parse_flags(parser, argv)
+
+
+def main(args):
+    interrupts = Interrupts()
+    run = cli.RunFolder(args.output, bool(args.resume), args.overwrite)
+    device = select_device(args.device)
+    precision = Precision(args.amp, device)
+
+    # data
+    _, default_resolution, (mean, std), _ = DATASETS[args.dataset]
+    resolution = args.resolution or default_resolution
+    policy = cli.augment_policy(args)
+    augment = Augmenter(policy, args.seed)
+    splits = load_splits(
+        args.dataset, cli.data_root(args), val_split=args.val_split, split_seed=args.split_seed,
+        limit_train=args.limit_train, download=args.download, on_bad_image=args.on_bad_image,
+        decode_size=args.decode_size, window=args.window,
+    )  # fmt: skip
+    train = Loader(splits.train, args.batch_size, device, True, args.seed, args.cache, args.workers)
+    val = Loader(splits.val, args.batch_size, device, cache=args.cache, workers=args.workers)
+
+    # model, optimizer
+    torch.manual_seed(args.seed)
+    model = build_model(args.model, len(splits.classes), resolution, args.patch_size, args.pretrained)
+    weights_from = start_weights(model, args.weights, args.init_checkpoint)
+    preprocess = Preprocess(resolution, model.mean or mean, model.std or std)
+    model.to(device).to(memory_format=torch.channels_last)
+    optimizer = make_optimizer(
+        args.optimizer, [model], args.lr, args.weight_decay, args.momentum, args.nesterov
+    )
+    schedule = Schedule(
+        args.schedule, optimizer.defaults["lr"], args.epochs, len(train), args.warmup_epochs, args.milestones,
+        args.gamma, args.plateau_patience,
+    )  # fmt: skip
+    updater = Updater(model, optimizer, schedule, precision, args.clip_grad, args.ema)
+    if use_compile(args.compile, device):
+        model.compile()
+
+    # run folder
+    recorder = Recorder(
+        run, updater, interrupts, epochs=args.epochs, metric=args.select_metric, patience=args.patience,
+        save_every=args.save_every,
+        content={"role": "teacher", "classes": splits.classes, "preprocess": preprocess.to_dict(),
+                 "augment": policy.to_dict(), "flags": vars(args)},
+    )  # fmt: skip
+    saved = load_checkpoint(run.path("latest.pth")) if args.resume else {"rows": 0, "log_bytes": 0}
+    if args.resume:
+        recorder.restore(saved)
+    run.open(vars(args), cli.environment(device_name(device)), saved["rows"], saved["log_bytes"])
+    run.log(f"{args.model}: {model.num_parameters:,} parameters, {resolution} px, {device}, {precision.name}")
+    run.log(f"{splits}, {train.cache_kind} cache")
+    if weights_from:
+        run.log(weights_from)
+    if args.save_samples:
+        save_sample_grid(args.save_samples, [augment(next(train.batches(1)), resolution)])
+
+    with recorder.saving_when_interrupted():
+        for _ in recorder.epochs():
+            model.train()
+            for batch in recorder.batches(train):
+                images = preprocess(augment(batch, resolution))  # (B, 3, R, R)
+                labels = batch["targets"][TASK]  # (B,)
+                with precision.autocast():
+                    logits = model({"image": images})["logits"]  # (B, C)
+                    loss = cross_entropy(logits, labels, args.label_smoothing)
+                updater(loss)
+                recorder.meter.add(loss=loss, accuracy=(logits.argmax(1) == labels).float().mean())
+            logits = predict(updater.evaluated_model, val, preprocess, precision, interrupts)  # (N, C)
+            recorder.end_epoch(classification(logits, splits.val.labels))
+
+        test = Loader(splits.test, args.batch_size, device, cache=args.cache, workers=args.workers)
+        write_results(run, splits, {"val": val, "test": test}, recorder, preprocess, precision, script="train_teacher.py")
+
+
+if __name__ == "__main__":
+    cli.run_script(main, parse)
