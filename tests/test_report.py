@@ -1,0 +1,358 @@
+"""report.py on run folders with known numbers, run as a user would run it."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+REPO = Path(__file__).resolve().parents[1]
+CLASSES = ["cat", "dog", "a class with a rather long name"]
+
+
+def sha(text):
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def write_run(folder, role, accuracy, *, seed=0, model="resnet8", family="cnn", method=None, teacher=None, dataset="toy", test_set="test",
+              train_set="train", classes=CLASSES, resolution=32, flags=None, figures=False, **more):  # fmt: skip
+    """A run folder as the scripts write it; returns the SHA-256 that stands for its checkpoint."""
+    folder.mkdir(parents=True)
+    results = {
+        "role": role, "script": f"{role}.py", "method": method,
+        "flags": {"seed": seed, "epochs": 10, "lr": 0.1, "output": str(folder), "device": "cpu", **(flags or {})}, "environment": {},
+        "dataset": {"name": dataset, "domain": "natural", "classes": classes, "sizes": {"train": 90, "val": 10, "test": 30},
+                    "sha256": {"train": sha(dataset + train_set), "val": sha("val"), "test": sha(dataset + test_set)}},
+        "model": {"name": model, "family": family, "parameters": 1000, "resolution": resolution},
+        "teacher": teacher and {"name": "resnet18", "family": "cnn", "checkpoint": "somewhere/best.pth", "sha256": teacher},
+        "checkpoint": "best.pth", "checkpoint_sha256": sha(str(folder)), "select_metric": "accuracy", "best_epoch": 2, "last_epoch": 3,
+        "stopped_early": False, "val": {"accuracy": 0.5}, "test": {"accuracy": accuracy, "macro_f1": accuracy - 0.1, "loss": 1.5},
+        "final_val": {"accuracy": 0.5}, "final_test": {"accuracy": accuracy - 0.01}, "throughput": 100.0, "peak_memory_mb": None,
+        "wall_time_s": 1.0, **more,
+    }  # fmt: skip
+    (folder / "results.json").write_text(json.dumps(results))
+    (folder / "config.json").write_text(json.dumps({"flags": results["flags"], "environment": {}}))
+    rows = [{"epoch": epoch, "train_loss": 1 / epoch, "val_accuracy": accuracy - 0.1 / epoch} for epoch in (1, 2, 3)]
+    (folder / "metrics.json").write_text(json.dumps(rows))
+    if figures:
+        np.save(folder / "confusion_test_label.npy", np.array([[8, 1, 1], [2, 7, 1], [0, 0, 10]]))
+    return results["checkpoint_sha256"]
+
+
+def run_report(cwd, *args, script=REPO / "report.py"):
+    return subprocess.run([sys.executable, str(script), *map(str, args)], cwd=cwd, capture_output=True, text=True)
+
+
+def report_of(cwd, *args, **where):
+    done = run_report(cwd, *args, **where)
+    assert done.returncode == 0, done.stderr
+    return json.loads((cwd / "report" / "report.json").read_text()), done
+
+
+def only(items):
+    assert len(items) == 1, items
+    return items[0]
+
+
+def matching(sentences, *words):
+    return [sentence for sentence in sentences if all(word in sentence for word in words)]
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """Three seeds of a CNN, one of a ViT on another dataset, a teacher alone, a run that is not finished."""
+    cwd = tmp_path_factory.mktemp("study")
+    runs = cwd / "runs"
+    cnn = write_run(runs / "teacher", "teacher", 0.95, model="resnet18", figures=True)
+    for seed, without, with_kd in ((0, 0.80, 0.85), (1, 0.82, 0.86), (2, 0.84, 0.90)):
+        write_run(runs / f"student_{seed}", "student", without, seed=seed, figures=True)
+        write_run(runs / f"distill_{seed}", "distill", with_kd, seed=seed, method="response", teacher=cnn, figures=True,
+                  flags={"temperature": 4.0, "teacher_checkpoint": f"node{seed}/best.pth", "workers": seed})  # fmt: skip
+    vit = write_run(runs / "vit" / "teacher", "teacher", 0.9, model="vit_tiny", family="vit", dataset="skin")
+    write_run(runs / "vit" / "student", "student", 0.7, model="vit_6_192", family="vit", dataset="skin")
+    write_run(runs / "vit" / "distill", "distill", 0.75, model="vit_6_192", family="vit", dataset="skin", method="feature", teacher=vit)
+    write_run(runs / "alone", "teacher", 0.6, model="resnet50", dataset="other")
+    (runs / "unfinished").mkdir()
+    (runs / "unfinished" / "config.json").write_text(json.dumps({"flags": {"seed": 0}, "environment": {}}))
+    (runs / "hub").mkdir()
+    (runs / "hub" / "config.json").write_text(json.dumps({"hidden_size": 192}))
+    report, done = report_of(cwd, "runs")
+    return cwd, report, done
+
+
+def test_statistics_over_seeds(study):
+    group = only([group for group in study[1]["groups"] if group["dataset"] == "toy"])
+    assert {key: group[key] for key in ("domain", "teacher", "student", "family", "method")} == {
+        "domain": "natural", "teacher": "resnet18", "student": "resnet8", "family": "cnn", "method": "response"}  # fmt: skip
+    teacher, without, with_kd = (group[name] for name in ("teacher_accuracy", "student_accuracy_without_kd", "student_accuracy_with_kd"))
+    assert (teacher["mean"], teacher["std"], teacher["n"]) == (0.95, None, 1)
+    assert (without["n"], without["seeds"], with_kd["seeds"]) == (3, [0, 1, 2], [0, 1, 2])
+    assert without["mean"] == pytest.approx(0.82) and without["std"] == pytest.approx(0.02)  # (0.02² + 0 + 0.02²) / 2 = 0.02²
+    assert with_kd["mean"] == pytest.approx(0.87) and with_kd["std"] == pytest.approx(0.0007**0.5)  # (4 + 1 + 9)e-4 / 2
+    assert group["gain"] == pytest.approx(0.05) and group["gain_std"] == pytest.approx(0.01)  # of 0.05, 0.04, 0.06
+    assert group["gain_paired"]["seeds"] == [0, 1, 2]
+    assert group["runs"] == {"teacher": "runs/teacher", "students": [f"runs/student_{seed}" for seed in range(3)],
+                             "distilled": [f"runs/distill_{seed}" for seed in range(3)]}  # fmt: skip
+    assert group["notes"] == []
+
+
+def test_one_seed_has_no_deviation(study):
+    group = only([group for group in study[1]["groups"] if group["dataset"] == "skin"])
+    assert group["student_accuracy_with_kd"] == {"mean": 0.75, "std": None, "n": 1, "seeds": [0]}
+    assert group["gain"] == pytest.approx(0.05) and group["gain_std"] is None
+
+
+def test_entries_of_the_families(study):
+    keys = ("teacher_accuracy", "student_accuracy_without_kd", "student_accuracy_with_kd")
+    assert study[1]["cnn"] == {key: pytest.approx(value) for key, value in zip(keys, (0.95, 0.82, 0.87))}
+    assert study[1]["vit"] == {key: pytest.approx(value) for key, value in zip(keys, (0.9, 0.7, 0.75))}
+
+
+def test_every_run_is_listed_and_the_unfinished_named(study):
+    _, report, done = study
+    assert len(report["runs"]) == 11 and "runs/alone" in [run["run"] for run in report["runs"]]
+    assert "runs/unfinished" in only(report["missing"])  # neither runs/hub, whose config.json is another tool's
+    assert "missing: runs/unfinished" in done.stdout
+
+
+def test_table_and_last_line(study):
+    cwd, _, done = study
+    lines = done.stdout.splitlines()
+    row = [text.strip() for text in only(matching(lines, "| toy", "response")).strip("|").split("|")]
+    assert row == ["toy", "resnet18", "resnet8", "response", "95.00", "82.00 ± 2.00", "87.00 ± 2.65", "+5.00 ± 1.00", "3"]
+    assert lines[-1] == "report: report/report.md"
+    assert "87.00 ± 2.65" in (cwd / "report" / "report.md").read_text()
+
+
+def test_figures(study):
+    cwd, report, _ = study
+    text = (cwd / "report" / "report.md").read_text()
+    for name in report["figures"]:
+        with Image.open(cwd / "report" / name) as image:
+            assert image.format == "PNG" and 400 < image.width < 2000 and 300 < image.height < 2000
+            assert len(np.unique(np.asarray(image.convert("L")))) > 20  # something is drawn
+        assert f"({name})" in text
+    names = list(report["figures"])
+    assert "accuracy.png" in names
+    assert len(matching(names, "curves-")) == 3  # two groups, and the run that is in none
+    assert len(matching(names, "confusion-")) == 3  # teacher, first baseline and first distilled; the others saved none
+    assert {path.name for path in (cwd / "report").iterdir()} == {*names, "report.json", "report.md"}
+
+
+def test_runs_named_twice_count_once_and_output_is_rewritten(study, tmp_path):
+    cwd, report, _ = study
+    shutil.copytree(cwd / "runs", tmp_path / "runs")
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "report.json").write_text("old")
+    (tmp_path / "report" / "mine.txt").write_text("mine")
+    again, _ = report_of(tmp_path, "runs", "runs/student_0", tmp_path / "runs" / "vit")
+    assert again["groups"] == report["groups"]
+    assert (tmp_path / "report" / "mine.txt").read_text() == "mine"
+
+
+def test_other_metric(tmp_path):
+    teacher = write_run(tmp_path / "runs/t", "teacher", 0.9)
+    write_run(tmp_path / "runs/s", "student", 0.6)
+    figures = {"accuracy": 0.7, "loss": 1.25, "macro_f1": 0.66}
+    write_run(tmp_path / "runs/d", "distill", 0.7, method="response", teacher=teacher, test=figures)
+    report, _ = report_of(tmp_path, "runs", "--metric", "macro_f1")
+    part = only(report["groups"])["macro_f1"]
+    assert part["teacher_macro_f1"]["mean"] == pytest.approx(0.8)
+    assert part["gain"] == pytest.approx(0.66 - 0.5)
+    assert report["cnn"]["student_accuracy_with_kd"] == 0.7 and "macro_f1.png" in report["figures"]
+    _, done = report_of(tmp_path, "runs", "--metric", "loss")
+    assert "| -0.2500 " in done.stdout  # 1.25 - 1.5, no percentage
+
+
+def test_method_and_dataset_pick_the_entry(tmp_path):
+    teacher = write_run(tmp_path / "runs/t", "teacher", 0.9)
+    write_run(tmp_path / "runs/s", "student", 0.6)
+    write_run(tmp_path / "runs/r", "distill", 0.7, method="response", teacher=teacher)
+    write_run(tmp_path / "runs/f", "distill", 0.8, method="feature", teacher=teacher)
+    write_run(tmp_path / "runs/o", "distill", 0.5, method="feature", teacher=teacher, dataset="other")
+    report, _ = report_of(tmp_path, "runs")
+    assert report["cnn"] is None and matching(report["notes"], "cnn is empty, 3 groups")
+    report, _ = report_of(tmp_path, "runs", "--method", "feature", "--dataset", "toy")
+    assert report["cnn"]["student_accuracy_with_kd"] == 0.8 and report["vit"] is None
+    report, _ = report_of(tmp_path, "runs", "--method", "response")
+    assert report["cnn"]["student_accuracy_with_kd"] == 0.7
+    report, done = report_of(tmp_path, "runs", "--method", "respones")
+    assert report["cnn"] is None and "missing: no group has the method respones" in done.stdout
+
+
+def test_what_differs_is_never_averaged(tmp_path):
+    teacher = write_run(tmp_path / "runs/t", "teacher", 0.9)
+    write_run(tmp_path / "runs/s", "student", 0.6)
+    variants = {"test_set": "another", "train_set": "another", "classes": CLASSES[::-1], "resolution": 64, "teacher": sha("another"),
+                "flags": {"temperature": 2.0}, "method": "feature", "model": "resnet20"}  # fmt: skip
+    same = {"teacher": teacher, "method": "response", "flags": {"temperature": 4.0}}
+    for seed, (key, value) in enumerate({"none": None, **variants}.items()):
+        changed = {} if key == "none" else {key: value}
+        write_run(tmp_path / "runs" / f"d_{key}", "distill", 0.7, seed=seed, **{**same, **changed})
+    report, _ = report_of(tmp_path, "runs")
+    groups = {Path(only(group["runs"]["distilled"])).name[2:]: group for group in report["groups"]}
+    assert set(groups) == {"none", *variants}
+    no_baseline = {key for key, group in groups.items() if group["student_accuracy_without_kd"]["mean"] is None}
+    assert no_baseline == {"test_set", "train_set", "classes", "resolution", "model"}
+    no_teacher = {key for key, group in groups.items() if group["teacher_accuracy"]["mean"] is None}
+    assert no_teacher == {"test_set", "classes", "teacher"}
+    assert groups["test_set"]["gain"] is None and groups["test_set"]["gain_std"] is None
+    assert "--temperature 2.0" in groups["flags"]["variant"]
+    assert "trained on other data" in only(groups["train_set"]["notes"])
+    assert matching(report["missing"], "no baseline", "runs/d_test_set", "other test set", "runs/s")
+    assert matching(report["missing"], "teacher run runs/t was tested on other images", "runs/d_test_set")
+    assert matching(report["missing"], "teacher run of resnet18", sha("another")[:12], "runs/d_teacher")
+
+
+def test_the_same_seed_twice_keeps_the_newest(tmp_path):
+    teacher = write_run(tmp_path / "runs/t", "teacher", 0.9)
+    for age, name, accuracy in ((300, "old", 0.5), (100, "new", 0.7), (200, "middle", 0.6)):
+        write_run(tmp_path / "runs" / f"s_{name}", "student", accuracy, seed=4)
+        write_run(tmp_path / "runs" / f"d_{name}", "distill", accuracy + 0.1, seed=4, method="response", teacher=teacher)
+        for kind in "sd":
+            file = tmp_path / "runs" / f"{kind}_{name}" / "results.json"
+            os.utime(file, (file.stat().st_mtime - age,) * 2)
+    report, _ = report_of(tmp_path, "runs")
+    group = only(report["groups"])
+    assert group["student_accuracy_without_kd"] == {"mean": 0.7, "std": None, "n": 1, "seeds": [4]}
+    assert group["student_accuracy_with_kd"]["mean"] == pytest.approx(0.8) and group["runs"]["distilled"] == ["runs/d_new"]
+    assert matching(group["notes"], "seed 4", "runs/s_new is the newest", "left out: runs/s_old, runs/s_middle")
+    assert matching(group["notes"], "seed 4", "runs/d_new is the newest", "left out: runs/d_old, runs/d_middle")
+
+
+def test_the_baseline_with_the_same_flags_is_preferred(tmp_path):
+    teacher = write_run(tmp_path / "runs/t", "teacher", 0.9)
+    write_run(tmp_path / "runs/a_short", "student", 0.5, seed=0, flags={"epochs": 5})
+    write_run(tmp_path / "runs/a_short_1", "student", 0.5, seed=1, flags={"epochs": 5})
+    write_run(tmp_path / "runs/b_long", "student", 0.6, seed=0, flags={"epochs": 30})
+    write_run(tmp_path / "runs/d", "distill", 0.7, method="response", teacher=teacher, flags={"epochs": 30, "lr": 0.2})
+    report, _ = report_of(tmp_path, "runs")
+    group = only(report["groups"])
+    assert group["runs"]["students"] == ["runs/b_long"] and group["gain"] == pytest.approx(0.1)
+    assert matching(group["notes"], "left out: runs/a_short, runs/a_short_1", "--epochs 5 (not 30)")
+    assert matching(group["notes"], "the baseline has other flags", "--lr 0.1 (not 0.2)")
+
+
+def test_seeds_that_do_not_match(tmp_path):
+    teacher = write_run(tmp_path / "runs/t", "teacher", 0.9)
+    for seed, accuracy in ((0, 0.5), (1, 0.6)):
+        write_run(tmp_path / f"runs/s{seed}", "student", accuracy, seed=seed)
+    for seed, accuracy in ((1, 0.7), (2, 0.9)):
+        write_run(tmp_path / f"runs/d{seed}", "distill", accuracy, seed=seed, method="response", teacher=teacher)
+    report, _ = report_of(tmp_path, "runs")
+    group = only(report["groups"])
+    assert group["gain"] == pytest.approx(0.8 - 0.55) and group["gain_std"] is None
+    assert group["gain_paired"] == {"mean": pytest.approx(0.1), "seeds": [1]}
+    assert matching(report["missing"], "seeds differ", "[1, 2]", "[0, 1]")
+
+
+def test_a_baseline_without_distillation(tmp_path):
+    write_run(tmp_path / "runs/t", "teacher", 0.9)
+    write_run(tmp_path / "runs/s", "student", 0.6)
+    report, done = report_of(tmp_path, "runs")
+    assert report["cnn"] == {"teacher_accuracy": 0.9, "student_accuracy_without_kd": 0.6, "student_accuracy_with_kd": None}
+    assert only(report["groups"])["gain"] is None and "no distilled student resnet8 on toy" in only(report["missing"])
+    write_run(tmp_path / "runs/t2", "teacher", 0.8)
+    report, done = report_of(tmp_path, "runs")  # which of two teachers it would have is not known
+    assert report["cnn"]["teacher_accuracy"] is None
+
+
+DAMAGE = {
+    "cut short": (lambda text: text[: len(text) // 2], "damaged"),
+    "no JSON object": (lambda text: "[]", "damaged"),
+    "without a key": (lambda text: text.replace('"sha256"', '"md5"'), "lacks 'sha256'"),
+    "NaN": (lambda text: text.replace('"test": {"accuracy": 0.6', '"test": {"accuracy": NaN'), "test accuracy is nan"),
+    "in percent": (lambda text: text.replace('"test": {"accuracy": 0.6', '"test": {"accuracy": 60'), "test accuracy is 60"),
+    "unknown role": (lambda text: text.replace('"role": "student"', '"role": "probe"'), "role is 'probe'"),
+    "seed in words": (lambda text: text.replace('"seed": 0', '"seed": "zero"'), "flags.seed is 'zero'"),
+}
+
+
+def test_damaged_runs_are_named_and_the_others_reported(tmp_path):
+    write_run(tmp_path / "runs/good", "student", 0.6)
+    for index, (damage, _) in enumerate(DAMAGE.values()):
+        file = tmp_path / f"runs/bad{index}" / "results.json"
+        write_run(file.parent, "student", 0.6)
+        assert damage(file.read_text()) != file.read_text()
+        file.write_text(damage(file.read_text()))
+    write_run(tmp_path / "runs/curves", "teacher", 0.9, figures=True)
+    (tmp_path / "runs/curves/metrics.json").write_text("[{")
+    (tmp_path / "runs/curves/confusion_test_label.npy").write_bytes(b"\x93NUMPY")
+    report, _ = report_of(tmp_path, "runs")
+    assert [run["run"] for run in report["runs"]] == ["runs/curves", "runs/good"]
+    for index, (_, words) in enumerate(DAMAGE.values()):
+        assert matching(report["missing"], f"runs/bad{index} is left out", words), (report["missing"], words)
+    assert matching(report["missing"], "runs/curves/metrics.json") and matching(report["missing"], "runs/curves/confusion_test_label.npy")
+
+
+def refused(done, *words):
+    assert done.returncode == 2, done.stdout + done.stderr
+    line = only(done.stderr.splitlines())
+    assert line.startswith("error: ") and all(word in line for word in words), line
+
+
+def test_bad_input(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "unfinished").mkdir()
+    (tmp_path / "unfinished/config.json").write_text(json.dumps({"flags": {}}))
+    write_run(tmp_path / "damaged", "student", 0.6)
+    (tmp_path / "damaged/results.json").write_text("{")
+    write_run(tmp_path / "good", "student", 0.6)
+    (tmp_path / "file").write_text("mine")
+    refused(run_report(tmp_path, "nowhere"), "nowhere is no folder")
+    refused(run_report(tmp_path, "empty"), "no run in empty", "distill.py")
+    refused(run_report(tmp_path, "unfinished"), "no finished run", "unfinished is unfinished")
+    refused(run_report(tmp_path, "damaged"), "no finished run", "damaged is left out")
+    refused(run_report(tmp_path, "good", "--metric", "acuracy"), "--metric acuracy", "accuracy, loss, macro_f1")
+    refused(run_report(tmp_path, "good", "--output", "file"), "--output file is a file")
+    refused(run_report(tmp_path, "good", "--output", "file/report"), "file")
+    refused(run_report(tmp_path, "good", "--batch-size", "0"), "batch-size")
+    refused(run_report(tmp_path), "RUNS")
+    assert (tmp_path / "file").read_text() == "mine" and not (tmp_path / "report").exists()
+
+
+def test_output_that_cannot_be_written(tmp_path):
+    write_run(tmp_path / "good", "student", 0.6)
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "report.json").mkdir()  # as good as a read-only disk, which root would not notice
+    refused(run_report(tmp_path, "good"), "report.json")
+    assert not list((tmp_path / "report").glob(".*"))  # no half file is left
+
+
+STUB = '''
+import json
+class Refused(Exception):
+    exit_code = 2
+def evaluate_checkpoint(path, split="test", device="auto", batch_size=128, data_root=None):
+    if not path.exists():
+        raise Refused(f"{path} does not exist")
+    assert (split, device, batch_size) == ("test", "cpu", 7)
+    return json.loads(path.read_text())
+'''
+
+
+def test_reevaluate(tmp_path):
+    """The evaluation itself is replaced by one that reads its figures from the checkpoint."""
+    shutil.copytree(REPO / "common", tmp_path / "common")
+    shutil.copy(REPO / "report.py", tmp_path)
+    (tmp_path / "common" / "evaluation.py").write_text(STUB)
+    teacher = write_run(tmp_path / "runs/t", "teacher", 0.9)
+    write_run(tmp_path / "runs/s", "student", 0.6)
+    write_run(tmp_path / "runs/d", "distill", 0.7, method="response", teacher=teacher)
+    flags = ("runs", "--reevaluate", "--device", "cpu", "--batch-size", "7")
+    refused(run_report(tmp_path, *flags, script=tmp_path / "report.py"), "--reevaluate could evaluate no checkpoint")
+    (tmp_path / "runs/s/best.pth").write_text('{"accuracy": 0.60005, "macro_f1": 0.1}')
+    (tmp_path / "runs/d/best.pth").write_text('{"accuracy": 0.75}')
+    report, done = report_of(tmp_path, *flags, script=tmp_path / "report.py")
+    assert report["cnn"] == {"teacher_accuracy": 0.9, "student_accuracy_without_kd": 0.60005, "student_accuracy_with_kd": 0.75}
+    run = only([run for run in report["runs"] if run["run"] == "runs/d"])
+    assert run["recorded_test"]["accuracy"] == 0.7 and run["recomputed_test"] == {"accuracy": 0.75} and run["test"]["accuracy"] == 0.75
+    warnings = done.stderr.splitlines()
+    assert len(warnings) == 2 and all(line.startswith("warning: ") for line in warnings)
+    assert matching(warnings, "runs/d", "0.7,", "0.75") and matching(warnings, "runs/t", "not evaluated again")
