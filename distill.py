@@ -7,7 +7,9 @@
     python distill.py --resume runs/distill
 
 The teacher is frozen and judged on val before training.  Writes the run folder as train_student.py does.
-Needs all files of common, and torch, timm, numpy, pillow, scikit-learn, tqdm.
+Needs from common: augment.py, cli.py, data.py, evaluation.py, loader.py, losses.py, metrics.py, models.py, optimizer.py,
+training.py.
+Packages: torch, timm, numpy, pillow, scikit-learn, tqdm (torchvision for CIFAR, transformers for hf: names).
 """
 
 import os
@@ -37,7 +39,7 @@ def parse(argv):
     cli.add_data_flags(parser, dataset=None)
     cli.add_augment_flags(parser)
     cli.add_model_flags(parser, model="resnet8")
-    cli.add_training_flags(parser, epochs=20)
+    cli.add_training_flags(parser, epochs=30)
     g = parser.add_argument_group("teacher")
     g.add_argument("--teacher-checkpoint", metavar="FILE", help=f"a checkpoint of these scripts ({DEFAULT_TEACHER})")
     g.add_argument("--teacher-model", metavar="NAME", help="a model by name, as --model, with --teacher-pretrained or --teacher-weights")
@@ -75,13 +77,13 @@ def teacher_checkpoint(args):
     return path, load_checkpoint(path)
 
 
-def load_teacher(args, path, checkpoint, classes, resolution, mean, std):
+def load_teacher(args, path, checkpoint, classes, resolution, info):
     """(model, Preprocess, dict for results.json); the model on the CPU."""
     if checkpoint is None:
         side = args.teacher_resolution or resolution
         teacher = build_model(args.teacher_model, len(classes), side, pretrained=args.teacher_pretrained)
         start_weights(teacher, args.teacher_weights)
-        preprocess = Preprocess(side, teacher.mean or mean, teacher.std or std)
+        preprocess = Preprocess(side, teacher.mean or info.mean, teacher.std or info.std)
         sha = file_sha256(args.teacher_weights) if args.teacher_weights else None
     else:
         if checkpoint["classes"] != classes:
@@ -110,13 +112,15 @@ def main(args):
         args.dataset = checkpoint["flags"]["dataset"] if checkpoint else "digits"
     if args.data_root is None and checkpoint and args.dataset == checkpoint["flags"]["dataset"]:
         args.data_root = checkpoint["flags"]["data_root"]
-    _, default_resolution, (mean, std), _ = DATASETS[args.dataset]
-    resolution = args.resolution or default_resolution
+    info = DATASETS[args.dataset]
+    resolution = args.resolution or info.resolution
+    if args.limit_train is None:
+        args.limit_train = info.student_images
     policy = cli.augment_policy(args)
     augment = Augmenter(policy, args.seed)
     splits = load_splits(
-        args.dataset, cli.data_root(args), val_split=args.val_split, split_seed=args.split_seed,
-        limit_train=args.limit_train, download=args.download, on_bad_image=args.on_bad_image,
+        args.dataset, cli.data_root(args.data_root), val_split=args.val_split, split_seed=args.split_seed,
+        limit_train=args.limit_train or None, download=args.download, on_bad_image=args.on_bad_image,
         decode_size=args.decode_size, window=args.window,
     )  # fmt: skip
     train = Loader(splits.train, args.batch_size, device, True, args.seed, args.cache, args.workers)
@@ -124,12 +128,12 @@ def main(args):
 
     # teacher and student; the student starts from the weights that train_student.py has for this seed
     teacher, teacher_preprocess, described = load_teacher(
-        args, teacher_path, checkpoint, splits.classes, resolution, mean, std
+        args, teacher_path, checkpoint, splits.classes, resolution, info
     )
     torch.manual_seed(args.seed)
     model = build_model(args.model, len(splits.classes), resolution, args.patch_size, args.pretrained)
     weights_from = start_weights(model, args.weights, args.init_checkpoint)
-    preprocess = Preprocess(resolution, model.mean or mean, model.std or std)
+    preprocess = Preprocess(resolution, model.mean or info.mean, model.std or info.std)
     if weights["feature"]:
         model.set_feature_layers(args.student_layer)
         teacher.set_feature_layers(args.teacher_layer)

@@ -6,7 +6,9 @@
     python train_student.py --resume runs/student
 
 Writes the run folder: best.pth, latest.pth, metrics.csv, metrics.json, results.json, predictions, confusion matrices.
-Needs all files of common but losses.DistillationLoss, and torch, timm, numpy, pillow, scikit-learn, tqdm.
+Needs from common: augment.py, cli.py, data.py, evaluation.py, loader.py, losses.py, metrics.py, models.py, optimizer.py,
+training.py.
+Packages: torch, timm, numpy, pillow, scikit-learn, tqdm (torchvision for CIFAR, transformers for hf: names).
 """
 
 import torch
@@ -31,7 +33,7 @@ def parse(argv):
     cli.add_data_flags(parser)
     cli.add_augment_flags(parser)
     cli.add_model_flags(parser, model="resnet8")
-    cli.add_training_flags(parser, epochs=20)
+    cli.add_training_flags(parser, epochs=30)
     return cli.parse_flags(parser, argv)
 
 
@@ -42,13 +44,15 @@ def main(args):
     precision = Precision(args.amp, device)
 
     # data
-    _, default_resolution, (mean, std), _ = DATASETS[args.dataset]
-    resolution = args.resolution or default_resolution
+    info = DATASETS[args.dataset]
+    resolution = args.resolution or info.resolution
+    if args.limit_train is None:
+        args.limit_train = info.student_images
     policy = cli.augment_policy(args)
     augment = Augmenter(policy, args.seed)
     splits = load_splits(
-        args.dataset, cli.data_root(args), val_split=args.val_split, split_seed=args.split_seed,
-        limit_train=args.limit_train, download=args.download, on_bad_image=args.on_bad_image,
+        args.dataset, cli.data_root(args.data_root), val_split=args.val_split, split_seed=args.split_seed,
+        limit_train=args.limit_train or None, download=args.download, on_bad_image=args.on_bad_image,
         decode_size=args.decode_size, window=args.window,
     )  # fmt: skip
     train = Loader(splits.train, args.batch_size, device, True, args.seed, args.cache, args.workers)
@@ -58,7 +62,7 @@ def main(args):
     torch.manual_seed(args.seed)
     model = build_model(args.model, len(splits.classes), resolution, args.patch_size, args.pretrained)
     weights_from = start_weights(model, args.weights, args.init_checkpoint)
-    preprocess = Preprocess(resolution, model.mean or mean, model.std or std)
+    preprocess = Preprocess(resolution, model.mean or info.mean, model.std or info.std)
     model.to(device).to(memory_format=torch.channels_last)
     optimizer = make_optimizer(
         args.optimizer, [model], args.lr, args.weight_decay, args.momentum, args.nesterov

@@ -66,8 +66,11 @@ class Policy:
 
     @classmethod
     def from_dict(cls, values):
-        known = {f.name for f in fields(cls)}
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known})
+        """What `to_dict` gave; an unknown setting is refused, for without it stored views could not be made again."""
+        unknown = sorted(set(values) - {f.name for f in fields(cls)})
+        if unknown:
+            raise PolicyError(f"the augmentation policy has the unknown setting {', '.join(unknown)}")
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
 # ---------------------------------------------------------------------------------------------- counter-based random
@@ -75,7 +78,8 @@ class Policy:
 
 def hash_id(sample_id):
     """64-bit key of a sample's id (str) as a signed int: BLAKE2b, so that an added file shifts no other sample."""
-    return int.from_bytes(hashlib.blake2b(sample_id.encode(), digest_size=8).digest(), "little", signed=True)
+    name = sample_id.encode(errors="surrogateescape")  # a file's name need not be UTF-8
+    return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little", signed=True)
 
 
 def _signed(value):
@@ -112,9 +116,9 @@ def sample_parameters(policy, seed, view, key, sizes, stream=0):
 
     view: (B,) int64, 0 gives the plain image; key: (B,) int64; sizes: (B, 2) height and width in pixels; all on the
     CPU.  Returns a dict of tensors, relative so that they serve any resolution: `matrix` (B, 2, 2) and `shift` (B, 2)
-    float32 map output positions (x, y in -1..1) to source positions of that range, `extent` (B,) float64 is the
-    longest side of the crop in source pixels, and, where the policy has colour, `brightness`, `contrast`,
-    `saturation`, `hue` (B,) float32.
+    float32 map output positions (x, y in -1..1) to source positions of that range, `border` (B, 2) float32 is where
+    in -1..1 the crop's outermost pixels have their centres, `extent` (B, 2) float64 are the source pixels that lie
+    across and down the output, and, where the policy has colour, `brightness`, `contrast`, `saturation`, `hue` (B,) float32.
     """
     u = uniform(seed, view, stream, key, 12).unbind(1)  # always twelve, so that a flag changes its own draw alone
     plain = torch.as_tensor(view) == 0
@@ -148,10 +152,12 @@ def sample_parameters(policy, seed, view, key, sizes, stream=0):
     )
     shift = torch.stack([centre_x, centre_y], 1)
     identity = torch.eye(2, dtype=torch.float64)
+    crop = torch.stack([width * torch.where(plain, one, crop_w), height * torch.where(plain, one, crop_h)], 1)
     params = {  # computed in float64: the same bits in any batch after rounding
         "matrix": torch.where(plain[:, None, None], identity, matrix).float(),
         "shift": torch.where(plain[:, None], torch.zeros_like(shift), shift).float(),
-        "extent": torch.maximum(width * torch.where(plain, one, crop_w / zoom), height * torch.where(plain, one, crop_h / zoom)),
+        "border": (1 - 1 / crop).clamp(min=0).float(),
+        "extent": crop / torch.where(plain, one, zoom)[:, None],
     }
     for i, name in ((8, "brightness"), (9, "contrast"), (10, "saturation")):
         if getattr(policy, name):
@@ -165,15 +171,16 @@ def sample_parameters(policy, seed, view, key, sizes, stream=0):
 
 
 def antialiasing(extent, resolution):
-    """How a crop of `extent` (B,) source pixels is filtered at `resolution`: (B,) int64, 2 * k + (passes == 2).
+    """How `extent` (B, 2) source pixels across and down are filtered at `resolution`: (B, 4) int64, k and reach of each.
 
-    k x k fine samples (k odd) an output pixel, pooled once or twice.  Up to 1.1 source pixels an output pixel plain
-    bilinear is as good; below 2 one pooling, from there on two (a triangle) come nearest to torchvision's filter.
+    k fine samples (odd) an output pixel and axis, pooled once or, with a reach, twice.  Up to 1.1 source pixels an
+    output pixel plain bilinear is as good; below 2 one pooling, from there on two (a triangle) come nearest to
+    torchvision's filter.  The reach is how many fine samples the second pooling takes from beyond each side.
     """
     shrink = extent / resolution
     k = 2 * torch.ceil((shrink - 1) / 2 - 1e-9) + 1
     k = torch.where(shrink <= 1.1, torch.ones_like(k), k).long()
-    return 2 * k + (shrink >= 2).long()
+    return torch.cat([k, torch.where(shrink >= 2, (k - 1) // 2, 0)], 1)
 
 
 def render(images, sizes, params, resolution):
@@ -181,21 +188,23 @@ def render(images, sizes, params, resolution):
 
     images: (B, 3, H, W) uint8 on the model's device, each image in the top left corner; sizes: (B, 2) on the CPU,
     each one's height and width in pixels; params: from `sample_parameters`.  Returns (B, 3, R, R) float32 in 0..1.
-    Outside of the image is black.  Where the image shrinks it is sampled finer and average-pooled, else it is
-    bilinear; the reference is torchvision with antialias=True.
+    The image lies on an endless black plane, of which the crop shows a part and holds its border.  Where the crop
+    shrinks it is sampled finer and average-pooled, else it is bilinear; the reference is torchvision's crop, then
+    resize with antialias=True.
     """
     device, images = images.device, _pad_to_power_of_two(images)
-    code = antialiasing(params["extent"], resolution)
-    affine = torch.cat([params["matrix"].flatten(1), params["shift"], sizes.float()], 1)  # (B, 8), one transfer
+    filters = antialiasing(params["extent"], resolution)
+    affine = [params["matrix"].flatten(1), params["shift"], sizes.float(), params["border"]]
+    affine = torch.cat(affine, 1)  # (B, 10), one transfer
     affine = affine.to(device, non_blocking=True)
-    codes = code.unique().tolist()
-    if len(codes) == 1:
-        out = _resample(images, affine, resolution, codes[0] // 2, 1 + codes[0] % 2)
+    kinds = filters.unique(dim=0)
+    if len(kinds) == 1:
+        out = _resample(images, affine, resolution, *kinds[0].tolist())
     else:
         out = torch.empty(len(images), 3, resolution, resolution, device=device)
-        for c in codes:
-            rows = (code == c).nonzero()[:, 0].to(device)
-            out[rows] = _resample(images[rows], affine[rows], resolution, c // 2, 1 + c % 2)
+        for kind in kinds:
+            rows = (filters == kind).all(1).nonzero()[:, 0].to(device)
+            out[rows] = _resample(images[rows], affine[rows], resolution, *kind.tolist())
     colours = {name: params[name].to(device, non_blocking=True) for name in COLOURS if name in params}
     return _colour(out, colours) if colours else out
 
@@ -214,30 +223,34 @@ def _pad_to_power_of_two(images):
     return F.pad(images.float(), (0, side - width, 0, side - height))
 
 
-def _resample(images, affine, resolution, k, passes):
-    """images: (B, 3, P, P) float32 of 0..255; affine (B, 8) -> (B, 3, R, R) float32 of 0..1."""
-    side, reach = images.shape[-1], (k - 1) // 2 if passes == 2 else 0
-    fine = torch.arange(-reach, resolution * k + reach, device=images.device, dtype=torch.float32)
-    fine = (2 * fine + 1) / (resolution * k) - 1  # centres of the fine pixels, -1..1 in the output
-    x, y = fine[None, None, :], fine[None, :, None]
-    xx, xy, yx, yy, shift_x, shift_y, size_y, size_x = (v[:, None, None] for v in affine.unbind(1))
-    # relative -> pixels of the source, where pixel 0 has its centre at 0; (B, S, S)
+def _fine_centres(resolution, k, reach, device):
+    """Centres of an axis' fine samples, -1..1 in the output: (R * k + 2 * reach,)."""
+    fine = torch.arange(-reach, resolution * k + reach, device=device, dtype=torch.float32)
+    return (2 * fine + 1) / (resolution * k) - 1
+
+
+def _resample(images, affine, resolution, k_x, k_y, reach_x, reach_y):
+    """images: (B, 3, P, P) float32 of 0..255; affine (B, 10) -> (B, 3, R, R) float32 of 0..1."""
+    side = images.shape[-1]
+    fine_x = _fine_centres(resolution, k_x, reach_x, images.device)  # (S_x,)
+    fine_y = _fine_centres(resolution, k_y, reach_y, images.device)  # (S_y,)
+    xx, xy, yx, yy, shift_x, shift_y, size_y, size_x, border_x, border_y = (v[:, None, None] for v in affine.unbind(1))
+    # past the centres of its outermost pixels a crop goes on as they are: neither black nor what was cut off
+    x = torch.maximum(torch.minimum(fine_x[None, None, :], border_x), -border_x)  # (B, 1, S_x)
+    y = torch.maximum(torch.minimum(fine_y[None, :, None], border_y), -border_y)  # (B, S_y, 1)
+    # relative -> pixels of the source, where pixel 0 has its centre at 0; (B, S_y, S_x)
     source_x = ((xx * x + xy * y + shift_x + 1) * size_x - 1) / 2
     source_y = ((yx * x + yy * y + shift_y + 1) * size_y - 1) / 2
     source_x = torch.round(source_x * POSITION_STEPS) / POSITION_STEPS
     source_y = torch.round(source_y * POSITION_STEPS) / POSITION_STEPS
-    # taps of the second pooling past a plain image's border must not see black: hold the border that far
-    edge_x, edge_y = size_x * reach / (resolution * k), size_y * reach / (resolution * k)
-    inside = (source_x >= -0.5 - edge_x) & (source_x <= size_x - 0.5 + edge_x)
-    inside &= (source_y >= -0.5 - edge_y) & (source_y <= size_y - 0.5 + edge_y)
-    grid_x = (2 * torch.minimum(source_x.clamp(min=0), size_x - 1) + 1) / side - 1
-    grid_y = (2 * torch.minimum(source_y.clamp(min=0), size_y - 1) + 1) / side - 1
+    # pixels -1 and `size` are black, in the padding or outside of it
+    grid_x = (2 * torch.minimum(source_x.clamp(min=-1), size_x) + 1) / side - 1
+    grid_y = (2 * torch.minimum(source_y.clamp(min=-1), size_y) + 1) / side - 1
     out = F.grid_sample(images, torch.stack([grid_x, grid_y], -1), mode="bilinear", align_corners=False)
-    out = out * inside[:, None]
-    if passes == 2:
-        out = F.avg_pool2d(out, k, stride=1)
-    if k > 1:
-        out = F.avg_pool2d(out, k, stride=k)
+    if reach_x or reach_y:
+        out = F.avg_pool2d(out, (2 * reach_y + 1, 2 * reach_x + 1), stride=1)  # 2 * reach + 1 is k, or 1 without
+    if k_x > 1 or k_y > 1:
+        out = F.avg_pool2d(out, (k_y, k_x))
     return out * (1 / 255)
 
 
@@ -298,8 +311,11 @@ class Augmenter:
         self.policy, self.seed = policy, seed
 
     def __call__(self, batch, resolution):
-        pixels = batch.setdefault("pixels", {})  # teacher and student of one resolution share the work
-        if resolution not in pixels:
+        made = batch.get("pixels")  # teacher and student of one resolution share the work
+        if made is None or made["view"] is not batch["view"]:  # a copy of the batch may have another view
+            made = batch["pixels"] = {"view": batch["view"]}
+        key = (self.policy, self.seed, resolution)
+        if key not in made:
             params = sample_parameters(self.policy, self.seed, batch["view"], batch["key"], batch["size"])
-            pixels[resolution] = render(batch["image"], batch["size"], params, resolution)
-        return pixels[resolution]
+            made[key] = render(batch["image"], batch["size"], params, resolution)
+        return made[key]

@@ -130,9 +130,9 @@ def add_data_flags(parser, dataset="digits"):
     g.add_argument("--download", action="store_true", help="fetch CIFAR-10 or CIFAR-100 into --data-root")
     g.add_argument("--val-split", type=SHARE, help="share of train that becomes val, by class, where the dataset has no val (0.1)")
     g.add_argument("--split-seed", type=NATURAL, default=0, help="fixes the val split and --limit-train")
-    g.add_argument("--limit-train", type=POSITIVE, metavar="N", help="train on N images, classes in proportion; by default all")
-    g.add_argument("--resolution", type=POSITIVE, help="input side in pixels; by default the dataset's (CIFAR 32, digits 16)")
-    g.add_argument("--batch-size", type=POSITIVE, default=64, help="images a step")
+    g.add_argument("--limit-train", type=NATURAL, metavar="N", help="train on N images, classes in proportion; 0 is all (the default, but 100 for students on digits)")
+    g.add_argument("--resolution", type=POSITIVE, help="input side in pixels; by default the dataset's (CIFAR and image folders 32, MedMNIST 28, digits 8)")
+    g.add_argument("--batch-size", type=POSITIVE, default=32, help="images a step")
     add_reading_flags(g)
     g.add_argument("--save-samples", metavar="FILE.png", help="draw what the models see in the first epoch, side by side")
 
@@ -173,7 +173,7 @@ def augment_policy(args):
         if given:
             raise UserError(f"--no-augment and --{next(iter(given)).replace('_', '-')} contradict each other")
         return Policy()
-    return Policy(**{**DATASETS[args.dataset][3].__dict__, **given})
+    return Policy(**{**DATASETS[args.dataset].policy.__dict__, **given})
 
 
 def add_model_flags(parser, model):
@@ -261,10 +261,10 @@ def parse_flags(parser, argv):
     return args
 
 
-def data_root(args):
-    """--data-root, else $DATA_ROOT, else data/ beside the script."""
+def data_root(given):
+    """The folder or file that was given, else $DATA_ROOT, else data/ beside the scripts where there is one."""
     beside = os.path.join(SCRIPT_FOLDER, "data")
-    return args.data_root or os.environ.get("DATA_ROOT") or (beside if os.path.isdir(beside) else None)
+    return given or os.environ.get("DATA_ROOT") or (beside if os.path.isdir(beside) else None)
 
 
 # --------------------------------------------------------------------------------------------------------- run folder

@@ -7,9 +7,11 @@ A dataset yields `index, id, image (uint8), targets {task: label}` and never aug
 """
 
 import hashlib
+import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,13 +26,25 @@ STREAM_VAL, STREAM_LIMIT, STREAM_DIGITS_TEST = 1001, 1002, 1003  # of the counte
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CROP_AND_FLIP = Policy(crop="pad", padding=0.125, hflip=0.5)
 
-# domain, default input side in pixels, mean and std in 0..1, default augmentation (digits and medical: no flips)
+
+class DatasetInfo(NamedTuple):
+    """What the scripts take where no flag says otherwise."""
+
+    domain: str
+    resolution: int  # input side in pixels
+    mean: tuple
+    std: tuple
+    policy: Policy  # augmentation
+    student_images: int = 0  # --limit-train of the students; 0 is all
+
+
 DATASETS = {
-    "digits": ("handwriting", 16, ((0.305,) * 3, (0.376,) * 3), Policy(crop="pad", padding=0.125, rotation=10)),
-    "cifar10": ("natural", 32, ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)), CROP_AND_FLIP),
-    "cifar100": ("natural", 32, ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)), CROP_AND_FLIP),
-    "imagefolder": ("custom", 32, IMAGENET, CROP_AND_FLIP),
-    "medmnist": ("medical", 28, ((0.5,) * 3, (0.5,) * 3), Policy(crop="pad", padding=0.125)),
+    # a hundred images: enough to learn from, too few to learn all of it alone, so that a teacher has something to give
+    "digits": DatasetInfo("handwriting", 8, (0.305,) * 3, (0.376,) * 3, Policy("pad", 0.125, rotation=10), 100),
+    "cifar10": DatasetInfo("natural", 32, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), CROP_AND_FLIP),
+    "cifar100": DatasetInfo("natural", 32, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), CROP_AND_FLIP),
+    "imagefolder": DatasetInfo("custom", 32, *IMAGENET, CROP_AND_FLIP),
+    "medmnist": DatasetInfo("medical", 28, (0.5,) * 3, (0.5,) * 3, Policy("pad", 0.125)),  # no flips: sides matter
 }
 
 
@@ -40,11 +54,16 @@ class DataError(ValueError):
     exit_code = 2
 
 
+def available_cpus():
+    """Processors that this process may use: a Slurm job has a part of the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 # ----------------------------------------------------------------------------------------------------------- decoding
 
 
 def to_uint8(array, window, what):
-    """Grey levels of any depth -> uint8.  window: (low, high) mapped to 0..255, values outside are clipped."""
+    """Grey levels of any depth -> uint8.  window: (low, high) mapped to 0..255, values outside are clipped, NaN is 0."""
     if array.dtype in (np.uint8, np.bool_):
         return array * np.uint8(255) if array.dtype == np.bool_ else array
     if window is None:
@@ -53,7 +72,16 @@ def to_uint8(array, window, what):
             "white with --window LOW HIGH"
         )
     low, high = window
-    return np.rint((np.clip(array.astype(np.float64), low, high) - low) * (255 / (high - low))).astype(np.uint8)
+    levels = np.nan_to_num(array.astype(np.float64), nan=low, posinf=high, neginf=low)
+    return np.rint((np.clip(levels, low, high) - low) * (255 / (high - low))).astype(np.uint8)
+
+
+def _is_deep_colour(image):
+    """Whether an opened file has 16 bits a colour channel, of which Pillow keeps the upper eight and says nothing."""
+    raw_mode = image.tile[0][3] if image.tile else ""
+    if isinstance(raw_mode, (tuple, list)):
+        raw_mode = raw_mode[0] if raw_mode else ""
+    return not image.mode.startswith("I") and str(raw_mode).endswith((";16B", ";16L", ";16N"))
 
 
 def read_image(path, decode_size=512, window=None):
@@ -64,6 +92,8 @@ def read_image(path, decode_size=512, window=None):
     """
     try:
         with Image.open(path) as image:
+            if _is_deep_colour(image):
+                raise DataError(f"{path} has 16-bit colour, which --window cannot map: convert it to 8 bits a channel")
             image.draft("RGB", (decode_size, decode_size))  # a JPEG decodes at 1/2, 1/4 or 1/8, never below this size
             image.load()
             image = ImageOps.exif_transpose(image)
@@ -78,10 +108,10 @@ def read_image(path, decode_size=512, window=None):
                 size = [max(1, round(side * scale)) for side in image.size]
                 image = image.resize(size, Image.Resampling.BILINEAR, reducing_gap=3.0)
             return np.array(image)
-    except DataError:
+    except (DataError, MemoryError):
         raise
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"cannot read image {path}: {error}") from None
+    except Exception as error:  # Pillow's readers raise a dozen kinds on damaged files (struct.error, IndexError, ...)
+        raise DataError(f"cannot read image {path}: {str(error) or type(error).__name__}") from None
 
 
 # ----------------------------------------------------------------------------------------------------------- datasets
@@ -123,7 +153,7 @@ class ImageDataset(torch.utils.data.Dataset):
     def fingerprint(self, classes):
         """SHA-256 over ids and class names in order of ids: equal where two runs saw the same samples."""
         lines = sorted(f"{i}\t{classes[label]}\n" for i, label in zip(self.ids, self.labels))
-        return hashlib.sha256("".join(lines).encode()).hexdigest()
+        return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()
 
 
 @dataclass
@@ -183,11 +213,13 @@ def load_splits(name, root=None, *, val_split=None, split_seed=0, limit_train=No
 
     root: the folder (medmnist: the .npz, or a folder with one); val_split: share of train that becomes val where the
     dataset has none of its own (0.1); split_seed: fixes val and limit_train (that many of train, classes in
-    proportion); splits: those wanted; classes: the names a checkpoint knows, for an outside test set.
-    Raises DataError.
+    proportion); splits: those wanted, the others are None; classes: the names a checkpoint knows, in its order, for an
+    outside test set; window: see `to_uint8`.  Raises DataError.
     """
     if name not in DATASETS:
         raise DataError(f"unknown dataset {name!r}: choose one of {', '.join(DATASETS)}")
+    if window is not None and not -math.inf < window[0] < window[1] < math.inf:
+        raise DataError(f"--window {window[0]:g} {window[1]:g}: LOW must be below HIGH")
     if name == "digits":
         parts, found = _digits()
     elif name in ("cifar10", "cifar100"):
@@ -197,24 +229,38 @@ def load_splits(name, root=None, *, val_split=None, split_seed=0, limit_train=No
     else:
         parts, found = _imagefolder(root, splits, classes, decode_size, window)
     if classes is not None and list(classes) != list(found):
-        if len(found) > len(classes):
-            raise DataError(f"{name} has {len(found)} classes, the checkpoint knows {len(classes)}")
+        parts = {k: _with_classes(v, found, list(classes), name) for k, v in parts.items()}
         found = classes
     if on_bad_image == "skip":
         parts = {k: _without_bad_images(v) for k, v in parts.items()}
-    result = Splits(name, DATASETS[name][0], list(found), **parts)
+    result = Splits(name, DATASETS[name].domain, list(found), **parts)
     if result.val is not None and val_split is not None:
         raise DataError(f"--val-split {val_split}: {name} has a val split of its own ({len(result.val)} images)")
     if result.train is not None and result.val is None:
-        count = round(len(result.train) * (0.1 if val_split is None else val_split))
+        share = 0.1 if val_split is None else val_split
+        count = round(len(result.train) * share)
         if not 0 < count < len(result.train):
-            raise DataError(f"--val-split {val_split} of {len(result.train)} images leaves a split empty")
+            raise DataError(f"--val-split {share:g} of {len(result.train)} images leaves train or val empty")
         result.train, result.val = split_off(result.train, count, split_seed, STREAM_VAL)
     if limit_train is not None and result.train is not None:
         if not 1 <= limit_train <= len(result.train):
             raise DataError(f"--limit-train {limit_train} is not in 1 to {len(result.train)}, the images of train")
         result.train = split_off(result.train, limit_train, split_seed, STREAM_LIMIT)[1]
+    for split in {"train", "val", "test"} - set(splits):
+        setattr(result, split, None)
     return result
+
+
+def _with_classes(dataset, found, classes, name):
+    """A dataset whose labels point into `found` -> one whose labels point into `classes`, by name."""
+    unknown = [c for c in found if c not in classes]
+    if unknown:
+        raise DataError(
+            f"{name} has {len(found)} classes, the checkpoint knows {len(classes)} ({', '.join(classes[:5])}, ...): "
+            f"{', '.join(unknown[:5])} {'is' if len(unknown) == 1 else 'are'} not among them"
+        )
+    dataset.labels = np.array([classes.index(c) for c in found], np.int64)[dataset.labels]
+    return dataset
 
 
 def _digits():
@@ -237,7 +283,8 @@ def _cifar(name, root, download):
         try:
             part = source(root, train=split == "train", download=download)
         except RuntimeError as error:
-            raise DataError(f"{name} is not in {root} ({error.args[0].splitlines()[0]}): add --download") from None
+            advice = "the download is damaged, try again" if download else "add --download"
+            raise DataError(f"{name} is not in {root} ({str(error).splitlines()[0]}): {advice}") from None
         except OSError as error:
             raise DataError(f"cannot download {name} to {root}: {error}") from None
         parts[split] = ImageDataset([f"{split}/{i:05d}" for i in range(len(part))], part.targets, part.data)
@@ -260,7 +307,7 @@ def _medmnist(root, window):
             if missing:
                 raise DataError(f"{path} is no MedMNIST file: it lacks {', '.join(missing)}")
             arrays = {n: archive[n] for n in names}
-    except DataError:
+    except (DataError, MemoryError):
         raise
     except Exception as error:  # zipfile and numpy raise half a dozen kinds on a damaged file
         raise DataError(f"cannot read {path}: {error}") from None
@@ -276,7 +323,9 @@ def _medmnist(root, window):
         if labels.dtype.kind not in "ui" or labels.min() < 0:
             raise DataError(f"{path}: {split}_labels are out of range ({labels.dtype}, from {labels.min()})")
         if split == "train":
-            num_classes = int(labels.max()) + 1
+            num_classes, present = int(labels.max()) + 1, len(np.unique(labels))
+            if num_classes > 2 * present + 10:  # as 255, a -1 that was written as uint8
+                raise DataError(f"{path}: train_labels are out of range: {labels.max()}, with {present} different labels")
         if labels.max() >= num_classes:
             raise DataError(f"{path}: {split}_labels are out of range: {labels.max()}, train has 0 to {num_classes - 1}")
         images = to_uint8(images, window, f"{path}: {split}_images")
@@ -290,9 +339,12 @@ def _imagefolder(root, splits, classes, decode_size, window):
     if not os.path.isdir(root):
         raise DataError(f"--data-root {root} is no folder")
     parts, found = {}, list(classes) if classes is not None else None
+    own_val, wanted = os.path.isdir(os.path.join(root, "val")), set(splits)
+    if "train" in wanted or ("val" in wanted and not own_val):  # val is split off train where it has no folder
+        wanted |= {"train", "val"}
     for split in ("train", "val", "test"):
         folder = os.path.join(root, split)
-        if split not in splits or (split == "val" and not os.path.isdir(folder)):
+        if split not in wanted or (split == "val" and not own_val):
             continue
         if not os.path.isdir(folder):
             raise DataError(f"{root} has no folder {split}/: imagefolder wants train/CLASS/..., test/CLASS/...")
@@ -303,7 +355,8 @@ def _imagefolder(root, splits, classes, decode_size, window):
             found = names
         unknown = [n for n in names if n not in found]
         if unknown:
-            raise DataError(f"{folder} has class folders that are not known: {', '.join(unknown[:5])}")
+            where = "train/ has not" if classes is None else "the checkpoint does not know"
+            raise DataError(f"{folder} has class folders that {where}: {', '.join(unknown[:5])}")
         paths, labels = [], []
         for name in names:
             files = _images_below(os.path.join(folder, name))
@@ -317,8 +370,13 @@ def _imagefolder(root, splits, classes, decode_size, window):
 
 
 def _images_below(folder):
-    paths = []
+    paths, seen = [], set()
     for parent, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in seen:  # a link back to a folder above would be walked for ever
+            folders.clear()
+            continue
+        seen.add(real)
         folders[:] = sorted(f for f in folders if not f.startswith("."))
         paths += [
             os.path.join(parent, f) for f in sorted(files) if f.lower().endswith(IMAGE_SUFFIXES) and f[0] != "."
@@ -337,7 +395,7 @@ def _without_bad_images(dataset):
         except DataError as error:
             return str(error)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(available_cpus()) as pool:
         complaints = list(pool.map(complaint, range(len(dataset))))
     bad = [text for text in complaints if text]
     for text in bad:

@@ -12,6 +12,7 @@ import torch
 from common import metrics
 from common.augment import Augmenter, Policy
 from common.cli import atomic_write, read_json, write_json
+from common.cli import data_root as find_data_root
 from common.data import TASK, load_splits
 from common.loader import Loader
 from common.training import Precision, file_sha256, load_checkpoint, load_model, peak_memory_mb, select_device
@@ -107,22 +108,29 @@ def write_predictions(folder, split, dataset, logits, classes):
 
 
 def evaluate_checkpoint(path, split="test", device="auto", batch_size=128, data_root=None):
-    """Metrics of a checkpoint on a split of its own dataset, read anew."""
+    """Metrics of a checkpoint on a split of its own dataset, read anew.  data_root: where it is now, if it moved."""
     device, checkpoint = select_device(device), load_checkpoint(path)
     model, preprocess = load_model(checkpoint, device, path=path)
-    splits = splits_of(checkpoint, data_root=data_root)
-    logits = predict(model, Loader(getattr(splits, split), batch_size, device), preprocess, Precision("off", device))
-    return metrics.classification(logits, getattr(splits, split).labels)
+    dataset = getattr(splits_of(checkpoint, data_root=data_root, split=split), split)
+    logits = predict(model, Loader(dataset, batch_size, device), preprocess, Precision("off", device))
+    return metrics.classification(logits, dataset.labels)
 
 
-def splits_of(checkpoint, dataset=None, data_root=None, splits=("train", "val", "test"), **reading):
-    """The splits that a checkpoint was trained on, or another dataset's with the checkpoint's classes."""
+def splits_of(checkpoint, dataset=None, data_root=None, split="test", **reading):
+    """Splits that hold `split` of a checkpoint's own dataset, or of another with the checkpoint's classes.
+
+    reading: on_bad_image, decode_size, window, as in `load_splits`.
+    """
     flags = checkpoint["flags"]
-    own = dataset in (None, flags["dataset"]) and data_root in (None, flags["data_root"])
-    name = dataset or flags["dataset"]
-    return load_splits(
-        name, data_root or (flags["data_root"] if name == flags["dataset"] else None), splits=splits,
-        classes=checkpoint["classes"], val_split=flags["val_split"] if own else None,
-        split_seed=flags["split_seed"], limit_train=flags["limit_train"] if own else None,
+    own = dataset in (None, flags["dataset"])
+    divided = own and split != "test"  # train and val are the run's own division
+    result = load_splits(
+        dataset or flags["dataset"], find_data_root(data_root or (flags["data_root"] if own else None)),
+        classes=checkpoint["classes"],
+        splits=("train", "val", "test") if divided else (split,), val_split=flags["val_split"] if divided else None,
+        split_seed=flags["split_seed"], limit_train=flags["limit_train"] or None if divided else None,
         **{"decode_size": flags["decode_size"], "window": flags["window"], **reading},
     )  # fmt: skip
+    if not divided:
+        result.train, result.val, result.test = (getattr(result, k) if k == split else None for k in ("train", "val", "test"))
+    return result

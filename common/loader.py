@@ -4,6 +4,7 @@
     for batch in loader.batches(epoch=1):                            # image (B, 3, H, W) uint8 on the device, ...
 """
 
+import contextlib
 import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 
 from common.augment import uniform
-from common.data import TASK, DataError
+from common.data import TASK, DataError, available_cpus
 
 
 def pad_images(images):
@@ -37,7 +38,7 @@ class ImageCache:
             self.uniform = images.contiguous().to(device)
             self.sizes = torch.tensor(self.uniform.shape[2:]).repeat(len(dataset), 1)
             return
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes without Python's lock
+        with ThreadPoolExecutor(available_cpus()) as pool:  # Pillow decodes without Python's lock
             images = list(pool.map(lambda i: dataset[i]["image"], range(len(dataset))))
         self.sizes = torch.tensor([image.shape[1:] for image in images])
         self.uniform = torch.stack(images).to(device) if (self.sizes == self.sizes[0]).all() else None
@@ -69,16 +70,29 @@ def choose_cache(dataset, cache, device):
 
 
 def available_memory():
-    """Free memory in bytes: the machine's or, if that is less, what the cgroup's limit leaves."""
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    """Free memory in bytes: the machine's or, if that is less, what the limits of the job's cgroups leave."""
     try:
         with open("/proc/meminfo") as file:  # counts what caches would give back
             free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
-        with open("/sys/fs/cgroup/memory.max") as limit, open("/sys/fs/cgroup/memory.current") as used:
-            free = min(free, int(limit.read()) - int(used.read()))
-    except (OSError, StopIteration, ValueError):
-        return free  # not Linux, or no limit
-    return free
+        with open("/proc/self/cgroup") as file:
+            groups = [line.rstrip("\n").split(":", 2)[1:] for line in file]
+    except (OSError, StopIteration):  # not Linux: half of the machine
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    for controllers, path in groups:
+        if controllers == "":  # cgroup v2
+            folder, names = "/sys/fs/cgroup", ("memory.max", "memory.current")
+        elif "memory" in controllers.split(","):  # v1
+            folder, names = "/sys/fs/cgroup/memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        else:
+            continue
+        while True:  # from the job's step up: each level may have a limit; in a container only the top is there
+            with contextlib.suppress(OSError, ValueError):  # "max": no limit
+                limit, used = (int(open(folder + path.rstrip("/") + "/" + name).read()) for name in names)
+                free = min(free, limit - used)
+            if path in ("/", ""):
+                break
+            path = os.path.dirname(path)
+    return max(free, 0)
 
 
 class EpochOrder(torch.utils.data.Sampler):
@@ -123,6 +137,15 @@ class _Readable(torch.utils.data.Dataset):
             return str(error)
 
 
+@contextlib.contextmanager
+def _advice():
+    """Around what decodes images: says how to go on without a broken one."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{error} (--on-bad-image skip leaves such images out)") from None
+
+
 class Loader:
     """Batches of a dataset on a device.
 
@@ -135,12 +158,12 @@ class Loader:
         self.batch_size = min(batch_size, len(dataset)) if shuffle else batch_size
         self.keys = torch.from_numpy(dataset.keys)
         self.labels = torch.from_numpy(dataset.labels).to(self.device)
-        self.cache_kind = choose_cache(dataset, cache, self.device)
+        self.workers = min(8, available_cpus()) if workers is None else workers
         self.cache = self._workers = None
-        if self.cache_kind == "off":
-            self.workers = min(8, os.cpu_count()) if workers is None else workers
-        else:
-            self.cache = ImageCache(dataset, self.device if self.cache_kind == "device" else "cpu")
+        with _advice():
+            self.cache_kind = choose_cache(dataset, cache, self.device)
+            if self.cache_kind != "off":
+                self.cache = ImageCache(dataset, self.device if self.cache_kind == "device" else "cpu")
 
     def __len__(self):
         """Batches an epoch."""
@@ -181,16 +204,17 @@ class Loader:
 
     def _loaded(self, rows):
         if self._workers is None:
-            self._order = EpochOrder()
+            self._order, own = EpochOrder(), torch.Generator()  # its seeds shall not come from the model's generator
             self._workers = torch.utils.data.DataLoader(
                 _Readable(self.dataset), batch_sampler=self._order, collate_fn=_collate, num_workers=self.workers,
                 pin_memory=self.device.type == "cuda", persistent_workers=self.workers > 0,
-                worker_init_fn=_ignore_signals,
+                worker_init_fn=_ignore_signals, generator=own,
             )
         self._order.batches = [index.tolist() for index in rows]
         for item in self._workers:
             if isinstance(item, str):
-                raise DataError(f"{item} (--on-bad-image skip leaves such images out)")
+                with _advice():
+                    raise DataError(item)
             yield item
 
 
@@ -203,4 +227,7 @@ def save_sample_grid(path, rows, columns=16):
         for x, image in enumerate(row[:columns].float().cpu().clamp(0, 1)):
             tile = Image.fromarray((image.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8))
             sheet.paste(tile.resize((side, side), Image.Resampling.NEAREST), (x * (side + 2), y * (side + 2)))
-    sheet.save(path)
+    try:
+        sheet.save(path)
+    except ValueError as error:  # the ending names no format
+        raise DataError(f"cannot draw samples to {path}: {error}") from None

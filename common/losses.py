@@ -4,6 +4,8 @@ Every function returns one scalar in float32, whatever the autocast, and takes (
 is the weighted sum of them that a method names.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -83,9 +85,9 @@ def method_weights(method, alpha=None, **overrides):
             raise LossError(f"--alpha {alpha} is not in 0 to 1")
         weights.update(ce=alpha, kl=1 - alpha)
     weights.update(given)
-    negative = [name for name, value in weights.items() if not value >= 0]
-    if negative:
-        raise LossError(f"--{negative[0]}-weight {weights[negative[0]]} is below 0")
+    wrong = [name for name, value in weights.items() if not 0 <= value < math.inf]
+    if wrong:
+        raise LossError(f"--{wrong[0]}-weight {weights[wrong[0]]} is no number from 0 on")
     if not any(weights.values()):
         raise LossError("every weight of the loss is 0: nothing to train on")
     return weights
@@ -104,8 +106,8 @@ class DistillationLoss(nn.Module):
 
     def __init__(self, weights, temperature=4.0, feature_loss="mse", label_smoothing=0.0):
         super().__init__()
-        if not temperature > 0:
-            raise LossError(f"--temperature {temperature} is not above 0")
+        if not 0 < temperature < math.inf:
+            raise LossError(f"--temperature {temperature} is no number above 0")
         self.weights = {name: float(value) for name, value in weights.items() if value}
         self.temperature, self.label_smoothing = temperature, label_smoothing
         self.feature_term = {"mse": feature_mse, "cosine": feature_cosine}[feature_loss]
@@ -119,13 +121,13 @@ class DistillationLoss(nn.Module):
             )
         if "feature" not in self.weights:
             return
-        pairs = list(zip(student["features"].values(), teacher["features"].values()))
-        if len(student["features"]) != len(teacher["features"]) or not pairs:
+        students, teachers = (list(out.get("features", {}).values()) for out in (student, teacher))
+        if len(students) != len(teachers) or not students:
             raise LossError(
-                f"--student-layer names {len(student['features'])} layers and --teacher-layer "
-                f"{len(teacher['features'])}: the feature term pairs them in order, give the same number (at least 1)"
+                f"--student-layer names {len(students)} layers and --teacher-layer {len(teachers)}: "
+                "the feature term pairs them in order, give the same number (at least 1)"
             )
-        for s, t in pairs:
+        for s, t in zip(students, teachers):
             self.projectors.append(nn.Conv2d(s.shape[1], t.shape[1], 1).to(s.device))
 
     def forward(self, student, teacher, labels):

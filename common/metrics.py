@@ -7,15 +7,23 @@ logits and log-probabilities give the same values.  Fractions, not per cent; a m
 import numpy as np
 from sklearn import metrics as sk
 
-HIGHER_IS_BETTER = {"accuracy", "top5_accuracy", "balanced_accuracy", "macro_f1", "auc", "agreement", "teacher_right_kept"}
+HIGHER_IS_BETTER = {
+    "accuracy", "top5_accuracy", "balanced_accuracy", "macro_f1", "auc", "agreement", "teacher_right_kept",
+}  # fmt: skip
 LOWER_IS_BETTER = {"loss", "ece", "teacher_kl"}
 
 
 def log_softmax(logits):
-    """(N, C) -> (N, C) float64."""
+    """(N, C) -> (N, C) float64; rows that hold NaN or infinity become NaN."""
     logits = np.asarray(logits, dtype=np.float64)
-    shifted = logits - logits.max(1, keepdims=True)
+    with np.errstate(invalid="ignore"):
+        shifted = logits - logits.max(1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
+
+
+def finite_or_none(values):
+    """{name: number or None} with None for what is not finite: a model that overflows must not end a run."""
+    return {name: value if value is not None and np.isfinite(value) else None for name, value in values.items()}
 
 
 def classification(logits, labels):
@@ -40,21 +48,37 @@ def classification(logits, labels):
     if logits.shape[1] >= 10:
         top5 = np.argpartition(-np.asarray(logits), 5, axis=1)[:, :5]
         result["top5_accuracy"] = float(np.mean((top5 == labels[:, None]).any(1)))
-    return result
+    return finite_or_none(result)
 
 
 def one_against_rest_auc(scores, labels):
-    """Mean over classes of the area under the ROC curve; scores (N, C) by which each class is ranked.
+    """Mean over classes of the area under the ROC curve; scores (N, C) are logits or log-probabilities.
 
-    Log-odds would rank as probabilities do, without their ties near 1; classes with one kind only are left out.
+    Samples are ranked by log-odds, as by probability but without its ties near 1.  Classes with one kind only are left
+    out; None where none is left or the scores hold NaN.
     """
-    log_odds = scores - np.log(-np.expm1(np.minimum(scores, -1e-300)))  # log p - log(1 - p), monotone in p
-    areas = []
-    for c in range(scores.shape[1]):
+    log_probabilities = log_softmax(scores)
+    if np.isnan(log_probabilities).any():
+        return None
+    log_odds, areas = np.nan_to_num(class_log_odds(log_probabilities)), []  # of a probability of exactly 0 or 1: inf
+    for c in range(log_odds.shape[1]):
         positive = labels == c
         if positive.any() and not positive.all():
             areas.append(sk.roc_auc_score(positive, log_odds[:, c]))
     return float(np.mean(areas)) if areas else None
+
+
+def class_log_odds(log_probabilities):
+    """log p - log(1 - p) of each class, (N, C) float64.
+
+    1 - p of the likeliest class is the sum of the others: from p itself it would be 0 beyond a margin of 37.
+    """
+    rows, likeliest = np.arange(len(log_probabilities)), log_probabilities.argmax(1)
+    others = log_probabilities.copy()
+    others[rows, likeliest] = -np.inf
+    log_odds = others - np.log1p(-np.minimum(np.exp(others), 0.5))  # they have p <= 1/2
+    log_odds[rows, likeliest] = log_probabilities[rows, likeliest] - np.logaddexp.reduce(others, axis=1)
+    return log_odds
 
 
 def expected_calibration_error(probabilities, labels, bins=15):
@@ -63,7 +87,7 @@ def expected_calibration_error(probabilities, labels, bins=15):
     Guo et al. 2017, arXiv:1706.04599, 15 bins, (low, high] as there.
     """
     confidence, right = probabilities.max(1), probabilities.argmax(1) == labels
-    which = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    which = np.clip(np.ceil(np.nan_to_num(confidence) * bins).astype(int) - 1, 0, bins - 1)
     gaps = np.bincount(which, right - confidence, minlength=bins)
     return float(np.abs(gaps).sum() / len(labels))
 
@@ -88,13 +112,13 @@ def fidelity(student_logits, teacher_logits, labels=None):
     if labels is not None:
         right = np.asarray(teacher_logits).argmax(1) == labels
         result["teacher_right_kept"] = float(np.mean(same[right])) if right.any() else None
-    return result
+    return finite_or_none(result)
 
 
 def better(name, value, best):
-    """Whether `value` of metric `name` beats `best` (None: nothing so far); an undefined or non-finite one never."""
+    """Whether `value` of metric `name` beats `best`; an undefined or non-finite value never does and always loses."""
     if value is None or not np.isfinite(value):
         return False
-    if best is None:
+    if best is None or not np.isfinite(best):
         return True
     return value < best if name in LOWER_IS_BETTER else value > best

@@ -10,7 +10,10 @@
 (`timm:resnet18` is timm's where both have it), `hf:NAME_OR_FOLDER` is a Hugging Face vision model.
 """
 
+import contextlib
+import inspect
 import math
+import sys
 import warnings
 
 import torch
@@ -51,8 +54,6 @@ class ResNet(nn.Module):
     `blocks` a stage: [1, 1, 1, 1] is ResNet-8 here (4.9 M parameters), [2, 2, 2, 2] ResNet-18 (11.2 M).
     """
 
-    num_prefix_tokens = 0
-
     def __init__(self, blocks, num_classes):
         super().__init__()
         self.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
@@ -76,9 +77,6 @@ class ResNet(nn.Module):
     def forward_head(self, x, pre_logits=False):
         x = x.mean((2, 3))  # (B, 512)
         return x if pre_logits else self.fc(x)
-
-    def reset_classifier(self, num_classes):
-        self.fc = nn.Linear(self.num_features, num_classes)
 
 
 # ---------------------------------------------------------------------------------------------------------------- ViT
@@ -110,8 +108,8 @@ class VisionTransformer(nn.Module):
 
     def __init__(self, depth, dim, heads, patch_size, img_size, num_classes):
         super().__init__()
-        if img_size % patch_size:
-            raise ModelError(f"--patch-size {patch_size} does not divide the resolution {img_size}")
+        self.patch_size = patch_size
+        self.check_patches(img_size)
         self.num_features, self.grid = dim, img_size // patch_size
         self.patch_embed = nn.Conv2d(3, dim, patch_size, patch_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
@@ -125,6 +123,10 @@ class VisionTransformer(nn.Module):
             if isinstance(m, nn.Linear):
                 nn.init.trunc_normal_(m.weight, std=0.02)
                 nn.init.zeros_(m.bias)
+
+    def check_patches(self, side):
+        if side % self.patch_size:
+            raise ModelError(f"--patch-size {self.patch_size} does not divide the resolution {side}")
 
     def no_weight_decay(self):
         return {"cls_token", "pos_embed"}
@@ -145,40 +147,55 @@ class VisionTransformer(nn.Module):
     def forward_head(self, x, pre_logits=False):
         return x[:, 0] if pre_logits else self.head(x[:, 0])
 
-    def reset_classifier(self, num_classes):
-        self.head = nn.Linear(self.num_features, num_classes)
-
 
 # -------------------------------------------------------------------------------------------------------- Hugging Face
 
 
 class HuggingFaceBackbone(nn.Module):
-    """A vision model of transformers with a linear head on its class token or pooled map."""
+    """A vision model of transformers with a linear head on its class token, else on the mean of its map or tokens."""
+
+    UNDECAYED = ("cls_token", "class_embedding", "distillation_token", "register_tokens", "mask_token",
+                 "position_embed", "relative_position_bias")  # fmt: skip
 
     def __init__(self, body, num_classes):
         super().__init__()
         self.body = body
         config = body.config
         self.num_features = getattr(config, "hidden_size", None) or config.hidden_sizes[-1]
-        self.num_prefix_tokens = 1 + (getattr(config, "num_register_tokens", 0) or 0)
-        if "distill" in config.model_type or config.model_type == "deit":
-            self.num_prefix_tokens += 1  # DeiT's distillation token
+        named = {name.split(".")[-1]: parameter for name, parameter in body.named_parameters()}
+        self.has_class_token = "cls_token" in named or "class_embedding" in named  # Swin and SigLIP have none
+        registers = named["register_tokens"].shape[1] if "register_tokens" in named else 0
+        self.num_prefix_tokens = int(self.has_class_token) + int("distillation_token" in named) + registers
+        # signature, not __code__: the methods are decorated
+        resizes = "interpolate_pos_encoding" in inspect.signature(body.forward).parameters
+        self.options = {"interpolate_pos_encoding": True} if resizes else {}
         self.head = nn.Linear(self.num_features, num_classes)
+
+    def no_weight_decay(self):
+        return {name for name, _ in self.named_parameters() if any(part in name for part in self.UNDECAYED)}
 
     def forward_features(self, x):
-        if "interpolate_pos_encoding" in self.body.forward.__code__.co_varnames:
-            return self.body(pixel_values=x, interpolate_pos_encoding=True).last_hidden_state
-        return self.body(pixel_values=x).last_hidden_state
+        return self.body(pixel_values=x, **self.options).last_hidden_state  # (B, N, D) or (B, D, H, W)
 
     def forward_head(self, x, pre_logits=False):
-        pooled = x.mean((2, 3)) if x.dim() == 4 else x[:, 0]
+        if x.dim() == 4:
+            pooled = x.mean((2, 3))
+        else:
+            pooled = x[:, 0] if self.has_class_token else x.mean(1)
         return pooled if pre_logits else self.head(pooled)
-
-    def reset_classifier(self, num_classes):
-        self.head = nn.Linear(self.num_features, num_classes)
 
 
 # ----------------------------------------------------------------------------------------------------------- the model
+
+
+class _Keep:
+    """A forward hook that notes a layer's output; an object, so that a deep copy of a model (EMA) notes its own."""
+
+    def __init__(self, kept, layer):
+        self.kept, self.layer = kept, layer
+
+    def __call__(self, module, inputs, output):
+        self.kept[self.layer] = output
 
 
 class ImageModel(nn.Module):
@@ -194,22 +211,19 @@ class ImageModel(nn.Module):
         self.feature_layers, self._indices, self._hooks, self._hooked = [], None, [], {}
 
     def forward(self, batch):
-        images, features = batch["image"], {}
-        if self._indices is not None:
-            order = sorted(set(self._indices))
-            hidden, maps = self.backbone.forward_intermediates(images, indices=order, output_fmt="NCHW")
-            maps = dict(zip(order, maps))
-            features = {layer: maps[i] for layer, i in zip(self.feature_layers, self._indices)}
+        if self._indices is None:
+            hidden = self.backbone.forward_features(batch["image"])
         else:
-            hidden = self.backbone.forward_features(images)
-            if self.feature_layers:
-                features = {layer: self._as_map(layer, self._hooked.pop(layer)) for layer in self.feature_layers}
+            order = sorted(self._indices)
+            hidden, maps = self.backbone.forward_intermediates(batch["image"], indices=order, output_fmt="NCHW")
         out = {
-            "logits": self.backbone.forward_head(hidden),  # (B, C)
             "embedding": self.backbone.forward_head(hidden, pre_logits=True),  # (B, D)
+            "logits": self.backbone.forward_head(hidden),  # (B, C)
         }
-        if features:
-            out["features"] = features
+        if self._indices is not None:
+            out["features"] = {layer: maps[order.index(i)] for layer, i in zip(self.feature_layers, self._indices)}
+        elif self.feature_layers:  # after the head, which may be one of them
+            out["features"] = {layer: self._as_map(layer, self._hooked.pop(layer, None)) for layer in self.feature_layers}
         return out
 
     def set_feature_layers(self, layers):
@@ -218,6 +232,8 @@ class ImageModel(nn.Module):
         for layer in layers:
             if layer not in modules or layer == "":
                 raise ModelError(f"{self.name} has no layer {layer!r}; it has {', '.join(self.layer_names())}")
+            if layers.count(layer) > 1:
+                raise ModelError(f"layer {layer} of {self.name} is named twice")
         for hook in self._hooks:
             hook.remove()
         self.feature_layers, self._indices, self._hooks = list(layers), None, []
@@ -227,43 +243,61 @@ class ImageModel(nn.Module):
             self._indices = [known.index(layer) for layer in layers]
             return
         for layer in layers:
-            self._hooks.append(modules[layer].register_forward_hook(self._keep(layer)))
-
-    def _keep(self, layer):
-        def hook(module, inputs, output):
-            self._hooked[layer] = output
-
-        return hook
+            self._hooks.append(modules[layer].register_forward_hook(_Keep(self._hooked, layer)))
 
     def _as_map(self, layer, value):
         """Output of a module -> (B, C, H, W): tokens lose their prefix and become a grid, channels-last maps turn."""
+        if value is None:
+            raise ModelError(f"layer {layer} of {self.name} is never called: name a layer in or around it")
         if not isinstance(value, torch.Tensor):  # Hugging Face layers may return a tuple or an output object
             value = value[0]
         if value.dim() == 4:
             nhwc = getattr(self.backbone, "output_fmt", "NCHW") == "NHWC"
+            if (value.shape[1] == value.shape[2]) != (value.shape[2] == value.shape[3]):
+                nhwc = value.shape[1] == value.shape[2]  # images are square: a layer may differ from its model's format
             return value.permute(0, 3, 1, 2) if nhwc else value
         if value.dim() == 3:
-            tokens = value[:, getattr(self.backbone, "num_prefix_tokens", 0) :]  # (B, N, D)
-            side = math.isqrt(tokens.shape[1])
-            if side * side == tokens.shape[1] and side:
-                return tokens.transpose(1, 2).unflatten(2, (side, side))
+            for prefix in (getattr(self.backbone, "num_prefix_tokens", 0), 0):  # a patch embedding has no prefix yet
+                tokens = value[:, prefix:]  # (B, N, D)
+                side = math.isqrt(tokens.shape[1])
+                if side * side == tokens.shape[1] and side:
+                    return tokens.transpose(1, 2).unflatten(2, (side, side))
         if value.dim() == 2:
             return value[:, :, None, None]
         raise ModelError(f"layer {layer} of {self.name} gives {tuple(value.shape)}, which is no map and no square grid")
 
     def layer_names(self):
-        """Module paths of the depth that people name: stages, blocks and the layers around them."""
-        names = [n for n, m in self.backbone.named_modules() if n and n.count(".") <= 1 and any(True for _ in m.parameters())]
-        deep = [n for n in names if n.count(".") == 1 and n.split(".")[1].isdigit()]
-        return [n for n in names if n.count(".") == 0 or n in deep]
+        """Module paths that people name: stages and blocks (the first number of a path is its end), layers around."""
+        names = []
+        for name, module in self.backbone.named_modules():
+            parts = name.split(".")
+            block = parts[-1].isdigit() and not any(part.isdigit() for part in parts[:-1])
+            if name and (len(parts) == 1 or block) and any(True for _ in module.parameters()):
+                names.append(name)
+        return names
 
     def set_resolution(self, resolution):
         """Make a model of fixed positions take another input side (ours and Hugging Face's resize as they run)."""
-        if self.build_args.get("img_size") != resolution and hasattr(self.backbone, "set_input_size"):
+        if isinstance(self.backbone, VisionTransformer):
+            return self.backbone.check_patches(resolution)
+        if self.build_args["img_size"] != resolution and hasattr(self.backbone, "set_input_size"):
             try:
                 self.backbone.set_input_size(img_size=(resolution, resolution))
             except (AssertionError, ValueError, RuntimeError) as error:
-                raise ModelError(f"{self.name} cannot take {resolution} px: {error}") from None
+                raise ModelError(f"{self.name} cannot take {resolution} px: {_one_line(error)}") from None
+            self.build_args = {**self.build_args, "img_size": resolution}
+        self.check_side(resolution)
+
+    def check_side(self, resolution):
+        """Raise ModelError where one black image of this side does not go through."""
+        training, device = self.training, next(self.parameters()).device
+        try:
+            with torch.no_grad():
+                self.eval()({"image": torch.zeros(1, 3, resolution, resolution, device=device)})
+        except (AssertionError, ValueError, RuntimeError, IndexError) as error:
+            raise ModelError(f"{self.name} cannot take {resolution} px: {_one_line(error)}") from None
+        finally:
+            self.train(training)
 
     @property
     def name(self):
@@ -271,9 +305,13 @@ class ImageModel(nn.Module):
 
     @property
     def family(self):
-        """cnn or vit: whether anything attends over tokens."""
-        vit = any("attention" in type(m).__name__.lower() or isinstance(m, TransformerBlock) for m in self.modules())
-        return "vit" if vit else "cnn"
+        """cnn or vit: whether anything attends over tokens, but for a pooling at the end (as CLIP's ResNets have)."""
+        for module in self.modules():
+            name = type(module).__name__.lower()
+            attends = isinstance(module, TransformerBlock) or "attention" in name or hasattr(module, "num_heads")
+            if attends and "pool" not in name:
+                return "vit"
+        return "cnn"
 
     @property
     def num_parameters(self):
@@ -319,26 +357,41 @@ def _build_timm(name, num_classes, img_size, build_args, pretrained):
         near = difflib.get_close_matches(timm_name, [*SMALL_MODELS, *timm.list_models()], 3)
         hint = f"; near: {', '.join(near)}" if near else f"; ours: {', '.join(SMALL_MODELS)}, any other is timm's"
         raise ModelError(f"unknown model {name!r}{hint}")
-    arguments = {"pretrained": pretrained, "num_classes": num_classes}
-    try:
+
+    def create(pretrained):
+        arguments = {"pretrained": pretrained, "num_classes": num_classes}
         try:
-            backbone = timm.create_model(timm_name, img_size=img_size, **arguments)
+            return timm.create_model(timm_name, img_size=img_size, **arguments)
         except TypeError as error:  # a CNN takes no img_size
             if "img_size" not in str(error):
                 raise
-            backbone = timm.create_model(timm_name, **arguments)
-    except Exception as error:
+            return timm.create_model(timm_name, **arguments)
+
+    try:
+        backbone = create(pretrained)
+    except Exception as error:  # each model complains in its own way
+        problem = f"timm cannot build {timm_name} at {img_size} px: {_one_line(error)}"
         if pretrained:
-            config = timm.get_pretrained_cfg(timm_name)
-            source = getattr(config, "hf_hub_id", None) or getattr(config, "url", None) or timm_name
-            raise ModelError(
-                f"cannot get the weights of {timm_name} ({type(error).__name__}): fetch model.safetensors of "
-                f"{source} on the Hugging Face hub by hand and pass it with --weights FILE"
-            ) from None
-        raise ModelError(f"timm cannot build {timm_name} at {img_size} px: {_one_line(error)}") from None
+            with contextlib.suppress(Exception):  # where it builds without them, the weights are what is missing
+                problem = _no_weights(timm_name, create(False).pretrained_cfg, error)
+        raise ModelError(problem) from None
     config = backbone.pretrained_cfg
     mean, std = (config.get("mean"), config.get("std")) if pretrained else (None, None)
-    return ImageModel(backbone, build_args, mean and list(mean), std and list(std))
+    model = ImageModel(backbone, build_args, mean and list(mean), std and list(std))
+    model.check_side(img_size)
+    return model
+
+
+def _no_weights(timm_name, config, error):
+    """Why the hub's weights did not come, and which file to fetch.  config: timm's pretrained_cfg, a dict."""
+    hub, url = config.get("hf_hub_id"), config.get("url")
+    if not hub and not url:
+        return f"--pretrained: there are no hub weights of {timm_name}"
+    file = f"{config.get('hf_hub_filename') or 'model.safetensors'} of {hub} on the Hugging Face hub" if hub else url
+    return (
+        f"cannot get the weights of {timm_name} ({type(error).__name__}): fetch {file} by hand and pass it with "
+        "--weights FILE"
+    )
 
 
 def _build_hugging_face(name, num_classes, build_args, pretrained, hf_config):
@@ -358,10 +411,29 @@ def _build_hugging_face(name, num_classes, build_args, pretrained, hf_config):
             f"cannot load {source} ({_one_line(error)}): download config.json and model.safetensors of it into a "
             "folder by hand and name the folder, hf:FOLDER"
         ) from None
-    build_args["hf_config"] = {k: v for k, v in body.config.to_dict().items() if k != "torch_dtype" and k != "dtype"}
-    if not hasattr(body.config, "hidden_size") and not hasattr(body.config, "hidden_sizes"):
-        raise ModelError(f"{source} is no image model that this project knows (no hidden_size in its config)")
-    return ImageModel(HuggingFaceBackbone(body, num_classes), build_args)
+    config = body.config
+    if getattr(body, "main_input_name", "pixel_values") != "pixel_values" or not (
+        hasattr(config, "hidden_size") or hasattr(config, "hidden_sizes")
+    ):
+        raise ModelError(f"{source} is no image model that this project knows ({config.model_type})")
+    build_args["hf_config"] = {k: v for k, v in config.to_dict().items() if k != "torch_dtype" and k != "dtype"}
+    mean, std = _hugging_face_normalization(source) if pretrained else (None, None)
+    model = ImageModel(HuggingFaceBackbone(body.float(), num_classes), build_args, mean, std)  # some are stored in half
+    model.check_side(build_args["img_size"])
+    return model
+
+
+def _hugging_face_normalization(source):
+    """(mean, std) that a model's preprocessor_config.json names, or (None, None)."""
+    from transformers.image_processing_base import ImageProcessingMixin
+
+    try:
+        config, _ = ImageProcessingMixin.get_image_processor_dict(source)
+    except OSError:  # it has none
+        return None, None
+    if not config.get("do_normalize", True) or not config.get("image_mean") or not config.get("image_std"):
+        return None, None
+    return list(config["image_mean"]), list(config["image_std"])
 
 
 def _one_line(error):
@@ -378,20 +450,26 @@ def load_weights(model, state, source):
     for key in ("state_dict", "model", "teacher", "backbone"):
         if isinstance(state.get(key), dict):
             state = state[key]
-    if not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
+    if not state or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()):
         raise ModelError(f"{source} holds no state dict of tensors")
-    for prefix in ("module.", "backbone."):
+    for prefix in ("module.", "_orig_mod.", "backbone."):  # of DDP, of compiled models, of ours
         if all(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): value for name, value in state.items()}
+    convert = getattr(sys.modules[type(model.backbone).__module__], "checkpoint_filter_fn", None)
+    if convert:  # timm's own, as for hub weights: resizes positions to the image's grid, knows older names
+        try:
+            state = convert(state, model.backbone)
+        except Exception as error:  # meant for weights of this model, so anything goes for others
+            raise ModelError(f"{source} does not fit {model.name}: {_one_line(error)}") from None
     own = model.backbone.state_dict()
     config = getattr(model.backbone, "pretrained_cfg", None) or {}
     heads = config.get("classifier") or ("head", "fc")
-    heads = (heads,) if isinstance(heads, str) else tuple(heads)
-    head = [name for name in own if name.startswith(tuple(h + "." for h in heads))]
+    heads = tuple(f"{head}." for head in ([heads] if isinstance(heads, str) else heads))
+    head = [name for name in own if name.startswith(heads)]
     dropped = any(name not in state or state[name].shape != own[name].shape for name in head)
     if dropped:
-        state = {**{k: v for k, v in state.items() if not k.startswith(tuple(h + "." for h in heads))},
-                 **{name: own[name] for name in head}}
+        state = {name: value for name, value in state.items() if not name.startswith(heads)}
+        state.update({name: own[name] for name in head})
     try:
         model.backbone.load_state_dict(state, strict=True)
     except RuntimeError as error:
@@ -407,13 +485,14 @@ def _mismatch(error):
 
 def multiply_adds(model, resolution):
     """Multiply-adds of one image's forward pass: half the FLOPs, which count two each."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
     device, training = next(model.parameters()).device, model.training
     model.eval()
     counter = FlopCounterMode(display=False)
-    with warnings.catch_warnings(), torch.no_grad(), counter:
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+        warnings.simplefilter("ignore")  # MATH: fused attention is not counted on every device
         model({"image": torch.zeros(1, 3, resolution, resolution, device=device)})
     model.train(training)
     return counter.get_total_flops() // 2

@@ -12,16 +12,22 @@ CHECK_EVERY = 50  # steps between looks at the device for a loss that is not fin
 
 
 class NonFiniteLoss(Exception):
+    """The loss overflowed or became NaN: a fault of the run, not of the command line."""
+
     exit_code = 1
 
 
-
-def make_optimizer(name, modules, lr, weight_decay=None, momentum=0.9, nesterov=False, projectors=None, projector_decay=0.0):
+def make_optimizer(
+    name, modules, lr, weight_decay=None, momentum=0.9, nesterov=False, projectors=None, projector_decay=0.0
+):
     """Optimizer over the modules' parameters, no decay on norms, biases, class tokens and positions.
 
     lr: None is 0.05 for sgd, 0.001 for adam and adamw; weight_decay: None is 5e-4 for sgd, 0.05 for adamw, 0 for adam;
     projectors: a module with a decay of its own.
     """
+    if nesterov and (name != "sgd" or momentum == 0):
+        other = f"--optimizer {name}" if name != "sgd" else "--momentum 0"
+        raise UserError(f"--nesterov and {other} contradict each other: it is a kind of momentum of sgd")
     if lr is None:
         lr = 0.05 if name == "sgd" else 1e-3
     if weight_decay is None:
@@ -135,7 +141,10 @@ class Updater:
         first = self.first_bad.item()
         if first < 2**31 - 1:
             lr = self.schedule(first - 1)
-            raise NonFiniteLoss(f"the loss of step {first} is not finite (learning rate {lr:.3g}): lower --lr, or use --warmup-epochs, --clip-grad or --amp off")
+            raise NonFiniteLoss(
+                f"the loss of step {first} is not finite (learning rate {lr:.3g}): lower --lr, or use --warmup-epochs, "
+                "--clip-grad or --amp off"
+            )
 
     def state_dict(self):
         return {
@@ -154,5 +163,6 @@ class Updater:
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         self.steps = state["steps"]
+        self.lr = self.schedule(max(0, self.steps - 1))  # of the last step: an epoch may have no step left to set it
 
 

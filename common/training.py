@@ -7,7 +7,6 @@ import contextlib
 import hashlib
 import os
 import pickle
-import random
 import resource
 import shutil
 import signal
@@ -132,7 +131,8 @@ class Preprocess:
 
 
 def random_state():
-    state = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    """Of torch's generators, which dropout draws from; order and augmentation need none."""
+    state = {"torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state_all()
     return state
@@ -140,7 +140,6 @@ def random_state():
 
 def set_random_state(state):
     torch.set_rng_state(state["torch"])
-    random.setstate(state["python"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"])
 
