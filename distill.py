@@ -22,7 +22,7 @@ from common.data import DATASETS, TASK, load_splits
 from common.evaluation import is_chance_level, live_teacher, predict, write_results
 from common.loader import Loader, save_sample_grid
 from common.losses import FEATURE_LOSSES, METHODS, DistillationLoss, method_weights
-from common.metrics import classification, fidelity
+from common.metrics import CLASSIFICATION, FIDELITY, classification, fidelity
 from common.models import build_model
 from common.optimizer import Schedule, Updater, make_optimizer
 from common.training import (
@@ -39,7 +39,7 @@ def parse(argv):
     cli.add_data_flags(parser, dataset=None)
     cli.add_augment_flags(parser)
     cli.add_model_flags(parser, model="resnet8")
-    cli.add_training_flags(parser, epochs=30)
+    cli.add_training_flags(parser, epochs=30, select=CLASSIFICATION + FIDELITY)
     g = parser.add_argument_group("teacher")
     g.add_argument("--teacher-checkpoint", metavar="FILE", help=f"a checkpoint of these scripts ({DEFAULT_TEACHER})")
     g.add_argument("--teacher-model", metavar="NAME", help="a model by name, as --model, with --teacher-pretrained or --teacher-weights")

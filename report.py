@@ -10,8 +10,8 @@ A group is the seeds of one distilled student: same test set, classes, training 
 and flags. Beside it stand its teacher, found by the SHA-256 of its checkpoint, and its baseline: the same student on
 the same data without a teacher. What is missing is named and left empty.
 
-Needs cli.py, augment.py, data.py and losses.py of `common`, torch, numpy, pillow and matplotlib;
-with --reevaluate also evaluation.py, loader.py, metrics.py, models.py and training.py, scikit-learn and what the models need.
+Needs from common: cli.py, augment.py, data.py, metrics.py; with --reevaluate also evaluation.py, loader.py, models.py,
+training.py.  Packages: torch, numpy, pillow, matplotlib, scikit-learn; with --reevaluate timm too.
 """
 
 import contextlib

@@ -291,7 +291,8 @@ def _turn_hue(images, turn):
     for offset in (5, 3, 1):  # red, green, blue of an HSV colour: value - chroma * clamp(min(k, 4 - k), 0, 1)
         k = torch.remainder(sextant + offset, 6)
         channels.append(value - chroma * torch.minimum(k, 4 - k).clamp(0, 1))
-    return torch.stack(channels, 1).clamp(0, 1)
+    turned = torch.stack(channels, 1).clamp(0, 1)
+    return torch.where(turn[:, None, None, None] == 0, images, turned)  # view 0 to the last bit
 
 
 def normalize(images, mean, std):

@@ -1,6 +1,6 @@
 """What the scripts share at their edge: flags, --config and --resume, errors in one line, the run folder.
 
-Needs augment.py, data.py and losses.py of `common` (for choices and defaults) and torch.
+Needs augment.py, data.py and metrics.py of `common`, for choices and defaults.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import tempfile
 
 from common.augment import CROPS, Policy
 from common.data import DATASETS
+from common.metrics import CLASSIFICATION
 
 SCRIPT_FOLDER = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 RESUME_MAY_CHANGE = {"resume", "device", "workers", "epochs", "output", "overwrite", "config"}
@@ -107,6 +108,13 @@ def number(kind, low=-math.inf, high=math.inf, above=False):
     return convert
 
 
+def picture(text):
+    """An argparse type: a file name that Pillow can write."""
+    if not text.lower().endswith((".png", ".jpg", ".jpeg", ".webp")):
+        raise argparse.ArgumentTypeError(f"{text} must end in .png, .jpg or .webp")
+    return text
+
+
 POSITIVE, NATURAL = number(int, 1), number(int, 0)
 SHARE = number(float, 0, 1)
 AMOUNT = number(float, 0)
@@ -134,7 +142,7 @@ def add_data_flags(parser, dataset="digits"):
     g.add_argument("--resolution", type=POSITIVE, help="input side in pixels; by default the dataset's (CIFAR and image folders 32, MedMNIST 28, digits 8)")
     g.add_argument("--batch-size", type=POSITIVE, default=32, help="images a step")
     add_reading_flags(g)
-    g.add_argument("--save-samples", metavar="FILE.png", help="draw what the models see in the first epoch, side by side")
+    g.add_argument("--save-samples", type=picture, metavar="FILE.png", help="draw what the models see in the first epoch, side by side")
 
 
 def add_reading_flags(g):
@@ -185,7 +193,8 @@ def add_model_flags(parser, model):
     g.add_argument("--init-checkpoint", metavar="FILE", help="start from a checkpoint of these scripts; new head where classes differ")
 
 
-def add_training_flags(parser, epochs):
+def add_training_flags(parser, epochs, select=CLASSIFICATION):
+    """epochs: the default; select: val metrics that may choose the best epoch."""
     g = parser.add_argument_group("training")
     g.add_argument("--epochs", type=POSITIVE, default=epochs, help="passes over train")
     g.add_argument("--optimizer", default="sgd", choices=("sgd", "adam", "adamw"), help="optimizer")
@@ -202,7 +211,7 @@ def add_training_flags(parser, epochs):
     g.add_argument("--clip-grad", type=AMOUNT, default=0.0, help="largest gradient norm; 0 is off")
     g.add_argument("--ema", type=SHARE, default=0.0, metavar="DECAY", help="evaluate and keep an average of the weights, as 0.999; 0 is off")
     g.add_argument("--patience", type=NATURAL, default=0, help="stop after this many epochs without gain in --select-metric; 0 is off")
-    g.add_argument("--select-metric", default="accuracy", help="val metric that chooses the best epoch")
+    g.add_argument("--select-metric", default="accuracy", choices=select, metavar="METRIC", help=f"val metric that chooses the best epoch: {', '.join(select)}")
     g.add_argument("--amp", default="auto", choices=("auto", "off", "bf16", "fp16"), help="mixed precision; auto: on a GPU")
     g.add_argument("--compile", default="auto", choices=("auto", "on", "off"), help="torch.compile; auto: on a GPU")
 
@@ -234,9 +243,18 @@ def read_json(path):
         raise UserError(f"{path} is no JSON: {error}") from None
 
 
+def check(args):
+    """Refuse values that argparse cannot judge one by one."""
+    if args.window and not args.window[0] < args.window[1]:
+        raise UserError(f"--window {args.window[0]:g} {args.window[1]:g}: LOW must be below HIGH")
+    if args.nesterov and args.optimizer != "sgd":
+        raise UserError(f"--nesterov and --optimizer {args.optimizer} contradict each other: it is sgd's")
+    return args
+
+
 def parse_flags(parser, argv):
     """Parse argv over --config FILE or the flags of --resume RUN; returns a Namespace."""
-    args = parser.parse_args(argv)
+    args = check(parser.parse_args(argv))
     if args.resume and args.config:
         raise UserError("--resume and --config contradict each other: a resumed run has its own flags")
     if not args.resume and not args.config:
@@ -248,7 +266,7 @@ def parse_flags(parser, argv):
     if not isinstance(values, dict):
         raise UserError(f"{path} holds no JSON object of flags")
     saved = config_argv(parser, values, path)
-    args = parser.parse_args(saved + argv)
+    args = check(parser.parse_args(saved + argv))
     if args.resume:
         before = parser.parse_args(saved)
         for dest, value in vars(args).items():

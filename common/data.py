@@ -9,6 +9,7 @@ A dataset yields `index, id, image (uint8), targets {task: label}` and never aug
 import hashlib
 import math
 import os
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -25,6 +26,10 @@ DIGITS_TEST_SHARE = 0.4  # of scikit-learn's 1,797 digits, which come without a 
 STREAM_VAL, STREAM_LIMIT, STREAM_DIGITS_TEST = 1001, 1002, 1003  # of the counter-based generator
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CROP_AND_FLIP = Policy(crop="pad", padding=0.125, hflip=0.5)
+
+
+# Pillow warns of damaged metadata in several lines; what it cannot read it raises
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
 class DatasetInfo(NamedTuple):

@@ -7,9 +7,8 @@ logits and log-probabilities give the same values.  Fractions, not per cent; a m
 import numpy as np
 from sklearn import metrics as sk
 
-HIGHER_IS_BETTER = {
-    "accuracy", "top5_accuracy", "balanced_accuracy", "macro_f1", "auc", "agreement", "teacher_right_kept",
-}  # fmt: skip
+CLASSIFICATION = ("accuracy", "balanced_accuracy", "macro_f1", "auc", "top5_accuracy", "loss", "ece")
+FIDELITY = ("agreement", "teacher_right_kept", "teacher_kl")
 LOWER_IS_BETTER = {"loss", "ece", "teacher_kl"}
 
 

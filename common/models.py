@@ -12,6 +12,7 @@
 
 import contextlib
 import inspect
+import logging
 import math
 import sys
 import warnings
@@ -354,7 +355,7 @@ def _build_timm(name, num_classes, img_size, build_args, pretrained):
     if not timm.is_model(timm_name.split(".")[0]):
         import difflib
 
-        near = difflib.get_close_matches(timm_name, [*SMALL_MODELS, *timm.list_models()], 3)
+        near = difflib.get_close_matches(timm_name, {*SMALL_MODELS, *timm.list_models()}, 3)
         hint = f"; near: {', '.join(near)}" if near else f"; ours: {', '.join(SMALL_MODELS)}, any other is timm's"
         raise ModelError(f"unknown model {name!r}{hint}")
 
@@ -367,6 +368,7 @@ def _build_timm(name, num_classes, img_size, build_args, pretrained):
                 raise
             return timm.create_model(timm_name, **arguments)
 
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # one line of ours, not one for each retry
     try:
         backbone = create(pretrained)
     except Exception as error:  # each model complains in its own way
@@ -388,16 +390,15 @@ def _no_weights(timm_name, config, error):
     if not hub and not url:
         return f"--pretrained: there are no hub weights of {timm_name}"
     file = f"{config.get('hf_hub_filename') or 'model.safetensors'} of {hub} on the Hugging Face hub" if hub else url
-    return (
-        f"cannot get the weights of {timm_name} ({type(error).__name__}): fetch {file} by hand and pass it with "
-        "--weights FILE"
-    )
+    why = type(error).__name__
+    return f"cannot get the weights of {timm_name} ({why}): fetch {file} by hand and pass it with --weights FILE"
 
 
 def _build_hugging_face(name, num_classes, build_args, pretrained, hf_config):
     from transformers import AutoConfig, AutoModel
 
     source = name.removeprefix("hf:")
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         if hf_config is not None:
             hf_config = dict(hf_config)
@@ -412,9 +413,8 @@ def _build_hugging_face(name, num_classes, build_args, pretrained, hf_config):
             "folder by hand and name the folder, hf:FOLDER"
         ) from None
     config = body.config
-    if getattr(body, "main_input_name", "pixel_values") != "pixel_values" or not (
-        hasattr(config, "hidden_size") or hasattr(config, "hidden_sizes")
-    ):
+    has_width = hasattr(config, "hidden_size") or hasattr(config, "hidden_sizes")
+    if getattr(body, "main_input_name", "pixel_values") != "pixel_values" or not has_width:
         raise ModelError(f"{source} is no image model that this project knows ({config.model_type})")
     build_args["hf_config"] = {k: v for k, v in config.to_dict().items() if k != "torch_dtype" and k != "dtype"}
     mean, std = _hugging_face_normalization(source) if pretrained else (None, None)
@@ -431,9 +431,8 @@ def _hugging_face_normalization(source):
         config, _ = ImageProcessingMixin.get_image_processor_dict(source)
     except OSError:  # it has none
         return None, None
-    if not config.get("do_normalize", True) or not config.get("image_mean") or not config.get("image_std"):
-        return None, None
-    return list(config["image_mean"]), list(config["image_std"])
+    normalizes = config.get("do_normalize", True) and config.get("image_mean") and config.get("image_std")
+    return (list(config["image_mean"]), list(config["image_std"])) if normalizes else (None, None)
 
 
 def _one_line(error):

@@ -1,0 +1,269 @@
+"""loader.py: the same batches whatever caches, decodes or interrupts them."""
+
+import io
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from common import loader as loader_module
+from common.augment import hash_id
+from common.data import DataError, ImageDataset, load_splits
+from common.loader import ImageCache, Loader, available_memory, choose_cache, pad_images, save_sample_grid
+
+N = 23  # no multiple of the batch size
+WAYS = [("ram", 0), ("device", 0), ("off", 0), ("off", 1), ("off", 2)]  # cache, workers
+
+
+@pytest.fixture(scope="module")
+def tiles():
+    """Real images, 427 x 640 x 3 cut to 32 x 32 x 3."""
+    from sklearn.datasets import load_sample_image
+
+    photo = load_sample_image("flower.jpg")
+    return [photo[32 * i : 32 * i + 32, 32 * j : 32 * j + 32] for i in range(13) for j in range(20)]
+
+
+def dataset_of(folder, tiles, unequal):
+    paths = []
+    for i in range(N):
+        tile = tiles[7 * i][: 32 - i % 5, : 32 - 3 * (i % 4)] if unequal else tiles[7 * i]
+        paths.append(str(folder / f"{i:02d}.png"))
+        Image.fromarray(tile).save(paths[-1])
+    return ImageDataset([f"train/{i:02d}.png" for i in range(N)], [i % 3 for i in range(N)], paths=paths)
+
+
+@pytest.fixture(scope="module")
+def equal(tmp_path_factory, tiles):
+    return dataset_of(tmp_path_factory.mktemp("equal"), tiles, False)
+
+
+@pytest.fixture(scope="module")
+def unequal(tmp_path_factory, tiles):
+    return dataset_of(tmp_path_factory.mktemp("unequal"), tiles, True)
+
+
+@pytest.fixture(params=["equal", "unequal"])
+def dataset(request):
+    return request.getfixturevalue(request.param)
+
+
+def same(batch, other):
+    return batch["valid"] == other["valid"] and torch.equal(batch["targets"]["label"], other["targets"]["label"]) and all(
+        torch.equal(batch[k], other[k]) for k in ("index", "key", "view", "size", "image")
+    )  # fmt: skip
+
+
+def check_contents(batch, dataset):
+    """Each row is its file's pixels in the top left corner and black elsewhere, with its own key and label."""
+    height, width = batch["image"].shape[2:]
+    assert batch["image"].dtype == torch.uint8
+    for row, i in enumerate(batch["index"].tolist()):
+        pixels = np.array(Image.open(dataset.paths[i]))
+        expected = np.zeros((height, width, 3), np.uint8)
+        expected[: pixels.shape[0], : pixels.shape[1]] = pixels
+        assert np.array_equal(batch["image"][row].permute(1, 2, 0), expected)
+        assert batch["size"][row].tolist() == list(pixels.shape[:2])
+        assert batch["key"][row] == hash_id(dataset.ids[i]) and batch["targets"]["label"][row] == i % 3
+
+
+# -------------------------------------------------------------------------------------------------------------- batches
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_same_batches_for_any_cache_and_workers(dataset, shuffle):
+    reference = None
+    for cache, workers in WAYS:
+        loader = Loader(dataset, 5, "cpu", shuffle, seed=3, cache=cache, workers=workers)
+        batches = [b for epoch in (1, 2) for b in loader.batches(epoch)]  # workers are kept for the second
+        if reference is None:
+            reference = batches
+            for batch in batches:
+                check_contents(batch, dataset)
+        assert len(batches) == len(reference) == 2 * len(loader) == (8 if shuffle else 10)
+        assert all(map(same, batches, reference)), (cache, workers)
+
+
+@pytest.mark.parametrize("grey", [False, True])
+def test_same_batches_for_images_in_memory(tiles, grey):
+    images = np.stack(tiles[:N])[..., 1] if grey else np.stack(tiles[:N])
+    dataset = ImageDataset([f"train/{i}" for i in range(N)], [0] * N, images)
+    made = [list(Loader(dataset, 5, "cpu", True, cache=cache, workers=0).batches(1)) for cache in ("auto", "off")]
+    assert all(map(same, *made))
+    for batch in made[0]:
+        expected = images[batch["index"]]
+        expected = np.repeat(expected[:, None], 3, 1) if grey else expected.transpose(0, 3, 1, 2)
+        assert np.array_equal(batch["image"], expected)
+
+
+def test_order_is_a_function_of_seed_and_epoch(equal):
+    def order(seed, epoch, batch_size=5):
+        return torch.cat([b["index"] for b in Loader(equal, batch_size, "cpu", True, seed, "ram").batches(epoch)]).tolist()
+
+    first = order(0, 1)
+    torch.manual_seed(99)
+    assert order(0, 1) == first and len(first) == len(set(first)) == 20  # the last three of 23 are dropped
+    orders = [order(seed, epoch) for seed in range(3) for epoch in range(1, 4)]
+    assert len({tuple(o) for o in orders}) == 9
+    assert len(set(sum(orders, []))) == N  # other samples are dropped in other epochs
+    assert order(0, 1, batch_size=4) == first  # nor does the batch size change it
+    assert len(order(0, 1, batch_size=64)) == N  # a batch larger than the dataset is cut to it
+
+
+def test_evaluation_pads_the_last_batch(dataset):
+    batches = list(Loader(dataset, 5, "cpu", cache="ram").batches())
+    assert [b["valid"] for b in batches] == [5, 5, 5, 5, 3] and all(len(b["index"]) == len(b["image"]) == 5 for b in batches)
+    assert torch.cat([b["index"][: b["valid"]] for b in batches]).tolist() == list(range(N))
+    assert batches[-1]["index"].tolist() == [20, 21, 22, 22, 22]
+    (only,) = Loader(dataset, 32, "cpu", cache="ram").batches()
+    assert only["valid"] == N and len(only["image"]) == 32
+
+
+def test_views(equal):
+    train, val = Loader(equal, 5, "cpu", True), Loader(equal, 5, "cpu")
+    assert {int(v) for b in train.batches(7) for v in b["view"]} == {7}
+    assert {int(v) for b in val.batches(7) for v in b["view"]} == {0}
+
+
+@pytest.mark.parametrize(("cache", "workers"), [("ram", 0), ("off", 0), ("off", 2)])
+def test_start_continues_the_epoch(unequal, cache, workers):
+    whole = list(Loader(unequal, 5, "cpu", True, 1, "ram").batches(4))
+    loader = Loader(unequal, 5, "cpu", True, 1, cache, workers)
+    next(loader.batches(4))  # what was begun and given up (as --save-samples does) leaves no trace
+    for start in (1, 3, 4):
+        assert all(map(same, loader.batches(4, start), whole[start:])) and len(list(loader.batches(4, start))) == 4 - start
+    ends = list(Loader(unequal, 5, "cpu", cache="ram").batches(0, 4))
+    assert len(ends) == 1 and ends[0]["valid"] == 3
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_loading_leaves_the_random_state_alone(equal, workers):
+    """A resumed epoch starts its workers again: were they seeded by torch's generator, dropout would differ."""
+    loader = Loader(equal, 5, "cpu", True, cache="off", workers=workers)
+    before = torch.get_rng_state()
+    list(loader.batches(1))
+    list(loader.batches(1, 2))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_workers_leave_signals_to_the_main_process(equal):
+    """srun and the scheduler signal every process of a step; the workers must go on until the step is done."""
+    loader = Loader(equal, 1, "cpu", cache="off", workers=1)
+    batches = loader.batches()
+    seen = [next(batches)]
+    worker = loader._workers._iterator._workers[0]
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        os.kill(worker.pid, number)
+    seen += list(batches)
+    assert len(seen) == N and worker.is_alive()
+
+
+def test_pad_images():
+    one, two = torch.full((3, 2, 5), 7, dtype=torch.uint8), torch.full((3, 4, 1), 9, dtype=torch.uint8)
+    images, sizes = pad_images([one, two])
+    assert images.shape == (2, 3, 4, 5) and sizes.tolist() == [[2, 5], [4, 1]]
+    assert torch.equal(images[0, :, :2], one) and images[0, :, 2:].sum() == 0
+    assert torch.equal(images[1, :, :, :1], two) and images[1, :, :, 1:].sum() == 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("cache", ["ram", "device", "off"])
+def test_batches_on_a_gpu(unequal, cache):
+    reference = list(Loader(unequal, 5, "cpu", True, cache="ram").batches(1))
+    for batch, expected in zip(Loader(unequal, 5, "cuda", True, cache=cache, workers=1).batches(1), reference):
+        assert batch["image"].is_cuda and batch["targets"]["label"].is_cuda and not batch["size"].is_cuda
+        batch.update(image=batch["image"].cpu(), targets={"label": batch["targets"]["label"].cpu()})
+        assert same(batch, expected)
+
+
+# ---------------------------------------------------------------------------------------------------------------- cache
+
+
+def test_choose_cache(equal, monkeypatch):
+    cpu, needed = torch.device("cpu"), N * 32 * 32 * 3
+    assert choose_cache(equal, "device", cpu) == "ram" and choose_cache(equal, "off", cpu) == "off"
+    monkeypatch.setattr(loader_module, "available_memory", lambda: 4 * needed + 8)
+    assert choose_cache(equal, "auto", cpu) == "ram"
+    monkeypatch.setattr(loader_module, "available_memory", lambda: 4 * needed - 8)
+    assert choose_cache(equal, "auto", cpu) == "off" and Loader(equal, 5, "cpu", workers=0).cache is None
+    assert choose_cache(load_splits("digits").val, "auto", cpu) == "ram"  # is in memory already
+
+
+def test_cache_holds_each_image_once(unequal):
+    cache = ImageCache(unequal, "cpu")
+    assert cache.uniform is None and cache.flat.numel() == int((3 * cache.sizes.prod(1)).sum())
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"/proc/self/cgroup": "0::/\n"}, 8000),
+        ({"/proc/self/cgroup": "0::/\n", "/sys/fs/cgroup/memory.max": "max\n", "/sys/fs/cgroup/memory.current": "5\n"}, 8000),
+        ({"/proc/self/cgroup": "0::/\n", "/sys/fs/cgroup/memory.max": "5000\n", "/sys/fs/cgroup/memory.current": "1000\n"}, 4000),
+        # a Slurm job: the limit stands two levels above the step
+        ({"/proc/self/cgroup": "0::/slurm/job_7/step_0/user\n", "/sys/fs/cgroup/slurm/job_7/memory.max": "3000\n",
+          "/sys/fs/cgroup/slurm/job_7/memory.current": "1000\n"}, 2000),
+        ({"/proc/self/cgroup": "9:cpu,cpuacct:/x\n4:memory:/slurm/job_7\n", "/sys/fs/cgroup/memory/slurm/job_7/memory.limit_in_bytes": "3500\n",
+          "/sys/fs/cgroup/memory/slurm/job_7/memory.usage_in_bytes": "1000\n"}, 2500),
+        ({"/proc/self/cgroup": "0::/\n", "/sys/fs/cgroup/memory.max": "1000\n", "/sys/fs/cgroup/memory.current": "2000\n"}, 0),
+        ({}, 8000),
+    ],
+)  # fmt: skip
+def test_available_memory(monkeypatch, files, expected):
+    files = {"/proc/meminfo": "MemTotal: 99 kB\nMemAvailable: 7.8125 kB\n".replace("7.8125", "8"), **files}
+
+    def read(path, *_):
+        if path not in files:
+            raise FileNotFoundError(path)
+        return io.StringIO(files[path])
+
+    monkeypatch.setattr(loader_module, "open", read, raising=False)
+    expected = 8192 if expected == 8000 else expected
+    if "/proc/self/cgroup" not in files:  # no Linux
+        expected = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    assert available_memory() == expected
+
+
+# --------------------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(("cache", "workers"), WAYS)
+def test_a_broken_image_is_one_line(tmp_path, tiles, cache, workers):
+    dataset = dataset_of(tmp_path, tiles, False)
+    with open(dataset.paths[17], "r+b") as file:
+        file.truncate(200)
+    with pytest.raises(DataError) as caught:
+        list(Loader(dataset, 5, "cpu", cache=cache, workers=workers).batches())
+    text = str(caught.value)
+    assert dataset.paths[17] in text and "--on-bad-image skip" in text and "\n" not in text and "Traceback" not in text
+    assert caught.value.exit_code == 2
+
+
+def test_a_broken_image_found_when_choosing_a_cache(tmp_path, tiles):
+    dataset = dataset_of(tmp_path, tiles, False)
+    os.remove(dataset.paths[0])
+    with pytest.raises(DataError, match="00.png.*--on-bad-image skip"):
+        Loader(dataset, 5, "cpu", cache="auto")
+
+
+# --------------------------------------------------------------------------------------------------------------- samples
+
+
+def test_sample_grid(tmp_path, tiles):
+    teacher = torch.from_numpy(np.stack(tiles[:20])).permute(0, 3, 1, 2) / 255  # (20, 3, 32, 32)
+    student = torch.nn.functional.avg_pool2d(teacher, 4)  # (20, 3, 8, 8)
+    save_sample_grid(tmp_path / "grid.png", [teacher, student])
+    sheet = np.array(Image.open(tmp_path / "grid.png"))
+    assert sheet.shape == (2 * 66, 16 * 66, 3)  # sixteen columns of 64 px and a gap of two
+    for i in (0, 15):
+        above, below = sheet[:64, 66 * i : 66 * i + 64], sheet[66:130, 66 * i : 66 * i + 64]
+        assert np.array_equal(above, tiles[i].repeat(2, 0).repeat(2, 1))
+        expected = tiles[i].reshape(8, 4, 8, 4, 3).mean((1, 3)).repeat(8, 0).repeat(8, 1)
+        assert np.abs(below - expected).max() <= 0.5 + 1e-3
+    save_sample_grid(tmp_path / "few.png", [teacher[:3]])
+    assert Image.open(tmp_path / "few.png").size == (3 * 66, 66)
+    with pytest.raises(DataError, match="cannot draw samples to .*grid.xyz"):
+        save_sample_grid(str(tmp_path / "grid.xyz"), [teacher])

@@ -1,0 +1,442 @@
+"""The scripts as a user runs them: what they write, what they refuse, and that each copies out."""
+
+import ast
+import csv
+import json
+import os
+import re
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, SMALL, run_script, succeed
+from PIL import Image
+
+TRAINING = ("train_teacher.py", "train_student.py", "distill.py")
+RUN_FILES = {
+    "best.pth", "latest.pth", "config.json", "metrics.csv", "metrics.json", "results.json", "log.txt",
+    "predictions_val.npz", "predictions_test.npz", "confusion_val_label.npy", "confusion_test_label.npy",
+}  # fmt: skip
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+@pytest.fixture
+def here(monkeypatch, capsys, tmp_path):
+    """Run a whole script in this process, in an empty folder: (exit code, stdout, stderr)."""
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DATA_ROOT", raising=False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    def run(name, *args):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, args)])
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(str(ROOT / name), run_name="__main__")
+        return stop.value.code, *capsys.readouterr()
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def refused(here):
+    """The script must exit 2 with one line on stderr that holds all of these words."""
+
+    def check(name, *args, words=()):
+        code, _, errors = here(name, *args)
+        assert code == 2 and errors.startswith("error: ") and len(errors.splitlines()) == 1, (code, errors)
+        for word in words:
+            assert str(word) in errors, errors
+
+    return check
+
+
+# -------------------------------------------------------------------------------------------------------- main job
+
+
+def test_the_stages_one_after_the_other(tmp_path, teacher):
+    """Teacher, student, distilled student, evaluation, report: files, figures that agree, and a second time."""
+    shutil.copytree(teacher, tmp_path / "runs" / "teacher")
+    for script, name in (("train_student.py", "student"), ("distill.py", "distill")):
+        succeed(script, *SMALL, "--epochs", 2, cwd=tmp_path)
+        folder = tmp_path / "runs" / name
+        assert {f.name for f in folder.iterdir()} == RUN_FILES
+        results, rows = read(folder / "results.json"), read(folder / "metrics.json")
+        assert results["role"] == name and results["last_epoch"] == 2 and len(rows) == 2
+        assert results["dataset"]["sizes"] == {"train": 160, "val": 108, "test": 719}
+        assert results["model"]["parameters"] == 4_903_242
+        assert results["val"]["accuracy"] == max(row["val_accuracy"] for row in rows)
+        with open(folder / "metrics.csv") as file:
+            table = list(csv.DictReader(file))
+        assert [float(line["train_loss"]) for line in table] == [row["train_loss"] for row in rows]
+        stored = np.load(folder / "predictions_test.npz", allow_pickle=False)
+        assert stored["logits"].dtype == np.float32 and stored["logits"].shape == (719, 10)
+        assert len(set(stored["ids"])) == 719 and list(stored["classes"]) == [str(i) for i in range(10)]
+        accuracy = np.mean(stored["logits"].argmax(1) == stored["labels"])
+        assert results["test"]["accuracy"] == pytest.approx(accuracy)
+        matrix = np.load(folder / "confusion_test_label.npy", allow_pickle=False)
+        assert matrix.sum() == 719 and np.trace(matrix) == round(accuracy * 719)
+        assert np.array_equal(matrix.sum(1), np.bincount(stored["labels"], minlength=10))  # rows are the true classes
+
+    kd = read(tmp_path / "runs/distill/results.json")
+    assert kd["method"] == "response" and kd["teacher"]["name"] == "resnet18"
+    assert kd["teacher"]["sha256"] == read(teacher / "results.json")["checkpoint_sha256"]
+    assert {"train_ce", "train_kl", "val_agreement", "val_teacher_kl"} <= read(tmp_path / "runs/distill/metrics.json")[0].keys()
+
+    done = succeed("evaluate.py", "runs/distill/best.pth", "--teacher-checkpoint", "runs/teacher/best.pth", cwd=tmp_path)
+    judged = read(tmp_path / "runs/evaluate/evaluation.json")
+    for key in ("accuracy", "balanced_accuracy", "macro_f1", "auc", "ece", "agreement", "teacher_kl"):
+        assert judged["student"][key] == pytest.approx(kd["test"][key], abs=1e-6), key
+    assert judged["teacher"]["accuracy"] == pytest.approx(read(teacher / "results.json")["test"]["accuracy"])
+    assert judged["student"]["multiply_adds"] > 1e6 and judged["student"]["latency_ms"] > 0
+    assert "multiply_adds" in done.stdout and (tmp_path / "runs/evaluate/confusion_test_label.npy").exists()
+
+    succeed("report.py", "runs", "--reevaluate", cwd=tmp_path)
+    report = read(tmp_path / "report/report.json")
+    assert report["cnn"]["student_accuracy_with_kd"] == pytest.approx(kd["test"]["accuracy"], abs=1e-6)
+    assert report["cnn"]["teacher_accuracy"] == pytest.approx(judged["teacher"]["accuracy"], abs=1e-6)
+    assert report["vit"] is None
+
+    # a second time: refused, nothing touched, then replaced with the same result
+    before = (tmp_path / "runs/student/results.json").read_bytes()
+    done = run_script("train_student.py", *SMALL, "--epochs", 2, cwd=tmp_path)
+    assert done.returncode == 2 and "--overwrite" in done.stderr and "--resume" in done.stderr
+    assert (tmp_path / "runs/student/results.json").read_bytes() == before
+    succeed("train_student.py", *SMALL, "--epochs", 2, "--overwrite", cwd=tmp_path)
+    assert read(tmp_path / "runs/student/results.json")["test"] == json.loads(before)["test"]
+
+
+def test_distillation_starts_from_the_baseline_s_weights(tmp_path, teacher, here):
+    """The same seed, cross-entropy alone: the distilled student is the baseline, bit for bit (the harness is one)."""
+    flags = [*SMALL, "--epochs", 1, "--seed", 7]
+    assert here("train_student.py", *flags, "--output", "a")[0] == 0
+    assert here("distill.py", *flags, "--teacher-checkpoint", teacher / "best.pth", "--alpha", 1, "--output", "b")[0] == 0
+    a, b = (torch.load(tmp_path / f / "best.pth", weights_only=True)["model"] for f in "ab")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_split_seed_and_seed(tmp_path, here):
+    """--seed never moves a split, --split-seed does."""
+    hashes = {}
+    for name, flags in (("a", []), ("b", ["--seed", 5]), ("c", ["--split-seed", 1])):
+        assert here("train_student.py", *SMALL, "--epochs", 1, *flags, "--output", name)[0] == 0
+        hashes[name] = read(tmp_path / name / "results.json")["dataset"]["sha256"]
+    assert hashes["a"] == hashes["b"]
+    assert hashes["a"]["val"] != hashes["c"]["val"] and hashes["a"]["train"] != hashes["c"]["train"]
+    assert hashes["a"]["test"] == hashes["c"]["test"]
+
+
+def test_image_folder_with_vits_and_features(tmp_path, cifar_folder, here):
+    """Real colour images; ViT teacher at another resolution than the student; feature distillation; sample grid."""
+    data = ["--dataset", "imagefolder", "--data-root", cifar_folder, "--batch-size", 20, "--epochs", 1, "--optimizer", "adamw"]
+    assert here("train_teacher.py", *data, "--model", "vit_tiny", "--patch-size", 8, "--output", "t")[0] == 0
+    code, out, errors = here(
+        "distill.py", "--teacher-checkpoint", "t/best.pth", "--batch-size", 20, "--epochs", 1, "--model", "vit_6_192",
+        "--patch-size", 4, "--resolution", 16, "--method", "feature", "--student-layer", "blocks.5", "--teacher-layer",
+        "blocks.11", "--feature-loss", "cosine", "--save-samples", "grid.png", "--allow-weak-teacher", "--amp", "bf16",
+        "--teacher-resolution", 48, "--cache", "off", "--workers", 1,
+    )  # fmt: skip
+    assert code == 0, errors
+    results = read(tmp_path / "runs/distill/results.json")
+    assert results["dataset"]["name"] == "imagefolder" and results["model"]["family"] == "vit"
+    row = read(tmp_path / "runs/distill/metrics.json")[0]
+    assert 0 < row["train_feature"] <= 2 and row["train_loss"] == pytest.approx(
+        0.5 * row["train_ce"] + 0.5 * row["train_kl"] + row["train_feature"], rel=1e-5
+    )
+    with Image.open(tmp_path / "grid.png") as grid:
+        top, bottom = np.split(np.asarray(grid.convert("L"), dtype=float), 2)
+        assert grid.size == (16 * 66, 2 * 66)
+        assert np.abs(top - bottom).mean() < 20 < top.std()  # the same views at two resolutions, and not one grey
+
+
+def test_dropout_state_and_custom_layers_of_timm(tmp_path, teacher, here):
+    """A timm student, features of both by module path, one by hook and one by forward_intermediates."""
+    code, _, errors = here(
+        "distill.py", *SMALL, "--resolution", 32, "--epochs", 1, "--teacher-checkpoint", teacher / "best.pth",
+        "--method", "feature", "--model", "timm:test_resnet", "--student-layer", "layer3", "--teacher-layer", "layer3.0",
+    )  # fmt: skip
+    assert code == 0, errors
+    assert here("evaluate.py", "runs/distill/best.pth")[0] == 0
+    assert read(tmp_path / "runs/evaluate/evaluation.json")["student"]["model"] == "timm:test_resnet"
+
+
+# ----------------------------------------------------------------------------------------------------------- config
+
+
+def test_config_file_and_command_line(tmp_path, here):
+    (tmp_path / "c.json").write_text(json.dumps({"epochs": 1, "batch-size": 32, "lr": 0.2, "limit_train": 160, "nesterov": True}))
+    assert here("train_student.py", "--config", "c.json", "--lr", 0.02)[0] == 0
+    flags = read(tmp_path / "runs/student/config.json")["flags"]
+    assert flags["lr"] == 0.02 and flags["epochs"] == 1 and flags["nesterov"] is True
+    assert here("train_student.py", "--config", "runs/student/config.json", "--output", "again")[0] == 0
+    assert read(tmp_path / "again/results.json")["test"] == read(tmp_path / "runs/student/results.json")["test"]
+
+
+@pytest.mark.parametrize("content, words", [
+    ('{"batchsize": 3}', ["batchsize", "batch_size"]), ('{"lr": "fast"}', ["--lr", "fast"]), ("[1]", ["c.json"]),
+    ("{", ["c.json", "JSON"]), ('{"epochs": 0}', ["--epochs"]),
+])  # fmt: skip
+def test_bad_config(tmp_path, refused, content, words):
+    (tmp_path / "c.json").write_text(content)
+    refused("train_student.py", "--config", "c.json", words=words)
+
+
+# --------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize("args, words", [
+    (["--epochs", 0], ["--epochs", "0"]),
+    (["--batch-size", 0], ["--batch-size"]),
+    (["--lr", "-1"], ["--lr"]),
+    (["--lr", "nan"], ["--lr"]),
+    (["--dataset", "cifar11"], ["cifar11", "cifar10"]),
+    (["--model", "resnet9"], ["resnet9", "resnet8"]),
+    (["--device", "cuda:99"], ["cuda:99"]),
+    (["--device", "toaster"], ["toaster"]),
+    (["--amp", "fp16", "--device", "cpu"], ["fp16"]),
+    (["--dataset", "imagefolder"], ["--data-root"]),
+    (["--dataset", "imagefolder", "--data-root", "nowhere"], ["nowhere"]),
+    (["--dataset", "imagefolder", "--data-root", "."], ["train"]),
+    (["--dataset", "cifar10", "--data-root", "nowhere"], ["nowhere", "--download"]),
+    (["--dataset", "medmnist", "--data-root", "x.npz"], ["x.npz"]),
+    (["--schedule", "cosine", "--milestones", 3], ["--milestones", "cosine"]),
+    (["--schedule", "multistep"], ["--milestones"]),
+    (["--warmup-epochs", 50, "--epochs", 3], ["--warmup-epochs", "--epochs"]),
+    (["--no-augment", "--hflip", 0.5], ["--no-augment", "--hflip"]),
+    (["--hflip", 2], ["--hflip"]),
+    (["--nesterov", "--optimizer", "adamw"], ["--nesterov", "adamw"]),
+    (["--limit-train", 100000], ["--limit-train", "970"]),
+    (["--val-split", 0], ["--val-split"]),
+    (["--window", 5, 5], ["--window"]),
+    (["--weights", "no.pth"], ["no.pth"]),
+    (["--weights", "a", "--init-checkpoint", "b"], ["--weights", "--init-checkpoint"]),
+    (["--pretrained"], ["--pretrained", "resnet8"]),
+    (["--patch-size", 4], ["--patch-size"]),
+    (["--model", "vit_6_192", "--patch-size", 3, "--resolution", 8], ["3", "8"]),
+    (["--select-metric", "luck"], ["luck", "accuracy"]),
+    (["--save-samples", "x.doc"], ["x.doc"]),
+    (["--resume", "runs/student"], ["runs/student"]),
+    (["--resume", "a", "--config", "b"], ["--resume", "--config"]),
+    (["--config", "no.json"], ["no.json"]),
+    (["--output", "/proc/run"], ["/proc/run"]),
+    (["--unheard-of"], ["--unheard-of"]),
+])  # fmt: skip
+def test_bad_flags_of_a_training_script(tmp_path, refused, args, words):
+    refused("train_student.py", *args, words=words)
+    assert not (tmp_path / "runs").exists()  # nothing half made
+
+
+@pytest.mark.parametrize("args, words", [
+    (["--alpha", 0.3, "--kl-weight", 1], ["--alpha", "--kl-weight"]),
+    (["--alpha", 1.5], ["--alpha"]),
+    (["--temperature", 0], ["--temperature"]),
+    (["--kl-weight", -1], ["--kl-weight"]),
+    (["--ce-weight", 0, "--kl-weight", 0], ["weight"]),
+    (["--student-layer", "layer3"], ["--student-layer", "response"]),
+    (["--method", "feature"], ["--student-layer", "--teacher-layer"]),
+    (["--method", "feature", "--student-layer", "layer9", "--teacher-layer", "layer3"], ["layer9", "layer3", "resnet8"]),
+    (["--method", "feature", "--student-layer", "layer3", "--teacher-layer", "x"], ["'x'", "layer4", "resnet18"]),
+    (["--teacher-pretrained"], ["--teacher-model"]),
+    (["--teacher-model", "resnet18", "--teacher-weights", "x"], ["--teacher-model", "--teacher-checkpoint"]),
+    (["--dataset", "imagefolder"], ["--data-root"]),
+])  # fmt: skip
+def test_bad_flags_of_distill(tmp_path, teacher, refused, args, words):
+    refused("distill.py", "--teacher-checkpoint", teacher / "best.pth", *args, words=words)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_no_teacher_names_the_command(refused):
+    refused("distill.py", words=["runs/teacher/best.pth", "train_teacher.py"])
+    refused("distill.py", "--teacher-model", "resnet18", words=["--teacher-model", "--teacher-weights"])
+
+
+def test_teacher_of_other_classes(tmp_path, teacher, refused, here):
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            for i in range(12):
+                file = tmp_path / "pets" / split / name / f"{i}.png"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(np.full((8, 8, 3), 100 * (name == "cat") + i, np.uint8)).save(file)
+    data = ["--dataset", "imagefolder", "--data-root", "pets"]
+    refused("distill.py", "--teacher-checkpoint", teacher / "best.pth", *data, words=["classes", "10", "2", "cat"])
+    refused("evaluate.py", teacher / "best.pth", *data, words=["class", "cat"])
+    assert here("train_student.py", *data, "--resolution", 8, "--epochs", 1, "--batch-size", 8)[0] == 0
+    refused("evaluate.py", teacher / "best.pth", "--teacher-checkpoint", "runs/student/best.pth", words=["classes", "10", "2"])
+    # a new head where classes differ
+    code, out, _ = here("train_student.py", *SMALL, "--epochs", 1, "--init-checkpoint", "runs/student/best.pth", "--output", "new")
+    assert code == 0 and "new head" in out
+    code, out, _ = here("train_student.py", *SMALL, "--epochs", 1, "--init-checkpoint", "new/best.pth", "--output", "same")
+    assert code == 0 and "new head" not in out
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch hacked",)
+
+
+def test_bad_checkpoints(tmp_path, teacher, refused):
+    good = (teacher / "best.pth").read_bytes()
+    (tmp_path / "cut.pth").write_bytes(good[: len(good) // 2])
+    (tmp_path / "empty.pth").write_bytes(b"")
+    (tmp_path / "text.pth").write_text("hello")
+    torch.save({"model": {}, "evil": Evil()}, tmp_path / "hostile.pth")
+    torch.save({"weight": torch.zeros(3)}, tmp_path / "foreign.pth")
+    content = torch.load(teacher / "best.pth", weights_only=True)
+    torch.save({**content, "model_args": {**content["model_args"], "name": "resnet8"}}, tmp_path / "other.pth")
+    torch.save({**content, "model_args": {**content["model_args"], "num_classes": 7}}, tmp_path / "seven.pth")
+    for name in ("cut", "empty", "text", "hostile", "foreign", "other", "seven", "absent"):
+        refused("evaluate.py", f"{name}.pth", words=[f"{name}.pth"])
+        refused("distill.py", "--teacher-checkpoint", f"{name}.pth", words=[f"{name}.pth"])
+    assert not (tmp_path / "hacked").exists()
+    refused("train_student.py", "--weights", "hostile.pth", words=["hostile.pth"])
+    refused("train_student.py", "--weights", "foreign.pth", words=["foreign.pth", "resnet8"])
+
+
+def test_evaluate_refuses_a_run_folder_as_output(teacher, refused):
+    refused("evaluate.py", teacher / "best.pth", "--output", teacher, words=[teacher, "--output"])
+
+
+def test_a_weak_teacher_is_refused(tmp_path, teacher, refused, here):
+    """Right file, wrong weights: a teacher at chance level must not teach unnoticed."""
+    content = torch.load(teacher / "best.pth", weights_only=True)
+    content["model"] = {k: torch.randn_like(v) if v.ndim > 1 else v for k, v in content["model"].items()}
+    torch.save(content, tmp_path / "weak.pth")
+    flags = [*SMALL, "--epochs", 1, "--teacher-checkpoint", "weak.pth"]
+    refused("distill.py", *flags, words=["chance", "--allow-weak-teacher"])
+    assert not (tmp_path / "runs").exists()
+    assert here("distill.py", *flags, "--allow-weak-teacher")[0] == 0
+
+
+def test_the_teacher_is_not_changed(tmp_path, teacher, here):
+    """No weight, no BatchNorm buffer of the teacher moves: its file gives the same targets before and after."""
+    before = (teacher / "best.pth").read_bytes()
+    assert here("distill.py", *SMALL, "--epochs", 2, "--teacher-checkpoint", teacher / "best.pth")[0] == 0
+    assert (teacher / "best.pth").read_bytes() == before
+    judged, stored = read(tmp_path / "runs/distill/results.json"), read(teacher / "results.json")
+    assert judged["teacher"]["val"]["accuracy"] == stored["val"]["accuracy"]
+
+
+def test_a_loss_that_is_not_finite(tmp_path, here):
+    code, _, errors = here("train_student.py", *SMALL, "--epochs", 2, "--lr", "1e30")
+    assert code == 1 and len(errors.splitlines()) == 1
+    assert re.search(r"loss of step \d+ is not finite \(learning rate \d\.?\d*e\+", errors), errors
+    assert not (tmp_path / "runs/student/best.pth").exists()  # broken weights are never saved
+
+
+def test_out_of_memory_names_batch_and_model(here):
+    code, _, errors = here("train_student.py", *SMALL, "--resolution", 60000)
+    assert code == 1 and len(errors.splitlines()) == 1 and "--batch-size 32" in errors and "resnet8" in errors, errors
+
+
+def test_broken_image_in_the_data(tmp_path, cifar_folder, refused, here):
+    shutil.copytree(cifar_folder, tmp_path / "data")
+    victim = sorted((tmp_path / "data/train").rglob("*.jpg"))[7]
+    victim.write_bytes(victim.read_bytes()[:300])
+    flags = ["--dataset", "imagefolder", "--data-root", "data", "--resolution", 8, "--epochs", 1]
+    for cache in ("ram", "off"):
+        refused("train_student.py", *flags, "--cache", cache, "--workers", 1, "--overwrite", words=[victim.name])
+    code, out, _ = here("train_student.py", *flags, "--on-bad-image", "skip", "--output", "skip")
+    assert code == 0 and victim.name in out
+    assert sum(read(tmp_path / "skip/results.json")["dataset"]["sizes"].values()) == 259
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A real file system of 20 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs root")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_full_and_read_only_disk(small_disk):
+    """ResNet-8's checkpoint has 39 MB: the run ends with the disk's own words, and no half file stays."""
+    flags = [*SMALL, "--epochs", 1, "--output"]
+    done = run_script("train_student.py", *flags, small_disk / "run")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert "No space left" in done.stderr and "latest.pth" in done.stderr
+    assert {f.name for f in (small_disk / "run").iterdir()} == {"config.json", "metrics.csv", "metrics.json", "log.txt"}
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    done = run_script("train_student.py", *flags, small_disk / "other")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert "Read-only" in done.stderr and str(small_disk) in done.stderr
+
+
+def test_overwrite_loses_nothing_when_the_input_is_bad(tmp_path, refused, here):
+    assert here("train_student.py", *SMALL, "--epochs", 1)[0] == 0
+    before = (tmp_path / "runs/student/best.pth").read_bytes()
+    for flags in (["--model", "resnet9"], ["--limit-train", 10**6], ["--weights", "no.pth"]):
+        refused("train_student.py", *SMALL, "--overwrite", *flags)
+    assert (tmp_path / "runs/student/best.pth").read_bytes() == before
+
+
+# ------------------------------------------------------------------------------------------------------- copying out
+
+
+def needed_files(script):
+    """The files of common that a script's docstring names."""
+    docstring = ast.get_docstring(ast.parse((ROOT / script).read_text()))
+    return sorted(set(re.findall(r"\b([a-z_]+\.py)\b", docstring.split("Needs", 1)[1])))
+
+
+@pytest.mark.parametrize("script", [*TRAINING, "evaluate.py", "report.py"])
+def test_a_script_runs_with_just_the_files_that_it_names(tmp_path, teacher, script):
+    (tmp_path / "common").mkdir()
+    shutil.copy(ROOT / script, tmp_path)
+    for name in needed_files(script):
+        shutil.copy(ROOT / "common" / name, tmp_path / "common")
+    args = {
+        "distill.py": [*SMALL, "--epochs", 1, "--teacher-checkpoint", teacher / "best.pth"],
+        "evaluate.py": [teacher / "best.pth"],
+        "report.py": [teacher, "--reevaluate"],
+    }.get(script, [*SMALL, "--epochs", 1])
+    succeed(script, *args, cwd=tmp_path, root=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["losses", "models", "metrics", "augment"])
+def test_a_file_that_copies_out_alone(tmp_path, name):
+    shutil.copy(ROOT / "common" / f"{name}.py", tmp_path)
+    done = subprocess.run([sys.executable, "-c", f"import {name}"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+# ------------------------------------------------------------------------------------------------------------- shape
+
+
+def test_top_level_and_help():
+    """Nothing but what was laid down; every flag of every script has help."""
+    allowed = {"train_teacher.py", "train_student.py", "distill.py", "extract_embeddings.py", "evaluate.py", "report.py",
+               "common", "slurm", "tests", "requirements.txt", "README.md"}  # fmt: skip
+    tracked = subprocess.run(["git", "-C", ROOT, "ls-files"], capture_output=True, text=True).stdout.split()
+    if tracked:
+        assert {path.split("/")[0] for path in tracked if not path.startswith(".")} <= allowed
+    for script in [*TRAINING, "evaluate.py", "report.py"]:
+        for node in ast.walk(ast.parse((ROOT / script).read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument":
+                assert any(k.arg == "help" for k in node.keywords), (script, node.lineno)
+        done = run_script(script, "--help")
+        assert done.returncode == 0 and "python " + script in done.stdout
+
+
+def test_the_readme_s_commands_parse(monkeypatch):
+    """Each command of the README that calls a script has flags that the script knows."""
+    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    commands = re.findall(r"^\s*(?:\S*/)?python (\w+\.py)([^\n#&|]*)", text, re.M)
+    assert {script for script, _ in commands} == {*TRAINING, "evaluate.py", "report.py"}
+    monkeypatch.syspath_prepend(str(ROOT))
+    for script, flags in commands:
+        if "--resume" in flags:
+            continue  # reads a run that is not here
+        flags = flags.replace("$seed", "0").replace("FILE", "file").split(">")[0].split()
+        __import__(script[:-3]).parse(flags)
