@@ -30,7 +30,7 @@ from common.training import (
 def parse(argv):
     parser = cli.Parser(__doc__)
     cli.add_run_flags(parser, output="runs/teacher")
-    cli.add_data_flags(parser)
+    cli.add_data_flags(parser, batch_size=64)
     cli.add_augment_flags(parser)
     cli.add_model_flags(parser, model="resnet18")
     cli.add_training_flags(parser, epochs=15)

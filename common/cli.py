@@ -131,16 +131,16 @@ def add_run_flags(parser, output):
     g.add_argument("--save-every", type=NATURAL, default=0, metavar="N", help="keep epoch_N.pth every N epochs; 0 is off")
 
 
-def add_data_flags(parser, dataset="digits"):
+def add_data_flags(parser, dataset="digits", batch_size=32):
     g = parser.add_argument_group("data")
     g.add_argument("--dataset", default=dataset, choices=list(DATASETS), help="dataset" if dataset else "dataset; by default the checkpoint's")
     g.add_argument("--data-root", help="folder or file of the dataset; by default $DATA_ROOT, then data/ beside the script")
     g.add_argument("--download", action="store_true", help="fetch CIFAR-10 or CIFAR-100 into --data-root")
-    g.add_argument("--val-split", type=SHARE, help="share of train that becomes val, by class, where the dataset has no val (0.1)")
+    g.add_argument("--val-split", type=SHARE, help="share of train that becomes val, by class, where the dataset has no val (0.1, of digits 0.25)")
     g.add_argument("--split-seed", type=NATURAL, default=0, help="fixes the val split and --limit-train")
     g.add_argument("--limit-train", type=NATURAL, metavar="N", help="train on N images, classes in proportion; 0 is all (the default, but 100 for students on digits)")
     g.add_argument("--resolution", type=POSITIVE, help="input side in pixels; by default the dataset's (CIFAR and image folders 32, MedMNIST 28, digits 8)")
-    g.add_argument("--batch-size", type=POSITIVE, default=32, help="images a step")
+    g.add_argument("--batch-size", type=POSITIVE, default=batch_size, help="images a step")
     add_reading_flags(g)
     g.add_argument("--save-samples", type=picture, metavar="FILE.png", help="draw what the models see in the first epoch, side by side")
 

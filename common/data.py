@@ -40,12 +40,13 @@ class DatasetInfo(NamedTuple):
     mean: tuple
     std: tuple
     policy: Policy  # augmentation
+    val_split: float = 0.1  # share of train, where the dataset has no val of its own
     student_images: int = 0  # --limit-train of the students; 0 is all
 
 
 DATASETS = {
     # a hundred images: enough to learn from, too few to learn all of it alone, so that a teacher has something to give
-    "digits": DatasetInfo("handwriting", 8, (0.305,) * 3, (0.376,) * 3, Policy("pad", 0.125, rotation=10), 100),
+    "digits": DatasetInfo("handwriting", 8, (0.305,) * 3, (0.376,) * 3, Policy("pad", 0.125, rotation=10), 0.25, 100),
     "cifar10": DatasetInfo("natural", 32, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), CROP_AND_FLIP),
     "cifar100": DatasetInfo("natural", 32, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), CROP_AND_FLIP),
     "imagefolder": DatasetInfo("custom", 32, *IMAGENET, CROP_AND_FLIP),
@@ -217,7 +218,7 @@ def load_splits(name, root=None, *, val_split=None, split_seed=0, limit_train=No
     """Read a dataset's splits; see DATASETS for the names.
 
     root: the folder (medmnist: the .npz, or a folder with one); val_split: share of train that becomes val where the
-    dataset has none of its own (0.1); split_seed: fixes val and limit_train (that many of train, classes in
+    dataset has none of its own (by default DATASETS'); split_seed: fixes val and limit_train (that many of train, classes in
     proportion); splits: those wanted, the others are None; classes: the names a checkpoint knows, in its order, for an
     outside test set; window: see `to_uint8`.  Raises DataError.
     """
@@ -242,7 +243,7 @@ def load_splits(name, root=None, *, val_split=None, split_seed=0, limit_train=No
     if result.val is not None and val_split is not None:
         raise DataError(f"--val-split {val_split}: {name} has a val split of its own ({len(result.val)} images)")
     if result.train is not None and result.val is None:
-        share = 0.1 if val_split is None else val_split
+        share = DATASETS[name].val_split if val_split is None else val_split
         count = round(len(result.train) * share)
         if not 0 < count < len(result.train):
             raise DataError(f"--val-split {share:g} of {len(result.train)} images leaves train or val empty")

@@ -210,6 +210,7 @@ class ImageModel(nn.Module):
         super().__init__()
         self.backbone, self.build_args, self.mean, self.std = backbone, build_args, mean, std
         self.feature_layers, self._indices, self._hooks, self._hooked = [], None, [], {}
+        self._side = build_args["img_size"]  # in pixels, see set_resolution
 
     def forward(self, batch):
         if self._indices is None:
@@ -224,7 +225,8 @@ class ImageModel(nn.Module):
         if self._indices is not None:
             out["features"] = {layer: maps[order.index(i)] for layer, i in zip(self.feature_layers, self._indices)}
         elif self.feature_layers:  # after the head, which may be one of them
-            out["features"] = {layer: self._as_map(layer, self._hooked.pop(layer, None)) for layer in self.feature_layers}
+            kept = self._hooked
+            out["features"] = {layer: self._as_map(layer, kept.pop(layer, None)) for layer in self.feature_layers}
         return out
 
     def set_feature_layers(self, layers):
@@ -281,12 +283,12 @@ class ImageModel(nn.Module):
         """Make a model of fixed positions take another input side (ours and Hugging Face's resize as they run)."""
         if isinstance(self.backbone, VisionTransformer):
             return self.backbone.check_patches(resolution)
-        if self.build_args["img_size"] != resolution and hasattr(self.backbone, "set_input_size"):
+        if self._side != resolution and hasattr(self.backbone, "set_input_size"):
             try:
                 self.backbone.set_input_size(img_size=(resolution, resolution))
             except (AssertionError, ValueError, RuntimeError) as error:
                 raise ModelError(f"{self.name} cannot take {resolution} px: {_one_line(error)}") from None
-            self.build_args = {**self.build_args, "img_size": resolution}
+            self._side = resolution
         self.check_side(resolution)
 
     def check_side(self, resolution):
@@ -295,7 +297,7 @@ class ImageModel(nn.Module):
         try:
             with torch.no_grad():
                 self.eval()({"image": torch.zeros(1, 3, resolution, resolution, device=device)})
-        except (AssertionError, ValueError, RuntimeError, IndexError) as error:
+        except Exception as error:  # each model complains in its own way
             raise ModelError(f"{self.name} cannot take {resolution} px: {_one_line(error)}") from None
         finally:
             self.train(training)

@@ -49,7 +49,7 @@ class Interrupts:
     def check(self):
         """Raise Interrupted where a stop was asked for."""
         if self.requested:
-            raise Interrupted(signal.Signals(self.requested).name, self.CODES[self.requested])
+            raise Interrupted(f"interrupted by {signal.Signals(self.requested).name}", self.CODES[self.requested])
 
 
 # ------------------------------------------------------------------------------------------------ device and precision
@@ -300,7 +300,7 @@ class Recorder:
         row = {"epoch": self.epoch, "lr": self.updater.lr}
         row.update({f"train_{name}": value for name, value in self.train_means.items()})
         row.update({f"val_{name}": value for name, value in values.items()})
-        rate = self.images / self.train_seconds
+        rate = self.images / max(self.train_seconds, 1e-9)
         row.update(images_per_second=round(rate, 1), seconds=round(time.time() - self.epoch_started, 2))
         self.run.add_row(row)
         shown = dict.fromkeys(["train_loss", "train_accuracy", "val_loss", "val_accuracy", f"val_{self.metric}", "val_agreement"])
@@ -354,5 +354,5 @@ class Recorder:
             if self.epoch <= self.epochs_wanted and not self.stopped_early:
                 self.save()
             again = f"python {os.path.basename(sys.argv[0])} --resume {self.run.folder}"
-            text = f"interrupted by {stop} in epoch {self.epoch} after step {self.step}: {again} continues"
+            text = f"{stop} in epoch {self.epoch} after step {self.step}: {again} continues"
             raise Interrupted(text, stop.exit_code) from None

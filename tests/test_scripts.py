@@ -72,7 +72,7 @@ def test_the_stages_one_after_the_other(tmp_path, teacher):
         assert {f.name for f in folder.iterdir()} == RUN_FILES
         results, rows = read(folder / "results.json"), read(folder / "metrics.json")
         assert results["role"] == name and results["last_epoch"] == 2 and len(rows) == 2
-        assert results["dataset"]["sizes"] == {"train": 160, "val": 108, "test": 719}
+        assert results["dataset"]["sizes"] == {"train": 160, "val": 270, "test": 719}
         assert results["model"]["parameters"] == 4_903_242
         assert results["val"]["accuracy"] == max(row["val_accuracy"] for row in rows)
         with open(folder / "metrics.csv") as file:
@@ -214,7 +214,7 @@ def test_bad_config(tmp_path, refused, content, words):
     (["--no-augment", "--hflip", 0.5], ["--no-augment", "--hflip"]),
     (["--hflip", 2], ["--hflip"]),
     (["--nesterov", "--optimizer", "adamw"], ["--nesterov", "adamw"]),
-    (["--limit-train", 100000], ["--limit-train", "970"]),
+    (["--limit-train", 100000], ["--limit-train", "808"]),
     (["--val-split", 0], ["--val-split"]),
     (["--window", 5, 5], ["--window"]),
     (["--weights", "no.pth"], ["no.pth"]),

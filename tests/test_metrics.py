@@ -1,0 +1,249 @@
+"""Metrics against scikit-learn and against numbers worked out by hand."""
+
+import json
+import math
+import warnings
+
+import numpy as np
+import pytest
+from sklearn import metrics as sk
+
+from common.evaluation import is_chance_level
+from common.metrics import (
+    CLASSIFICATION, FIDELITY, LOWER_IS_BETTER, better, classification, confusion_matrix, expected_calibration_error,
+    fidelity, log_softmax, one_against_rest_auc,
+)  # fmt: skip
+
+
+def make(samples=400, classes=12, seed=0, scale=2.0):
+    """Unbalanced labels and logits that know something of them."""
+    rng = np.random.default_rng(seed)
+    labels = np.minimum(rng.geometric(0.25, samples) - 1, classes - 1)
+    logits = rng.normal(size=(samples, classes)) * scale
+    logits[np.arange(samples), labels] += 1.5
+    return logits, labels
+
+
+def softmax(logits):
+    exps = np.exp(logits - logits.max(1, keepdims=True))
+    return exps / exps.sum(1, keepdims=True)
+
+
+def logits_of(predictions, classes):
+    """Logits that predict these classes."""
+    return np.eye(classes)[np.asarray(predictions)] * 3.0
+
+
+def auc_by_pairs(scores, positive):
+    """Share of (positive, negative) pairs in the right order, ties half."""
+    higher = scores[positive][:, None] - scores[~positive][None]
+    return float(np.mean((higher > 0) + 0.5 * (higher == 0)))
+
+
+# ------------------------------------------------------------------------------------------------------- classification
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16])
+def test_against_scikit_learn(dtype):
+    logits, labels = make()
+    logits = logits.astype(dtype)
+    exact = logits.astype(np.float64)
+    probabilities, predicted = softmax(exact), exact.argmax(1)
+    expected = {
+        "accuracy": sk.accuracy_score(labels, predicted),
+        "balanced_accuracy": sk.balanced_accuracy_score(labels, predicted),
+        "macro_f1": sk.f1_score(labels, predicted, average="macro"),
+        "auc": sk.roc_auc_score(labels, probabilities, multi_class="ovr", average="macro"),
+        "loss": sk.log_loss(labels, probabilities),
+        "top5_accuracy": sk.top_k_accuracy_score(labels, exact, k=5, labels=np.arange(12)),
+    }
+    got = classification(logits, labels)
+    assert {name: got[name] for name in expected} == pytest.approx(expected, rel=1e-9)
+    assert set(got) - set(expected) == {"ece"}
+    assert all(type(value) is float for value in got.values())
+    json.dumps(got, allow_nan=False)
+
+
+def test_worked_by_hand():
+    """True 0 0 0 1 1 2, predicted 0 0 1 1 2 2."""
+    labels, predicted = np.array([0, 0, 0, 1, 1, 2]), [0, 0, 1, 1, 2, 2]
+    logits = logits_of(predicted, 3)
+    assert confusion_matrix(logits, labels).tolist() == [[2, 1, 0], [0, 1, 1], [0, 0, 1]]
+    got = classification(logits, labels)
+    assert got["accuracy"] == pytest.approx(4 / 6)
+    assert got["balanced_accuracy"] == pytest.approx((2 / 3 + 1 / 2 + 1) / 3)
+    f1 = [2 * 2 / (2 * 2 + 1), 2 * 1 / (2 * 1 + 1 + 1), 2 * 1 / (2 * 1 + 1)]  # 2 TP / (2 TP + FP + FN)
+    assert got["macro_f1"] == pytest.approx(sum(f1) / 3)
+    right, wrong = math.log(1 + 2 * math.exp(-3)), 3 + math.log(1 + 2 * math.exp(-3))
+    assert got["loss"] == pytest.approx((4 * right + 2 * wrong) / 6)
+    assert "top5_accuracy" not in got
+
+
+def test_accuracy_of_the_majority_is_not_balanced():
+    labels = np.array([0] * 93 + [1] * 7)
+    got = classification(logits_of(np.zeros(100, int), 2), labels)
+    assert got["accuracy"] == pytest.approx(0.93) and got["balanced_accuracy"] == pytest.approx(0.5)
+    assert got["auc"] == pytest.approx(0.5), "all alike: every pair is a tie"
+    assert got["macro_f1"] == pytest.approx((2 * 93 / (2 * 93 + 7) + 0) / 2)
+
+
+def test_top5_by_hand():
+    """Rank of the true class: 1, 5, 6, 10; from ten classes on."""
+    order = np.arange(10, 0, -1.0)
+    logits = np.tile(order, (4, 1))
+    labels = np.array([0, 4, 5, 9])
+    assert classification(logits, labels)["top5_accuracy"] == 0.5
+    assert classification(logits[:, ::-1], labels)["top5_accuracy"] == 0.5
+    assert "top5_accuracy" not in classification(logits[:, :9], np.array([0, 4, 5, 8]))
+
+
+def test_confusion_matrix_has_all_classes():
+    matrix = confusion_matrix(logits_of([3, 3], 5), np.array([1, 1]))
+    assert matrix.shape == (5, 5) and matrix.dtype.kind == "i" and matrix[1, 3] == 2 and matrix.sum() == 2
+
+
+def test_absent_classes():
+    """Class 2 of 3 never occurs; it may be predicted."""
+    labels = np.array([0, 0, 1, 1])
+    logits = np.array([[2.0, 0, 0], [0, 0, 2.0], [0, 2.0, 0], [0, 2.0, 0]])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        got = classification(logits, labels)
+    assert got["balanced_accuracy"] == pytest.approx((0.5 + 1) / 2)
+    assert got["macro_f1"] == pytest.approx((2 / 3 + 1 + 0) / 3), "class 2 is predicted, wrongly: F1 of 0"
+    # class 0: positives have p of .787 and .107, negatives .107 twice: 1, 1, tie, tie; class 1 is in perfect order
+    assert got["auc"] == pytest.approx((0.75 + 1) / 2)
+    one_kind = classification(logits[:2], labels[:2])
+    assert one_kind["auc"] is None and one_kind["balanced_accuracy"] == 0.5
+
+
+def test_overflowed_logits_are_undefined_and_raise_nothing():
+    """A run whose loss became NaN must reach its own message, not scikit-learn's complaint."""
+    logits, labels = make(20)
+    for bad in (np.nan, np.inf):
+        broken = logits.copy()
+        broken[3, 1] = bad
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            got, follows = classification(broken, labels), fidelity(broken, logits, labels)
+        assert got["auc"] is got["ece"] is got["loss"] is follows["teacher_kl"] is None
+        assert 0 <= got["accuracy"] <= 1 and 0 <= follows["agreement"] <= 1
+
+
+# ------------------------------------------------------------------------------------------------------------------ AUC
+
+
+def test_auc_counts_pairs():
+    logits, labels = make(120, 5, seed=3)
+    probabilities = softmax(logits)
+    expected = np.mean([auc_by_pairs(probabilities[:, c], labels == c) for c in range(5)])
+    assert one_against_rest_auc(logits, labels) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+def test_auc_of_certain_models_has_no_ties(classes):
+    """Margins of 20 to 80 are all probability 1 in float32, and from 37 on in float64; the logits still rank them."""
+    labels = np.array([0, 0, 0, 0, 1, 1, 1, 1])
+    logits = np.zeros((8, classes), np.float32)
+    logits[:, 0] = [80, 60, 50, 45, 44, 43, 30, 20]
+    assert np.all(softmax(logits.astype(np.float32))[:, 0] == 1)
+    assert np.all(softmax(logits.astype(np.float64))[:6, 0] == 1)
+    assert auc_by_pairs(softmax(logits)[:, 0], labels == 0) == 0.5
+    for scores in (logits, log_softmax(logits), logits + 1000, logits.astype(np.float64)):
+        got = one_against_rest_auc(scores, labels)
+        if classes == 2:
+            assert got == 1  # class 1 is ranked the other way round, as well perfectly
+        else:
+            assert got == pytest.approx((1 + 1) / 2)
+    logits[3, 0], logits[4, 0] = 44, 45  # one pair of sixteen in the wrong order
+    assert one_against_rest_auc(logits, labels) == pytest.approx(15 / 16)
+
+
+def test_logits_and_log_probabilities_give_the_same():
+    logits, labels = make(300, 10, seed=5, scale=6)
+    for a, b in ((logits, log_softmax(logits)), (logits, np.log(softmax(logits))), (logits, logits - 50)):
+        assert classification(a, labels) == pytest.approx(classification(b, labels), rel=1e-9)
+        assert fidelity(a, logits[::-1], labels) == pytest.approx(fidelity(b, logits[::-1], labels), rel=1e-9)
+
+
+# ------------------------------------------------------------------------------------------------------------------ ECE
+
+
+def test_ece_by_hand():
+    """Of ten samples: five at 0.80 (bin 12), three right: gap .2; four at 0.55 (bin 9), all right: gap .45; one at
+    0.99 (bin 15), wrong: gap .99.  (5 * .2 + 4 * .45 + .99) / 10."""
+    confidence = np.array([0.8] * 5 + [0.55] * 4 + [0.99])
+    labels = np.array([0, 0, 0, 1, 1, 0, 0, 0, 0, 1])
+    probabilities = np.stack([confidence, 1 - confidence], 1)
+    assert expected_calibration_error(probabilities, labels) == pytest.approx(0.379)
+    assert classification(np.log(probabilities), labels)["ece"] == pytest.approx(0.379)
+
+
+def test_ece_bins():
+    """(low, high]: 0.6 = 9 / 15 belongs with 0.59; within a bin gaps cancel, between bins they do not."""
+    probabilities = np.array([[0.6, 0.4], [0.59, 0.41]])
+    assert expected_calibration_error(probabilities, np.array([1, 0])) == pytest.approx(abs(1 - 1.19) / 2)
+    for low, high in ((0.59, 0.61), (0.61, 0.69)):  # on two sides of 9 / 15, of 10 / 15
+        probabilities = np.array([[high, 1 - high], [low, 1 - low]])
+        assert expected_calibration_error(probabilities, np.array([1, 0])) == pytest.approx((high + 1 - low) / 2)
+    certain = np.array([[1.0, 0.0], [1.0, 0.0]])
+    assert expected_calibration_error(certain, np.array([0, 0])) == 0
+    assert expected_calibration_error(certain, np.array([0, 1])) == 0.5
+
+
+# ------------------------------------------------------------------------------------------------------------- fidelity
+
+
+def test_fidelity_by_hand():
+    labels = np.array([0, 1, 2, 0, 1])
+    teacher = logits_of([0, 1, 2, 1, 0], 3)  # right on the first three
+    student = logits_of([0, 1, 0, 0, 0], 3)  # agrees on 1, 2 and 5; keeps two of the three
+    got = fidelity(student, teacher, labels)
+    assert got["agreement"] == pytest.approx(3 / 5)
+    assert got["teacher_right_kept"] == pytest.approx(2 / 3)
+    assert "teacher_right_kept" not in fidelity(student, teacher)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert fidelity(student, logits_of([1, 0, 0, 1, 0], 3), labels)["teacher_right_kept"] is None
+    assert fidelity(teacher, teacher, labels) == {"agreement": 1.0, "teacher_kl": 0.0, "teacher_right_kept": 1.0}
+
+
+def test_kl_is_from_teacher_to_student():
+    teacher, student = np.log([[0.9, 0.1], [0.5, 0.5]]), np.log([[0.5, 0.5], [0.5, 0.5]])
+    forward = (0.9 * math.log(1.8) + 0.1 * math.log(0.2)) / 2  # mean over the samples, sum over the classes
+    assert fidelity(student, teacher)["teacher_kl"] == pytest.approx(forward)
+    assert fidelity(teacher, student)["teacher_kl"] == pytest.approx((0.5 * math.log(5 / 9) + 0.5 * math.log(5)) / 2)
+    far = fidelity(np.array([[1e4, 0.0]]), np.array([[0.0, 1e4]]))
+    assert far == {"agreement": 0.0, "teacher_kl": 1e4}
+
+
+# --------------------------------------------------------------------------------------------------------------- better
+
+
+def test_better():
+    for name in ("accuracy", "top5_accuracy", "balanced_accuracy", "macro_f1", "auc", *FIDELITY[:2]):
+        assert better(name, 0.6, 0.5) and not better(name, 0.5, 0.6)
+    for name in ("loss", "ece", "teacher_kl"):
+        assert better(name, 0.5, 0.6) and not better(name, 0.6, 0.5)
+    for name in ("accuracy", "loss"):
+        assert not better(name, 0.5, 0.5), "no gain"
+        assert better(name, 0.0, None), "zero is a value"
+        for nothing in (None, math.nan, math.inf, -math.inf):
+            assert not better(name, nothing, None) and not better(name, nothing, 0.5)
+            assert better(name, 0.5, nothing), "an undefined first epoch must not stay the best"
+
+
+def test_the_lists_of_metrics_are_complete():
+    logits, labels = make(50)
+    assert {*classification(logits, labels)} == {*CLASSIFICATION}
+    assert {*fidelity(logits, logits, labels)} == {*FIDELITY}
+    assert LOWER_IS_BETTER < {*CLASSIFICATION, *FIDELITY}
+
+
+def test_chance_level():
+    """Ten classes, 1000 samples: guessing gives 0.1 +- 0.0095 (one standard deviation)."""
+    assert is_chance_level(0.1, 10, 1000) and is_chance_level(0.1189, 10, 1000) and is_chance_level(0.0, 10, 1000)
+    assert not is_chance_level(0.1191, 10, 1000) and not is_chance_level(0.9, 10, 1000)
+    assert is_chance_level(0.5, 2, 100) and not is_chance_level(0.61, 2, 100)
+    majority = classification(logits_of(np.zeros(100, int), 2), np.array([0] * 93 + [1] * 7))
+    assert is_chance_level(majority["balanced_accuracy"], 2, 100), "93 % accuracy by saying no is chance"
