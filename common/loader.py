@@ -5,8 +5,10 @@
 """
 
 import contextlib
+import multiprocessing
 import os
 import signal
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -118,9 +120,21 @@ def _collate(samples):
 
 
 def _ignore_signals(worker):
-    """A stop is the main process's to handle; workers end when it does."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    """In a worker: a stop is the main process's to handle, where a scheduler sends it to every process of a job.
+
+    SIGTERM from the main process itself is obeyed: multiprocessing ends workers by it at exit and waits for them.
+    """
+    for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS; a handler could not ask who sent the signal
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Thread(target=_obey_main_process, daemon=True).start()
+
+
+def _obey_main_process():
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != multiprocessing.parent_process().pid:
+        pass
+    os._exit(0)
 
 
 class _Readable(torch.utils.data.Dataset):
@@ -213,6 +227,7 @@ class Loader:
         self._order.batches = [index.tolist() for index in rows]
         for item in self._workers:
             if isinstance(item, str):
+                self._workers = None  # ends them now, not when the traceback is gone
                 with _advice():
                     raise DataError(item)
             yield item

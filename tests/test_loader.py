@@ -2,11 +2,13 @@
 
 import io
 import os
-import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 
 from common import loader as loader_module
@@ -155,10 +157,24 @@ def test_workers_leave_signals_to_the_main_process(equal):
     batches = loader.batches()
     seen = [next(batches)]
     worker = loader._workers._iterator._workers[0]
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        os.kill(worker.pid, number)
+    for name in ("TERM", "USR1", "INT"):
+        subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)
     seen += list(batches)
     assert len(seen) == N and worker.is_alive()
+    worker.terminate()  # the main process may end it, with which multiprocessing counts
+    worker.join(30)
+    assert worker.exitcode == 0
+
+
+def test_a_crash_ends_the_workers(tmp_path):
+    """multiprocessing ends them by SIGTERM at exit and waits: when they ignored it, a crashed job went on for ever."""
+    code = (
+        "from common.data import load_splits\nfrom common.loader import Loader\n"
+        "loader = Loader(load_splits('digits').val, 8, 'cpu', cache='off', workers=2)\n"
+        "for batch in loader.batches():\n    raise KeyError('our own fault')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "our own fault" in done.stderr
 
 
 def test_pad_images():
