@@ -198,7 +198,7 @@ def add_training_flags(parser, epochs, select=CLASSIFICATION):
     g = parser.add_argument_group("training")
     g.add_argument("--epochs", type=POSITIVE, default=epochs, help="passes over train")
     g.add_argument("--optimizer", default="sgd", choices=("sgd", "adam", "adamw"), help="optimizer")
-    g.add_argument("--lr", type=number(float, 0, above=True), help="peak learning rate (sgd 0.05, adam and adamw 0.001)")
+    g.add_argument("--lr", type=number(float, 0, above=True), help="peak learning rate (sgd 0.02, adam and adamw 0.001)")
     g.add_argument("--momentum", type=SHARE, default=0.9, help="of sgd")
     g.add_argument("--nesterov", action="store_true", help="Nesterov momentum, with sgd")
     g.add_argument("--weight-decay", type=AMOUNT, help="never on norms and biases (sgd 0.0005, adamw 0.05, adam 0)")

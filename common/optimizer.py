@@ -22,14 +22,14 @@ def make_optimizer(
 ):
     """Optimizer over the modules' parameters, no decay on norms, biases, class tokens and positions.
 
-    lr: None is 0.05 for sgd, 0.001 for adam and adamw; weight_decay: None is 5e-4 for sgd, 0.05 for adamw, 0 for adam;
+    lr: None is 0.02 for sgd, 0.001 for adam and adamw; weight_decay: None is 5e-4 for sgd, 0.05 for adamw, 0 for adam;
     projectors: a module with a decay of its own.
     """
     if nesterov and (name != "sgd" or momentum == 0):
         other = f"--optimizer {name}" if name != "sgd" else "--momentum 0"
         raise UserError(f"--nesterov and {other} contradict each other: it is a kind of momentum of sgd")
     if lr is None:
-        lr = 0.05 if name == "sgd" else 1e-3
+        lr = 0.02 if name == "sgd" else 1e-3
     if weight_decay is None:
         weight_decay = {"sgd": 5e-4, "adamw": 0.05, "adam": 0.0}[name]
     decayed, free = [], []

@@ -92,7 +92,7 @@ def test_decay_acts_on_weights_alone():
 def test_defaults_and_groups():
     net = small_net()
     sgd, adam, adamw = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW
-    for name, kind, lr, decay in (("sgd", sgd, 0.05, 5e-4), ("adam", adam, 1e-3, 0), ("adamw", adamw, 1e-3, 0.05)):
+    for name, kind, lr, decay in (("sgd", sgd, 0.02, 5e-4), ("adam", adam, 1e-3, 0), ("adamw", adamw, 1e-3, 0.05)):
         optimizer = make_optimizer(name, [net], None)
         assert type(optimizer) is kind and optimizer.defaults["lr"] == lr
         assert decays(optimizer, net)["0.weight"] == decay and decays(optimizer, net)["6.bias"] == 0
