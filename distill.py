@@ -182,6 +182,9 @@ def main(args):
     run.log(f"{args.model}: {model.num_parameters:,} parameters, {resolution} px, {device}, {precision.name}")
     run.log(f"{splits}, {train.cache_kind} cache")
     run.log(f"{args.method}: " + " + ".join(f"{value:g} * {name}" for name, value in criterion.weights.items()))
+    for name in ("val_split", "split_seed"):
+        if checkpoint and args.dataset == checkpoint["flags"]["dataset"] and checkpoint["flags"][name] != vars(args)[name]:
+            run.log(f"note: the teacher was trained with another --{name.replace('_', '-')} ({checkpoint['flags'][name]}): it may know val images")
     if weights_from:
         run.log(weights_from)
     if args.save_samples:

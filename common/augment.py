@@ -243,10 +243,8 @@ def _resample(images, affine, resolution, k_x, k_y, reach_x, reach_y):
     source_y = ((yx * x + yy * y + shift_y + 1) * size_y - 1) / 2
     source_x = torch.round(source_x * POSITION_STEPS) / POSITION_STEPS
     source_y = torch.round(source_y * POSITION_STEPS) / POSITION_STEPS
-    # pixels -1 and `size` are black, in the padding or outside of it
-    grid_x = (2 * torch.minimum(source_x.clamp(min=-1), size_x) + 1) / side - 1
-    grid_y = (2 * torch.minimum(source_y.clamp(min=-1), size_y) + 1) / side - 1
-    out = F.grid_sample(images, torch.stack([grid_x, grid_y], -1), mode="bilinear", align_corners=False)
+    grid = (2 * torch.stack([source_x, source_y], -1) + 1) / side - 1  # past the image is padding or nothing: black
+    out = F.grid_sample(images, grid, mode="bilinear", align_corners=False)
     if reach_x or reach_y:
         out = F.avg_pool2d(out, (2 * reach_y + 1, 2 * reach_x + 1), stride=1)  # 2 * reach + 1 is k, or 1 without
     if k_x > 1 or k_y > 1:

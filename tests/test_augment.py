@@ -377,6 +377,20 @@ def test_same_bits_in_every_batch(policy, resolution):
         assert torch.equal(batch_of(images, list(range(21)), policy, resolution, height=height, width=width), every)
 
 
+def test_same_bits_with_any_number_of_threads():
+    """A sum in float over an image of a batch of one is shared among threads: another order, another last bit."""
+    photos, threads = load("photos")[:3], torch.get_num_threads()
+    policy = Policy(contrast=0.5, saturation=0.5, hflip=0.5)
+    try:
+        torch.set_num_threads(1)
+        every = batch_of(photos, [0, 1, 2], policy, 256)
+        torch.set_num_threads(2)
+        for i in range(3):
+            assert torch.equal(batch_of(photos[i : i + 1], [i], policy, 256)[0], every[i])
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_view_0_is_plain():
     photos = load("photos")[:20]
     plain = view_of(photos, Policy(), 32, view=7)

@@ -193,6 +193,25 @@ def test_a_broken_image_is_named(tmp_path, photo, kind):
     assert caught.value.exit_code == 2 and "\n" not in str(caught.value)
 
 
+def test_damage_of_any_kind_is_a_data_error(tmp_path, photo):
+    """Pillow raises SyntaxError, struct.error, ValueError and more; each must end as one line that names the file."""
+    rng, refused = np.random.default_rng(0), 0
+    for name in ("x.png", "x.gif", "x.tif", "x.bmp", "x.jpg"):
+        Image.fromarray(photo[:16, :16]).save(tmp_path / name)
+        whole = (tmp_path / name).read_bytes()
+        for _ in range(60):
+            damaged = bytearray(whole)
+            for at in rng.integers(0, min(200, len(whole)), 3):
+                damaged[at] = rng.integers(256)
+            (tmp_path / name).write_bytes(damaged)
+            try:
+                assert read_image(tmp_path / name).dtype == np.uint8
+            except DataError as error:
+                refused += 1
+                assert name in str(error)
+    assert refused > 50
+
+
 # --------------------------------------------------------------------------------------------------------------- splits
 
 

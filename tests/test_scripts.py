@@ -411,7 +411,20 @@ def test_a_file_that_copies_out_alone(tmp_path, name):
     assert done.returncode == 0, done.stderr
 
 
+def test_a_teacher_of_another_split_is_noted(teacher, here):
+    flags = [*SMALL, "--epochs", 1, "--teacher-checkpoint", teacher / "best.pth"]
+    assert "--split-seed (0)" in here("distill.py", *flags, "--split-seed", 1, "--output", "a")[1]
+    assert "note:" not in here("distill.py", *flags, "--output", "b")[1]
+
+
 # ------------------------------------------------------------------------------------------------------------- shape
+
+
+def test_teachers_are_not_smoothed_by_default(monkeypatch):
+    """A teacher trained with label smoothing teaches worse (Mueller et al. 2019, arXiv:1906.02629)."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    for script in ("train_teacher", "train_student", "distill"):
+        assert __import__(script).parse([]).label_smoothing == 0
 
 
 def test_top_level_and_help():
