@@ -118,7 +118,8 @@ def sample_parameters(policy, seed, view, key, sizes, stream=0):
     CPU.  Returns a dict of tensors, relative so that they serve any resolution: `matrix` (B, 2, 2) and `shift` (B, 2)
     float32 map output positions (x, y in -1..1) to source positions of that range, `border` (B, 2) float32 is where
     in -1..1 the crop's outermost pixels have their centres, `extent` (B, 2) float64 are the source pixels that lie
-    across and down the output, and, where the policy has colour, `brightness`, `contrast`, `saturation`, `hue` (B,) float32.
+    across and down the output, and, where the policy has colour, `brightness`, `contrast`, `saturation`, `hue` (B,)
+    float32.
     """
     u = uniform(seed, view, stream, key, 12).unbind(1)  # always twelve, so that a flag changes its own draw alone
     plain = torch.as_tensor(view) == 0
@@ -171,9 +172,9 @@ def sample_parameters(policy, seed, view, key, sizes, stream=0):
 
 
 def antialiasing(extent, resolution):
-    """How `extent` (B, 2) source pixels across and down are filtered at `resolution`: (B, 4) int64, k and reach of each.
+    """How `extent` (B, 2) source pixels across and down are filtered at `resolution`: k and reach of each, (B, 4) int64.
 
-    k fine samples (odd) an output pixel and axis, pooled once or, with a reach, twice.  Up to 1.1 source pixels an
+    k: fine samples (odd) an output pixel and axis, pooled once or, with a reach, twice.  Up to 1.1 source pixels an
     output pixel plain bilinear is as good; below 2 one pooling, from there on two (a triangle) come nearest to
     torchvision's filter.  The reach is how many fine samples the second pooling takes from beyond each side.
     """

@@ -69,7 +69,7 @@ def available_cpus():
 
 
 def to_uint8(array, window, what):
-    """Grey levels of any depth -> uint8.  window: (low, high) mapped to 0..255, values outside are clipped, NaN is 0."""
+    """Grey levels of any depth -> uint8.  window: (low, high) mapped to 0..255, those outside are clipped, NaN is 0."""
     if array.dtype in (np.uint8, np.bool_):
         return array * np.uint8(255) if array.dtype == np.bool_ else array
     if window is None:
@@ -172,7 +172,8 @@ class Splits:
     test: ImageDataset = None
 
     def __str__(self):
-        sizes = ", ".join(f"{len(getattr(self, k))} {k}" for k in ("train", "val", "test") if getattr(self, k) is not None)
+        parts = {k: getattr(self, k) for k in ("train", "val", "test")}
+        sizes = ", ".join(f"{len(part)} {k}" for k, part in parts.items() if part is not None)
         return f"{self.name}: {sizes}, {len(self.classes)} classes"
 
     def describe(self):
@@ -331,9 +332,10 @@ def _medmnist(root, window):
         if split == "train":
             num_classes, present = int(labels.max()) + 1, len(np.unique(labels))
             if num_classes > 2 * present + 10:  # as 255, a -1 that was written as uint8
-                raise DataError(f"{path}: train_labels are out of range: {labels.max()}, with {present} different labels")
+                raise DataError(f"{path}: train_labels are out of range: {labels.max()} where {present} differ")
         if labels.max() >= num_classes:
-            raise DataError(f"{path}: {split}_labels are out of range: {labels.max()}, train has 0 to {num_classes - 1}")
+            known = f"train has 0 to {num_classes - 1}"
+            raise DataError(f"{path}: {split}_labels are out of range: {labels.max()}, {known}")
         images = to_uint8(images, window, f"{path}: {split}_images")
         parts[split] = ImageDataset([f"{split}/{i:06d}" for i in range(len(images))], labels, images)
     return parts, [str(i) for i in range(num_classes)]

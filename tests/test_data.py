@@ -172,6 +172,7 @@ def test_read_shrinks_to_the_decode_size(tmp_path, photo):
     assert read_array(photo[:1], tmp_path).shape == (1, 128, 3)  # no side of nothing
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("kind", ["truncated.jpg", "truncated.png", "header.png", "empty.png", "text.jpg", "missing.jpg", "noise.tif"])
 def test_a_broken_image_is_named(tmp_path, photo, kind):
     path = tmp_path / kind
@@ -193,6 +194,7 @@ def test_a_broken_image_is_named(tmp_path, photo, kind):
     assert caught.value.exit_code == 2 and "\n" not in str(caught.value)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_damage_of_any_kind_is_a_data_error(tmp_path, photo):
     """Pillow raises SyntaxError, struct.error, ValueError and more; each must end as one line that names the file."""
     rng, refused = np.random.default_rng(0), 0

@@ -222,7 +222,8 @@ def test_cache_holds_each_image_once(unequal):
         # a Slurm job: the limit stands two levels above the step
         ({"/proc/self/cgroup": "0::/slurm/job_7/step_0/user\n", "/sys/fs/cgroup/slurm/job_7/memory.max": "3000\n",
           "/sys/fs/cgroup/slurm/job_7/memory.current": "1000\n"}, 2000),
-        ({"/proc/self/cgroup": "9:cpu,cpuacct:/x\n4:memory:/slurm/job_7\n", "/sys/fs/cgroup/memory/slurm/job_7/memory.limit_in_bytes": "3500\n",
+        ({"/proc/self/cgroup": "9:cpu,cpuacct:/x\n4:memory:/slurm/job_7\n",
+          "/sys/fs/cgroup/memory/slurm/job_7/memory.limit_in_bytes": "3500\n",
           "/sys/fs/cgroup/memory/slurm/job_7/memory.usage_in_bytes": "1000\n"}, 2500),
         ({"/proc/self/cgroup": "0::/\n", "/sys/fs/cgroup/memory.max": "1000\n", "/sys/fs/cgroup/memory.current": "2000\n"}, 0),
         ({}, 8000),

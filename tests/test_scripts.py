@@ -451,5 +451,7 @@ def test_the_readme_s_commands_parse(monkeypatch):
     for script, flags in commands:
         if "--resume" in flags:
             continue  # reads a run that is not here
-        flags = flags.replace("$seed", "0").replace("FILE", "file").split(">")[0].split()
+        for name, value in re.findall(r'^([A-Z])="([^"]*)"', text, re.M):
+            flags = flags.replace(f"${name} ", value + " ")
+        flags = re.sub(r"\$D ", "", flags).replace("$seed", "0").split(">")[0].split()
         __import__(script[:-3]).parse(flags)
