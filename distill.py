@@ -77,6 +77,16 @@ def teacher_checkpoint(args):
     return path, load_checkpoint(path)
 
 
+def take_dataset_from(checkpoint, args):
+    """Settle --dataset, --data-root and --limit-train where they are not given."""
+    taught = checkpoint["flags"] if checkpoint else {"dataset": "digits", "data_root": None}
+    args.dataset = args.dataset or taught["dataset"]
+    if args.dataset == taught["dataset"]:
+        args.data_root = args.data_root or taught["data_root"]
+    if args.limit_train is None:
+        args.limit_train = DATASETS[args.dataset].student_images
+
+
 def load_teacher(args, path, checkpoint, classes, resolution, info):
     """(model, Preprocess, dict for results.json); the model on the CPU."""
     if checkpoint is None:
@@ -95,6 +105,24 @@ def load_teacher(args, path, checkpoint, classes, resolution, info):
     return teacher, preprocess, described
 
 
+def check_teacher(balanced_accuracy, num_classes, count, allow_weak):
+    """Refuse a teacher that is no better than chance on val."""
+    if is_chance_level(balanced_accuracy, num_classes, count) and not allow_weak:
+        raise cli.UserError(
+            f"the teacher is no better than chance on val (balanced accuracy {balanced_accuracy:.4f}): wrong checkpoint, "
+            "classes or preprocessing? --allow-weak-teacher goes on"
+        )
+
+
+def differences(checkpoint, args):
+    """Notes on a teacher of the same dataset that was trained with another val split."""
+    taught = checkpoint["flags"] if checkpoint else {}
+    for name in ("val_split", "split_seed"):
+        if taught.get("dataset") == args.dataset and taught[name] != getattr(args, name):
+            flag = "--" + name.replace("_", "-")
+            yield f"note: the teacher was trained with another {flag} ({taught[name]}): it may know val images"
+
+
 def main(args):
     interrupts = Interrupts()
     run = cli.RunFolder(args.output, bool(args.resume), args.overwrite)
@@ -108,14 +136,9 @@ def main(args):
 
     # data: the teacher's dataset where none is named
     teacher_path, checkpoint = teacher_checkpoint(args)
-    if args.dataset is None:
-        args.dataset = checkpoint["flags"]["dataset"] if checkpoint else "digits"
-    if args.data_root is None and checkpoint and args.dataset == checkpoint["flags"]["dataset"]:
-        args.data_root = checkpoint["flags"]["data_root"]
+    take_dataset_from(checkpoint, args)
     info = DATASETS[args.dataset]
     resolution = args.resolution or info.resolution
-    if args.limit_train is None:
-        args.limit_train = info.student_images
     policy = cli.augment_policy(args)
     augment = Augmenter(policy, args.seed)
     splits = load_splits(
@@ -164,9 +187,9 @@ def main(args):
     described["val"] = classification(teacher_logits["val"], splits.val.labels)
     run.log(f"teacher {described['name']}: {described['parameters']:,} parameters, {teacher_preprocess.resolution} px, "
             f"val accuracy {described['val']['accuracy']:.4f}")  # fmt: skip
-    if is_chance_level(described["val"]["balanced_accuracy"], len(splits.classes), len(splits.val)) and not args.allow_weak_teacher:
-        raise cli.UserError(f"the teacher is no better than chance on val (balanced accuracy {described['val']['balanced_accuracy']:.4f}): "
-                            "wrong checkpoint, classes or preprocessing? --allow-weak-teacher goes on")  # fmt: skip
+    check_teacher(described["val"]["balanced_accuracy"], len(splits.classes), len(splits.val), args.allow_weak_teacher)
+    for note in differences(checkpoint, args):
+        run.log(note)
 
     # run folder
     recorder = Recorder(
@@ -182,9 +205,6 @@ def main(args):
     run.log(f"{args.model}: {model.num_parameters:,} parameters, {resolution} px, {device}, {precision.name}")
     run.log(f"{splits}, {train.cache_kind} cache")
     run.log(f"{args.method}: " + " + ".join(f"{value:g} * {name}" for name, value in criterion.weights.items()))
-    for name in ("val_split", "split_seed"):
-        if checkpoint and args.dataset == checkpoint["flags"]["dataset"] and checkpoint["flags"][name] != vars(args)[name]:
-            run.log(f"note: the teacher was trained with another --{name.replace('_', '-')} ({checkpoint['flags'][name]}): it may know val images")
     if weights_from:
         run.log(weights_from)
     if args.save_samples:

@@ -39,6 +39,7 @@ def parse(argv):
     parser.add_argument("--amp", default="off", choices=("auto", "off", "bf16", "fp16"), help="mixed precision")
     parser.add_argument("--output", default="runs/evaluate", help="folder that is written")
     cli.add_reading_flags(parser)
+    parser.set_defaults(decode_size=None, window=None)  # the checkpoint's
     return parser.parse_args(argv)
 
 
@@ -118,7 +119,8 @@ def main(args):
     checkpoint = load_checkpoint(args.checkpoint)
     splits = splits_of(
         checkpoint, args.dataset, args.data_root, args.split, on_bad_image=args.on_bad_image,
-        decode_size=args.decode_size, window=args.window,
+        decode_size=args.decode_size or checkpoint["flags"]["decode_size"],
+        window=args.window or checkpoint["flags"]["window"],
     )  # fmt: skip
     dataset = getattr(splits, args.split)
     loader = Loader(dataset, args.batch_size, device, cache=args.cache, workers=args.workers)

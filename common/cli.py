@@ -209,7 +209,7 @@ def add_training_flags(parser, epochs, select=CLASSIFICATION):
     g.add_argument("--warmup-epochs", type=AMOUNT, default=0, help="linear warm-up, epochs")
     g.add_argument("--label-smoothing", type=SHARE, default=0.0, help="of the cross-entropy; a smoothed teacher teaches worse")
     g.add_argument("--clip-grad", type=AMOUNT, default=0.0, help="largest gradient norm; 0 is off")
-    g.add_argument("--ema", type=SHARE, default=0.0, metavar="DECAY", help="evaluate and keep an average of the weights, as 0.999; 0 is off")
+    g.add_argument("--ema", type=number(float, 0, 0.999999), default=0.0, metavar="DECAY", help="evaluate and keep an average of the weights, as 0.999; 0 is off")
     g.add_argument("--patience", type=NATURAL, default=0, help="stop after this many epochs without gain in --select-metric; 0 is off")
     g.add_argument("--select-metric", default="accuracy", choices=select, metavar="METRIC", help=f"val metric that chooses the best epoch: {', '.join(select)}")
     g.add_argument("--amp", default="auto", choices=("auto", "off", "bf16", "fp16"), help="mixed precision; auto: on a GPU")

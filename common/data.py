@@ -219,9 +219,9 @@ def load_splits(name, root=None, *, val_split=None, split_seed=0, limit_train=No
     """Read a dataset's splits; see DATASETS for the names.
 
     root: the folder (medmnist: the .npz, or a folder with one); val_split: share of train that becomes val where the
-    dataset has none of its own (by default DATASETS'); split_seed: fixes val and limit_train (that many of train, classes in
-    proportion); splits: those wanted, the others are None; classes: the names a checkpoint knows, in its order, for an
-    outside test set; window: see `to_uint8`.  Raises DataError.
+    dataset has none of its own (by default DATASETS'); split_seed: fixes val and limit_train (that many of train,
+    classes in proportion); splits: those wanted, the others are None; classes: the names a checkpoint knows, in its
+    order, for an outside test set; window: see `to_uint8`.  Raises DataError.
     """
     if name not in DATASETS:
         raise DataError(f"unknown dataset {name!r}: choose one of {', '.join(DATASETS)}")
