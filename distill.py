@@ -39,7 +39,7 @@ def parse(argv):
     cli.add_data_flags(parser, dataset=None)
     cli.add_augment_flags(parser)
     cli.add_model_flags(parser, model="resnet8")
-    cli.add_training_flags(parser, epochs=50, select=CLASSIFICATION + FIDELITY)
+    cli.add_training_flags(parser, epochs=32, select=CLASSIFICATION + FIDELITY)
     g = parser.add_argument_group("teacher")
     g.add_argument("--teacher-checkpoint", metavar="FILE", help=f"a checkpoint of these scripts ({DEFAULT_TEACHER})")
     g.add_argument("--teacher-model", metavar="NAME", help="a model by name, as --model, with --teacher-pretrained or --teacher-weights")

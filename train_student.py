@@ -33,7 +33,7 @@ def parse(argv):
     cli.add_data_flags(parser)
     cli.add_augment_flags(parser)
     cli.add_model_flags(parser, model="resnet8")
-    cli.add_training_flags(parser, epochs=50)
+    cli.add_training_flags(parser, epochs=32)
     return cli.parse_flags(parser, argv)
 
 

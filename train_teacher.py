@@ -33,7 +33,7 @@ def parse(argv):
     cli.add_data_flags(parser, batch_size=64)
     cli.add_augment_flags(parser)
     cli.add_model_flags(parser, model="resnet18")
-    cli.add_training_flags(parser, epochs=15)
+    cli.add_training_flags(parser, epochs=10)
     return cli.parse_flags(parser, argv)
 
 
