@@ -33,7 +33,7 @@ from common.training import (
 DEFAULT_TEACHER = "runs/teacher/best.pth"
 
 
-def parse(argv):
+def build_parser():
     parser = cli.Parser(__doc__)
     cli.add_run_flags(parser, output="runs/distill")
     cli.add_data_flags(parser, dataset=None)
@@ -58,7 +58,7 @@ def parse(argv):
     g.add_argument("--student-layer", nargs="+", default=[], metavar="PATH", help="module paths of the student's features, as layer3 or blocks.5")
     g.add_argument("--teacher-layer", nargs="+", default=[], metavar="PATH", help="module paths of the teacher's features, paired in order")
     g.add_argument("--projector-weight-decay", type=cli.AMOUNT, default=0.0, help="of the projectors' matrices")
-    return cli.parse_flags(parser, argv)
+    return parser
 
 
 def teacher_checkpoint(args):
@@ -238,4 +238,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    cli.run_script(main, parse)
+    cli.run_script(main, build_parser)

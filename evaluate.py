@@ -25,7 +25,7 @@ from common.training import (
 )  # fmt: skip
 
 
-def parse(argv):
+def build_parser():
     parser = cli.Parser(__doc__)
     parser.add_argument("checkpoint", help="best.pth, latest.pth or epoch_N.pth of a run")
     parser.add_argument("--teacher-checkpoint", metavar="FILE", help="compare with this teacher")
@@ -40,7 +40,7 @@ def parse(argv):
     parser.add_argument("--output", default="runs/evaluate", help="folder that is written")
     cli.add_reading_flags(parser)
     parser.set_defaults(decode_size=None, window=None)  # the checkpoint's
-    return parser.parse_args(argv)
+    return parser
 
 
 def timed(run, device, at_least=1.0, most=200):
@@ -150,4 +150,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    cli.run_script(main, parse)
+    cli.run_script(main, build_parser)

@@ -41,7 +41,7 @@ KINDS = {"teacher": "#0072B2", "student without KD": "#E69F00", "student with KD
 KEYS = ("teacher_{}", "student_{}_without_kd", "student_{}_with_kd")  # of report.json, with the metric's name
 
 
-def parse(argv):
+def build_parser():
     parser = cli.Parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUNS", help="run folders, or folders searched for them")
     parser.add_argument("--output", default="report", help="folder for report.json, report.md and figures")
@@ -51,7 +51,7 @@ def parse(argv):
     parser.add_argument("--reevaluate", action="store_true", help="compute the test metrics again from the checkpoints; by default off")
     parser.add_argument("--device", default="auto", help="of --reevaluate: auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--batch-size", type=cli.POSITIVE, default=256, help="of --reevaluate: images a step")
-    return parser.parse_args(argv)
+    return parser
 
 
 def find_run_folders(paths):
@@ -497,4 +497,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    cli.run_script(main, parse)
+    cli.run_script(main, build_parser)

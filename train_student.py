@@ -27,14 +27,14 @@ from common.training import (
 )  # fmt: skip
 
 
-def parse(argv):
+def build_parser():
     parser = cli.Parser(__doc__)
     cli.add_run_flags(parser, output="runs/student")
     cli.add_data_flags(parser)
     cli.add_augment_flags(parser)
     cli.add_model_flags(parser, model="resnet8")
     cli.add_training_flags(parser, epochs=32)
-    return cli.parse_flags(parser, argv)
+    return parser
 
 
 def main(args):
@@ -112,4 +112,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    cli.run_script(main, parse)
+    cli.run_script(main, build_parser)

@@ -10,10 +10,12 @@ import difflib
 import errno
 import glob
 import importlib.metadata
+import itertools
 import json
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -24,7 +26,7 @@ from common.metrics import CLASSIFICATION
 
 SCRIPT_FOLDER = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 RESUME_MAY_CHANGE = {"resume", "device", "workers", "epochs", "output", "overwrite", "config"}
-NOT_IN_CONFIG = {"resume", "output", "overwrite", "config"}
+NOT_IN_CONFIG = {"resume", "output", "overwrite", "config", "sweep", "sweep_index"}
 DISK_ERRORS = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
                errno.ENOENT, errno.EIO, errno.ENAMETOOLONG}  # fmt: skip
 
@@ -38,15 +40,15 @@ class UserError(Exception):
 # ------------------------------------------------------------------------------------------------------------- errors
 
 
-def run_script(main, parse):
-    """main(parse(argv)); every error that is the user's to mend ends in one line on stderr.
+def run_script(main, build_parser):
+    """main(flags); every error that is the user's to mend ends in one line on stderr.
 
     Exceptions with an `exit_code` (UserError, DataError, ModelError, NonFiniteLoss, Interrupted, ...) exit with it, disk errors with 2,
     out of memory with 1, naming batch size and model; anything else is our own fault and keeps its traceback.
     """
     args = None
     try:
-        args = parse(sys.argv[1:])
+        args = parse_flags(build_parser(), sys.argv[1:])
         sys.exit(main(args) or 0)
     except KeyboardInterrupt:
         fail("stopped by Ctrl-C", 130)
@@ -126,6 +128,8 @@ def add_run_flags(parser, output):
     g.add_argument("--overwrite", action="store_true", help="replace the run that is in the run folder")
     g.add_argument("--resume", metavar="RUN", help="continue this run folder; needs no other flag")
     g.add_argument("--config", metavar="FILE.json", help="flags from a JSON object or a run's config.json; the command line wins")
+    g.add_argument("--sweep", metavar="GRID.json", help="take flags from a point of this grid: {flag: [values]} or a list of points; runs go to OUTPUT/POINT")
+    g.add_argument("--sweep-index", type=NATURAL, metavar="N", help="the grid's point, from 0")
     g.add_argument("--seed", type=NATURAL, default=0, help="fixes weights, order and augmentation, never a split")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     g.add_argument("--save-every", type=NATURAL, default=0, metavar="N", help="keep epoch_N.pth every N epochs; 0 is off")
@@ -245,15 +249,19 @@ def read_json(path):
 
 def check(args):
     """Refuse values that argparse cannot judge one by one."""
-    if args.window and not args.window[0] < args.window[1]:
+    if getattr(args, "window", None) and not args.window[0] < args.window[1]:
         raise UserError(f"--window {args.window[0]:g} {args.window[1]:g}: LOW must be below HIGH")
-    if args.nesterov and args.optimizer != "sgd":
+    if getattr(args, "nesterov", False) and args.optimizer != "sgd":
         raise UserError(f"--nesterov and --optimizer {args.optimizer} contradict each other: it is sgd's")
     return args
 
 
 def parse_flags(parser, argv):
-    """Parse argv over --config FILE or the flags of --resume RUN; returns a Namespace."""
+    """Parse argv over --config FILE or the flags of --resume RUN, and a point of --sweep; returns a Namespace."""
+    args = check(parser.parse_args(argv))
+    if not hasattr(args, "config"):  # evaluate.py and report.py
+        return args
+    argv = expand_sweep(parser, argv)
     args = check(parser.parse_args(argv))
     if args.resume and args.config:
         raise UserError("--resume and --config contradict each other: a resumed run has its own flags")
@@ -277,6 +285,66 @@ def parse_flags(parser, argv):
             raise UserError(f"--output {args.output} beside --resume {args.resume}: a resumed run stays in its folder")
         args.output = args.resume
     return args
+
+
+def grid_points(path):
+    """[(name, {flag: value})] of a grid file: an object of lists is crossed, the last one varying fastest; a list of
+    objects is taken as it is, "name" naming a point.  Names are unique and fit for folders.  Raises UserError."""
+    grid = read_json(path)
+    if isinstance(grid, dict):
+        for key, values in grid.items():
+            if not isinstance(values, list) or not values:
+                raise UserError(f"{path}: the axis {key!r} must be a list of at least one value, not {json.dumps(values)}")
+        points = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
+    elif isinstance(grid, list) and all(isinstance(point, dict) for point in grid):
+        points = [dict(point) for point in grid]
+    else:
+        points = []
+    if not points or not all(points):
+        raise UserError(f'{path} is no grid: write {{"lr": [0.1, 0.01], "batch-size": [32, 64]}} or a list of such points')
+    names = []
+    for point in points:
+        name = point.pop("name", None) or "_".join(f"{k}-{'-'.join(map(str, v)) if isinstance(v, list) else json.dumps(v)}" for k, v in point.items())
+        name = re.sub(r"[^\w.+-]+", "-", str(name).replace('"', "")).strip("-.")[:150]
+        if not name or name in names:
+            raise UserError(f"{path}: two points have the name {name!r}: give each a \"name\" of its own")
+        names.append(name)
+    return list(zip(names, points))
+
+
+def expand_sweep(parser, argv):
+    """argv with --sweep GRID --sweep-index N replaced by the point's flags; its run folder is OUTPUT/NAME.
+
+    "{name}" in any value becomes the point's name, so that a sweep of students can follow a sweep of teachers.
+    """
+    args = parser.parse_args(argv)
+    if args.sweep is None and args.sweep_index is None:
+        return argv
+    if args.sweep is None or args.sweep_index is None:
+        raise UserError("--sweep GRID.json and --sweep-index N belong together: which point of the grid?")
+    if args.resume:
+        raise UserError("--sweep and --resume contradict each other: name the point's run folder, --resume OUTPUT/POINT")
+    points = grid_points(args.sweep)
+    if args.sweep_index >= len(points):
+        raise UserError(f"--sweep-index {args.sweep_index} is past the grid: {args.sweep} has {len(points)} points, 0 to {len(points) - 1}")
+    name, values = points[args.sweep_index]
+    kept, skip = [], False
+    for word in argv:
+        if word.split("=")[0] in ("--sweep", "--sweep-index"):
+            skip = "=" not in word
+        elif skip:
+            skip = False
+        else:
+            kept.append(word.replace("{name}", name))
+    given = {parser._option_string_actions[w.split("=")[0]].dest for w in kept if w.split("=")[0] in parser._option_string_actions}
+    for key in values:
+        dest = key.replace("-", "_")
+        if dest in NOT_IN_CONFIG:
+            raise UserError(f"{args.sweep} must not set {key}: the grid's points go to OUTPUT/POINT")
+        if dest in given:
+            raise UserError(f"--{dest.replace('_', '-')} is given and stands in {args.sweep}: leave it out of one of them")
+    own = [word.replace("{name}", name) for word in config_argv(parser, values, args.sweep)]
+    return [*kept, *own, "--output", os.path.join(args.output.replace("{name}", name), name)]
 
 
 def data_root(given):

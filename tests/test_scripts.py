@@ -424,7 +424,7 @@ def test_teachers_are_not_smoothed_by_default(monkeypatch):
     """A teacher trained with label smoothing teaches worse (Mueller et al. 2019, arXiv:1906.02629)."""
     monkeypatch.syspath_prepend(str(ROOT))
     for script in ("train_teacher", "train_student", "distill"):
-        assert __import__(script).parse([]).label_smoothing == 0
+        assert __import__(script).build_parser().parse_args([]).label_smoothing == 0
 
 
 def test_top_level_and_help():
@@ -454,4 +454,4 @@ def test_the_readme_s_commands_parse(monkeypatch):
         for name, value in re.findall(r'^([A-Z])="([^"]*)"', text, re.M):
             flags = flags.replace(f"${name} ", value + " ")
         flags = re.sub(r"\$D ", "", flags).replace("$seed", "0").split(">")[0].split()
-        __import__(script[:-3]).parse(flags)
+        __import__(script[:-3]).build_parser().parse_args(flags)
