@@ -1,0 +1,96 @@
+#!/usr/bin/env bash
+# The six runs of the README's CIFAR-10 recipes and their report, each after what it needs.
+#     slurm/lab.sh [--local] [--dry-run] [--runs DIR] [--x=y FOR SBATCH] [-- | FLAGS OF THE TRAINING SCRIPTS]
+#     slurm/lab.sh --partition=gpu --seed 1
+#     slurm/lab.sh --local --dataset imagefolder --data-root data/cifar10-part --resolution 16 --epochs 2
+#   --local     run them here, one after another
+#   --dry-run   only print the commands
+#   --runs DIR  where the run folders and the report go (runs)
+#   Flags after these go to all six and win over the recipes; without --dataset CIFAR-10 is fetched first.
+# shellcheck source=slurm/env.sh
+. "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+
+place=slurm runs=runs options=() extra=() JOBS=()
+while [ $# -gt 0 ]; do
+  case $1 in
+    --local | --dry-run) [ "$place" = dry-run ] || place=${1#--} ;;
+    --runs) [ $# -gt 1 ] || die "--runs needs a folder"; runs=${2%/}; shift ;;
+    -h | --help) sed -n '2,/^# shellcheck/{/^# shellcheck/!s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; exit 0 ;;
+    --) shift; break ;;
+    --*=*) options+=("$1") ;;
+    *) break ;;
+  esac
+  shift
+done
+extra=("$@")
+given() { [[ " ${extra[*]} " == *" $1"[=\ ]* ]]; }
+
+sgd="--optimizer sgd --lr 0.1 --momentum 0.9 --weight-decay 5e-4 --schedule multistep --batch-size 128"
+adamw="--optimizer adamw --lr 1e-3 --weight-decay 0.05 --schedule cosine --batch-size 128 --patch-size 4"
+response="--method response --alpha 0.5 --temperature 4"
+data=()
+if ! given --dataset; then
+  data=(--dataset cifar10)
+  given --data-root || [ -n "$STAGE_DATA" ] || data+=(--data-root "$(absolute "${DATA_ROOT:-data}")")
+fi
+
+# NAME SCRIPT NEEDED RECIPE: names of the runs needed, separated by commas; "-" for none.
+each_run() {
+  "$1" cnn_teacher train_teacher - "--model resnet18 --epochs 300 --milestones 150 225 275 $sgd"
+  "$1" vit_teacher train_teacher - "--model vit_tiny --epochs 100 $adamw"
+  "$1" cnn_student train_student - "--model resnet8 --epochs 200 --milestones 100 150 180 $sgd"
+  "$1" vit_student train_student - "--model vit_6_192 --epochs 150 $adamw"
+  "$1" cnn_distill distill cnn_teacher "--model resnet8 --epochs 200 --milestones 100 150 180 $sgd $response"
+  "$1" vit_distill distill vit_teacher "--model vit_6_192 --epochs 150 $adamw $response"
+}
+
+command_of() {  # NAME SCRIPT NEEDED RECIPE -> COMMAND: the script's arguments
+  read -ra COMMAND <<< "$4"
+  COMMAND+=("${data[@]}")
+  [ "$3" = - ] || COMMAND+=(--teacher-checkpoint "$runs/$3/best.pth")
+  COMMAND+=("${extra[@]}" --output "$runs/$1")
+}
+
+# A wrong flag or a run folder that is taken is found now, not by the fifth job.
+check_run() {
+  command_of "$@"
+  "$PYTHON" "$HERE/resolve.py" "$2.py" "${COMMAND[@]}" > /dev/null || exit 2
+}
+
+declare -A id
+submit() {  # NAME SBATCH-FILE NEEDED ARGUMENTS...
+  local name=$1 file=$HERE/$2.sbatch needed=() after
+  after=$3
+  shift 3
+  case $place in
+    local) echo "--- $name"; bash "$file" "$@" || { echo "error: $name failed: the runs after it are not started" >&2; exit 1; }; return ;;
+    slurm) ;;
+    *) quoted sbatch "${options[@]}" "$file" "$@"; [ "$after" = - ] || printf '   # after %s' "$after"; echo; return ;;
+  esac
+  [ "$after" = - ] || for run in ${after//,/ }; do needed+=("${id[$run]}"); done
+  [ "${#needed[@]}" -eq 0 ] || set -- "$@"
+  after=$(IFS=:; echo "${needed[*]}")
+  id[$name]=$(sbatch --parsable --job-name="$name" --kill-on-invalid-dep=yes ${after:+--dependency=afterok:$after} "${options[@]}" "$file" "$@") \
+    || die "sbatch refused $name; submitted so far: ${id[*]}"
+  echo "$name: job ${id[$name]}${after:+, after $after}"
+}
+
+start_run() {
+  command_of "$@"
+  submit "$1" "$2" "$3" "${COMMAND[@]}"
+}
+
+load_site
+[ "$place" != slurm ] || check_before_queue
+choose_python
+if [ "$place" != dry-run ]; then
+  if [ "${data[2]}" = --data-root ]; then
+    mkdir -p -- "${data[3]}"
+    fetch='import sys; sys.path.insert(0, sys.argv[1]); from common.data import load_splits; load_splits("cifar10", sys.argv[2], download=True)'
+    "$PYTHON" -c "$fetch" "$ROOT" "${data[3]}" || die "CIFAR-10 is not in ${data[3]} and cannot be fetched"
+  fi
+  each_run check_run
+fi
+each_run start_run
+folders=("$runs"/{cnn,vit}_{teacher,student,distill})
+submit report report cnn_teacher,vit_teacher,cnn_student,vit_student,cnn_distill,vit_distill "${folders[@]}" --output "$runs/report"
