@@ -7,8 +7,8 @@
     python distill.py --resume runs/distill
 
 The teacher is frozen and judged on val before training.  Writes the run folder as train_student.py does.
-Needs from common: augment.py, cli.py, data.py, evaluation.py, loader.py, losses.py, metrics.py, models.py, optimizer.py,
-training.py.
+Needs from common: augment.py, cli.py, data.py, distributed.py, evaluation.py, loader.py, losses.py, metrics.py,
+models.py, optimizer.py, training.py.
 Packages: torch, timm, numpy, pillow, scikit-learn, tqdm (torchvision for CIFAR, transformers for hf: names).
 """
 
@@ -19,9 +19,10 @@ import torch
 from common import cli
 from common.augment import Augmenter
 from common.data import DATASETS, TASK, load_splits
+from common.distributed import data_parallel
 from common.evaluation import is_chance_level, live_teacher, predict, write_results
 from common.loader import Loader, save_sample_grid
-from common.losses import FEATURE_LOSSES, METHODS, DistillationLoss, method_weights
+from common.losses import FEATURE_LOSSES, METHODS, DistillationLoss, class_weights, method_weights
 from common.metrics import CLASSIFICATION, FIDELITY, classification, fidelity
 from common.models import build_model
 from common.optimizer import Schedule, Updater, make_optimizer
@@ -59,6 +60,18 @@ def build_parser():
     g.add_argument("--teacher-layer", nargs="+", default=[], metavar="PATH", help="module paths of the teacher's features, paired in order")
     g.add_argument("--projector-weight-decay", type=cli.AMOUNT, default=0.0, help="of the projectors' matrices")
     return parser
+
+
+class Student(torch.nn.Module):
+    """Model and loss in one module: so DDP averages the gradients of the projectors too."""
+
+    def __init__(self, model, criterion):
+        super().__init__()
+        self.model, self.criterion = model, criterion
+
+    def forward(self, inputs, taught, labels, batch_labels):
+        out = self.model(inputs)
+        return out, self.criterion(out, taught, labels, batch_labels)
 
 
 def teacher_checkpoint(args):
@@ -146,7 +159,7 @@ def main(args):
         limit_train=args.limit_train or None, download=args.download, on_bad_image=args.on_bad_image,
         decode_size=args.decode_size, window=args.window,
     )  # fmt: skip
-    train = Loader(splits.train, args.batch_size, device, True, args.seed, args.cache, args.workers)
+    train = Loader(splits.train, args.batch_size, device, True, args.seed, args.cache, args.workers, args.accumulation_steps)
     val = Loader(splits.val, args.batch_size, device, cache=args.cache, workers=args.workers)
 
     # teacher and student; the student starts from the weights that train_student.py has for this seed
@@ -165,8 +178,9 @@ def main(args):
     targets = live_teacher(teacher, teacher_preprocess, augment, precision)
 
     # loss: a dry batch makes the projectors before the optimizer sees the parameters
-    criterion = DistillationLoss(weights, args.temperature, args.feature_loss, args.label_smoothing)
-    dry = next(val.batches())
+    class_weight = class_weights(args.class_weights, splits.train.labels, len(splits.classes))
+    criterion = DistillationLoss(weights, args.temperature, args.feature_loss, args.label_smoothing, class_weight)
+    dry = next(train.batches())
     with torch.no_grad():
         criterion.build(model.eval()({"image": preprocess(augment(dry, resolution))}), targets(dry))
     optimizer = make_optimizer(
@@ -177,10 +191,13 @@ def main(args):
         args.schedule, optimizer.defaults["lr"], args.epochs, len(train), args.warmup_epochs, args.milestones,
         args.gamma, args.plateau_patience,
     )  # fmt: skip
-    updater = Updater(model, optimizer, schedule, precision, args.clip_grad, args.ema)
     if use_compile(args.compile, device):
         model.compile()
         teacher.compile()
+    parallel = data_parallel(Student(model, criterion), device, unused=not weights["ce"] and not weights["kl"])
+    updater = Updater(
+        model, optimizer, schedule, precision, args.clip_grad, args.ema, args.accumulation_steps, parallel
+    )
 
     # the teacher is judged before it teaches; val images are plain, so its logits there are computed once
     teacher_logits = {"val": predict(teacher, val, teacher_preprocess, precision, interrupts)}
@@ -219,8 +236,7 @@ def main(args):
                 images = preprocess(augment(batch, resolution))  # (B, 3, R, R)
                 labels = batch["targets"][TASK]  # (B,)
                 with precision.autocast():
-                    out = model({"image": images})
-                loss = criterion(out, taught, labels)
+                    out, loss = parallel({"image": images}, taught, labels, batch["batch_targets"][TASK])
                 updater(loss)
                 right = (out["logits"].argmax(1) == labels).float().mean()
                 recorder.meter.add(loss=loss, accuracy=right, **criterion.terms)

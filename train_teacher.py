@@ -6,8 +6,8 @@
     python train_teacher.py --resume runs/teacher
 
 Writes the run folder: best.pth, latest.pth, metrics.csv, metrics.json, results.json, predictions, confusion matrices.
-Needs from common: augment.py, cli.py, data.py, evaluation.py, loader.py, losses.py, metrics.py, models.py, optimizer.py,
-training.py.
+Needs from common: augment.py, cli.py, data.py, distributed.py, evaluation.py, loader.py, losses.py, metrics.py,
+models.py, optimizer.py, training.py.
 Packages: torch, timm, numpy, pillow, scikit-learn, tqdm (torchvision for CIFAR, transformers for hf: names).
 """
 
@@ -16,9 +16,10 @@ import torch
 from common import cli
 from common.augment import Augmenter
 from common.data import DATASETS, TASK, load_splits
+from common.distributed import data_parallel
 from common.evaluation import predict, write_results
 from common.loader import Loader, save_sample_grid
-from common.losses import cross_entropy
+from common.losses import class_weights, cross_entropy
 from common.metrics import classification
 from common.models import build_model
 from common.optimizer import Schedule, Updater, make_optimizer
@@ -53,7 +54,7 @@ def main(args):
         limit_train=args.limit_train or None, download=args.download, on_bad_image=args.on_bad_image,
         decode_size=args.decode_size, window=args.window,
     )  # fmt: skip
-    train = Loader(splits.train, args.batch_size, device, True, args.seed, args.cache, args.workers)
+    train = Loader(splits.train, args.batch_size, device, True, args.seed, args.cache, args.workers, args.accumulation_steps)
     val = Loader(splits.val, args.batch_size, device, cache=args.cache, workers=args.workers)
 
     # model, optimizer
@@ -69,9 +70,13 @@ def main(args):
         args.schedule, optimizer.defaults["lr"], args.epochs, len(train), args.warmup_epochs, args.milestones,
         args.gamma, args.plateau_patience,
     )  # fmt: skip
-    updater = Updater(model, optimizer, schedule, precision, args.clip_grad, args.ema)
     if use_compile(args.compile, device):
         model.compile()
+    parallel = data_parallel(model, device)
+    updater = Updater(
+        model, optimizer, schedule, precision, args.clip_grad, args.ema, args.accumulation_steps, parallel
+    )
+    weights = class_weights(args.class_weights, splits.train.labels, len(splits.classes))
 
     # run folder
     recorder = Recorder(
@@ -98,8 +103,8 @@ def main(args):
                 images = preprocess(augment(batch, resolution))  # (B, 3, R, R)
                 labels = batch["targets"][TASK]  # (B,)
                 with precision.autocast():
-                    logits = model({"image": images})["logits"]  # (B, C)
-                    loss = cross_entropy(logits, labels, args.label_smoothing)
+                    logits = parallel({"image": images})["logits"]  # (B, C)
+                    loss = cross_entropy(logits, labels, args.label_smoothing, weights, batch["batch_targets"][TASK])
                 updater(loss)
                 recorder.meter.add(loss=loss, accuracy=(logits.argmax(1) == labels).float().mean())
             logits = predict(updater.evaluated_model, val, preprocess, precision, interrupts)  # (N, C)

@@ -1,6 +1,6 @@
 """What the scripts share at their edge: flags, --config and --resume, errors in one line, the run folder.
 
-Needs augment.py, data.py and metrics.py of `common`, for choices and defaults.
+Needs augment.py, data.py, distributed.py and metrics.py of `common`, for choices and defaults.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 
+from common import distributed
 from common.augment import CROPS, Policy
 from common.data import DATASETS
 from common.metrics import CLASSIFICATION
@@ -49,7 +50,9 @@ def run_script(main, build_parser):
     args = None
     try:
         args = parse_flags(build_parser(), sys.argv[1:])
-        sys.exit(main(args) or 0)
+        code = main(args) or 0
+        distributed.stop()
+        sys.exit(code)
     except KeyboardInterrupt:
         fail("stopped by Ctrl-C", 130)
     except BrokenPipeError:
@@ -64,10 +67,15 @@ def run_script(main, build_parser):
         if "out of memory" in text or "can't allocate memory" in text or isinstance(error, MemoryError):
             model, batch = getattr(args, "model", None), getattr(args, "batch_size", None)
             fail(f"out of memory with --batch-size {batch} and --model {model}: try a smaller batch or model", 1)
+        if not distributed.first_to_fail():
+            sys.exit(1)  # another process failed, said why, and this one lost its connection
         raise
 
 
 def fail(text, code):
+    """One line on stderr, from the first process that fails."""
+    if not distributed.first_to_fail():
+        sys.exit(code)
     prefix = "" if text.startswith("interrupted") else "error: "
     print(f"{prefix}{text}", file=sys.stderr, flush=True)
     sys.exit(code)
@@ -144,7 +152,7 @@ def add_data_flags(parser, dataset="digits", batch_size=32):
     g.add_argument("--split-seed", type=NATURAL, default=0, help="fixes the val split and --limit-train")
     g.add_argument("--limit-train", type=NATURAL, metavar="N", help="train on N images, classes in proportion; 0 is all (the default, but 100 for students on digits)")
     g.add_argument("--resolution", type=POSITIVE, help="input side in pixels; by default the dataset's (CIFAR and image folders 32, MedMNIST 28, digits 8)")
-    g.add_argument("--batch-size", type=POSITIVE, default=batch_size, help="images a step")
+    g.add_argument("--batch-size", type=POSITIVE, default=batch_size, help="images a step, over all processes and accumulation steps")
     add_reading_flags(g)
     g.add_argument("--save-samples", type=picture, metavar="FILE.png", help="draw what the models see in the first epoch, side by side")
 
@@ -211,7 +219,9 @@ def add_training_flags(parser, epochs, select=CLASSIFICATION):
     g.add_argument("--gamma", type=SHARE, default=0.1, help="factor of multistep and plateau")
     g.add_argument("--plateau-patience", type=POSITIVE, default=5, help="epochs without gain before plateau lowers the rate")
     g.add_argument("--warmup-epochs", type=AMOUNT, default=0, help="linear warm-up, epochs")
+    g.add_argument("--class-weights", default="none", metavar="WEIGHTS", help="of the cross-entropy: none, balanced (by 1 / count in train) or numbers W0,W1,...")
     g.add_argument("--label-smoothing", type=SHARE, default=0.0, help="of the cross-entropy; a smoothed teacher teaches worse")
+    g.add_argument("--accumulation-steps", type=POSITIVE, default=1, metavar="N", help="run each batch in N parts, for less memory; the batch size stays")
     g.add_argument("--clip-grad", type=AMOUNT, default=0.0, help="largest gradient norm; 0 is off")
     g.add_argument("--ema", type=number(float, 0, 0.999999), default=0.0, metavar="DECAY", help="evaluate and keep an average of the weights, as 0.999; 0 is off")
     g.add_argument("--patience", type=NATURAL, default=0, help="stop after this many epochs without gain in --select-metric; 0 is off")
@@ -398,17 +408,19 @@ def environment(device):
         commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip() or None
     except (OSError, subprocess.TimeoutExpired):
         commit = None
+    commit = commit or os.environ.get("GIT_COMMIT")  # a job's copy of the scripts has no .git
     return {"python": platform.python_version(), **versions, "git_commit": commit, "device": device,
-            "threads": os.cpu_count(), "platform": platform.platform(), "command": " ".join(sys.argv)}  # fmt: skip
+            "threads": os.cpu_count(), "processes": distributed.size(), "platform": platform.platform(), "command": " ".join(sys.argv)}  # fmt: skip
 
 
 class RunFolder:
-    """A run's files.  Nothing is written or replaced before `open`, so that bad input found earlier loses nothing."""
+    """A run's files; of several processes rank 0 writes them.  Nothing is written or replaced before `open`, so that bad input found earlier loses nothing."""
 
     OWN = ("config.json", "metrics.csv", "metrics.json", "results.json", "log.txt", "*.pth", "confusion_*.npy", "predictions_*.npz")
 
     def __init__(self, folder, resume=False, overwrite=False):
         self.folder, self.resume, self.rows, self._log, self._early = folder, resume, [], None, []
+        self.writes = distributed.environment().rank == 0
         if resume:
             if overwrite:
                 raise UserError("--resume and --overwrite contradict each other")
@@ -425,6 +437,9 @@ class RunFolder:
 
     def open(self, flags, environment, rows=0, log_bytes=0):
         """Make the folder; `rows` and `log_bytes`: what a resumed checkpoint had seen, later lines are dropped."""
+        distributed.barrier()  # all have looked at what was there
+        if not self.writes:
+            return
         os.makedirs(self.folder, exist_ok=True)
         if self.resume:
             self.rows = read_json(self.path("metrics.json"))[:rows] if rows else []
@@ -445,6 +460,8 @@ class RunFolder:
 
     def log(self, text):
         """A line on stdout and in log.txt."""
+        if not self.writes:
+            return
         print(text, flush=True)
         if self._log is None:
             self._early.append(text)
@@ -453,6 +470,8 @@ class RunFolder:
 
     def add_row(self, row):
         """One epoch's metrics, to metrics.csv and metrics.json."""
+        if not self.writes:
+            return
         self.rows.append(plain(row))
         if len(self.rows) > 1 and list(row) == list(self.rows[0]):
             with open(self.path("metrics.csv"), "a", newline="") as file:

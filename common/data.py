@@ -1,5 +1,5 @@
-"""Datasets, splits and decoding.  Needs augment.py of `common`, torch, numpy and pillow (scikit-learn for digits,
-torchvision for CIFAR).
+"""Datasets, splits and decoding.  Needs augment.py and distributed.py of `common`, torch, numpy and pillow
+(scikit-learn for digits, torchvision for CIFAR).
 
     splits = load_splits("imagefolder", "data/cifar10")              # .train .val .test .classes .domain
 
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from common import distributed
 from common.augment import Policy, hash_id, uniform
 
 TASK = "label"  # the one task of a classification dataset
@@ -288,7 +289,11 @@ def _cifar(name, root, download):
     parts, source = {}, {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
     for split in ("train", "test"):
         try:
+            if download and distributed.rank():
+                distributed.barrier()  # rank 0 fetches, then the others find it
             part = source(root, train=split == "train", download=download)
+            if download and not distributed.rank():
+                distributed.barrier()
         except RuntimeError as error:
             advice = "the download is damaged, try again" if download else "add --download"
             raise DataError(f"{name} is not in {root} ({str(error).splitlines()[0]}): {advice}") from None

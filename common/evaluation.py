@@ -1,6 +1,6 @@
 """Predictions, the frozen teacher, and the results of a run.
 
-Needs the other files of `common`, torch and numpy.
+Needs the other files of `common` but losses.py and optimizer.py, torch and numpy.
 """
 
 import math
@@ -9,7 +9,7 @@ import os
 import numpy as np
 import torch
 
-from common import metrics
+from common import distributed, metrics
 from common.augment import Augmenter, Policy
 from common.cli import atomic_write, read_json, write_json
 from common.cli import data_root as find_data_root
@@ -20,18 +20,30 @@ from common.training import Precision, file_sha256, load_checkpoint, load_model,
 
 
 def predict(model, loader, preprocess, precision, interrupts=None):
-    """Logits (N, C) float32 numpy of a loader's samples on their plain images, the model in eval mode."""
-    was_training, augment, parts = model.training, Augmenter(Policy(), 0), []
+    """Logits (N, C) float32 numpy of a loader's samples on their plain images, the model in eval mode.
+
+    Several processes share the batches; each has the logits of all.
+    """
+    was_training, augment, parts, rows = model.training, Augmenter(Policy(), 0), [], []
     model.eval()
+    distributed.broadcast(model.buffers())  # each process's BatchNorm has seen other images
     with torch.no_grad():
         for batch in loader.batches():
             with precision.autocast():
                 logits = model({"image": preprocess(augment(batch, preprocess.resolution))})["logits"]
             parts.append(logits[: batch["valid"]].float())
-            if interrupts is not None:
+            rows.append(batch["index"][: batch["valid"]])
+            if interrupts is not None and distributed.size() == 1:
                 interrupts.check()
     model.train(was_training)
-    return torch.cat(parts).cpu().numpy()
+    own = torch.cat(rows).numpy() if rows else None, torch.cat(parts).cpu().numpy() if parts else None
+    gathered = [part for part in distributed.gather(own) if part[0] is not None]
+    logits = np.empty((len(loader.dataset), *gathered[0][1].shape[1:]), np.float32)
+    for index, values in gathered:
+        logits[index] = values
+    if interrupts is not None:
+        interrupts.check()
+    return logits
 
 
 def live_teacher(teacher, preprocess, augment, precision):
@@ -62,28 +74,32 @@ def write_results(run, splits, loaders, recorder, preprocess, precision, *, scri
     loaders: {"val", "test": Loader}; teacher: dict for results.json; teacher_logits: {"val", "test": (N, C)}.
     Returns the results.
     """
-    model, checkpoint = recorder.updater.evaluated_model, load_checkpoint(run.path("best.pth"))
-    config = read_json(run.path("config.json"))
+    model, writes = recorder.updater.evaluated_model, distributed.rank() == 0
+    config = read_json(run.path("config.json")) if writes else {}
     results = {
         "role": recorder.content["role"], "script": script, "method": method, **config, "dataset": splits.describe(),
         "model": {"name": recorder.updater.model.name, "family": recorder.updater.model.family,
                   "parameters": recorder.updater.model.num_parameters, "resolution": preprocess.resolution},
         "teacher": teacher,
     }  # fmt: skip
-    final = {name: value.clone() for name, value in model.state_dict().items()}
-    for prefix, weights in (("final_", final), ("", checkpoint["model"])):
-        model.load_state_dict(weights)
+    for prefix in ("final_", ""):
+        if not prefix:
+            if writes:  # the file may be on rank 0's node alone
+                model.load_state_dict(load_checkpoint(run.path("best.pth"))["model"])
+            distributed.broadcast(model.state_dict().values())
         for split, loader in loaders.items():
             logits = predict(model, loader, preprocess, precision, recorder.interrupts)
             results[prefix + split] = metrics.classification(logits, loader.dataset.labels)
             if teacher_logits:
                 results[prefix + split].update(metrics.fidelity(logits, teacher_logits[split], loader.dataset.labels))
-            if not prefix:
+            if not prefix and writes:
                 write_predictions(run.folder, split, loader.dataset, logits, splits.classes)
+    if not writes:
+        return results
     results.update(
         checkpoint="best.pth", checkpoint_sha256=file_sha256(run.path("best.pth")), select_metric=recorder.metric,
         best_epoch=recorder.best_epoch, last_epoch=len(run.rows), stopped_early=recorder.stopped_early,
-        throughput=throughput(run.rows), peak_memory_mb=peak_memory_mb(precision.device),
+        processes=distributed.size(), throughput=throughput(run.rows), peak_memory_mb=peak_memory_mb(precision.device),
         wall_time_s=round(recorder.seconds, 1),
     )  # fmt: skip
     write_json(run.path("results.json"), results)

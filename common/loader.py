@@ -1,4 +1,6 @@
-"""Batches: caching of decoded images, order, transfer.  Needs data.py and augment.py of `common`, torch, numpy, pillow.
+"""Batches: caching of decoded images, order, transfer.
+
+Needs augment.py, data.py, distributed.py of `common`, torch, numpy, pillow.
 
     loader = Loader(splits.train, batch_size=128, device=device, shuffle=True)
     for batch in loader.batches(epoch=1):                            # image (B, 3, H, W) uint8 on the device, ...
@@ -15,6 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from common import distributed
 from common.augment import uniform
 from common.data import TASK, DataError, available_cpus
 
@@ -68,6 +71,7 @@ def choose_cache(dataset, cache, device):
         return "device"
     if dataset.images is not None:
         return "ram"
+    needed *= distributed.environment().local_size  # each process of this node keeps its own
     return "ram" if needed < available_memory() / 4 else "off"
 
 
@@ -160,19 +164,34 @@ def _advice():
         raise DataError(f"{error} (--on-bad-image skip leaves such images out)") from None
 
 
+def _train_batch(wanted, count, accumulate):
+    """The batch size in training, over all processes: `wanted`, or what `count` images give if they are fewer."""
+    parts = distributed.size() * accumulate
+    batch_size = min(wanted, count - count % parts)
+    if wanted % parts or not batch_size:
+        raise DataError(f"--batch-size {wanted} of {count} images cannot be cut into {distributed.size()} processes x "
+                        f"{accumulate} accumulation steps of the same size: take a multiple of {parts}")  # fmt: skip
+    return batch_size
+
+
 class Loader:
     """Batches of a dataset on a device.
 
     shuffle: an order of (seed, epoch), dropping the last short batch, for training; else in order, the last batch
     filled up by repeating its last row (`valid` rows count), so that every batch has one shape.
+
+    Several processes: in training each gets an equal share of every batch, else every size-th batch.  accumulate:
+    parts into which a process's share is cut, yielded one after another.
     """
 
-    def __init__(self, dataset, batch_size, device, shuffle=False, seed=0, cache="auto", workers=None):
+    def __init__(self, dataset, batch_size, device, shuffle=False, seed=0, cache="auto", workers=None, accumulate=1):
         self.dataset, self.device, self.shuffle, self.seed = dataset, torch.device(device), shuffle, seed
-        self.batch_size = min(batch_size, len(dataset)) if shuffle else batch_size
+        self.accumulate = accumulate
+        self.batch_size = _train_batch(batch_size, len(dataset), accumulate) if shuffle else batch_size
         self.keys = torch.from_numpy(dataset.keys)
         self.labels = torch.from_numpy(dataset.labels).to(self.device)
-        self.workers = min(8, available_cpus()) if workers is None else workers
+        spare = available_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's share the cores, srun's have own
+        self.workers = max(1, min(8, spare)) if workers is None else workers
         self.cache = self._workers = None
         with _advice():
             self.cache_kind = choose_cache(dataset, cache, self.device)
@@ -184,7 +203,7 @@ class Loader:
         return len(self.dataset) // self.batch_size if self.shuffle else -(-len(self.dataset) // self.batch_size)
 
     def rows(self, epoch):
-        """Lists of rows, a batch each."""
+        """Lists of rows, a batch of all processes each."""
         if self.shuffle:
             seed = int(uniform(self.seed, epoch, 0, torch.zeros(1, dtype=torch.int64))[0, 0] * 2**53)
             order = torch.randperm(len(self.dataset), generator=torch.Generator().manual_seed(seed))
@@ -196,11 +215,21 @@ class Loader:
         """Yield batches from number `start` on.  In training the view is the epoch (from 1), else 0, the plain image.
 
         A batch: `index`, `key`, `view` (B,) and `size` (B, 2) on the CPU; `image` (B, 3, H, W) uint8 and `targets`
-        {task: (B,)} on the device; `valid`, the rows that count.
+        {task: (B,)} on the device; `valid`, the rows that count; `batch_targets`, as targets, of the whole batch where
+        this is a process's share or a part of it; `last_part`, whether it completes the batch.
         """
-        rows = self.rows(epoch)[start:]
+        rank, size = distributed.rank(), distributed.size()
+        batches = list(enumerate(self.rows(epoch)))[start:]
+        if self.shuffle:
+            count = size * self.accumulate
+            own = slice(rank * self.accumulate, (rank + 1) * self.accumulate)
+            parts = [(step, batch, part) for step, batch in batches for part in (batch.chunk(count) if count > 1 else [batch])[own]]
+        else:
+            parts = [(step, batch, batch) for step, batch in batches[rank::size]]
+        rows = [part for _, _, part in parts]
         images = self._cached(rows) if self.cache else self._loaded(rows)
-        for step, (index, (image, size)) in enumerate(zip(rows, images), start):
+        for number, ((step, whole, index), (image, size)) in enumerate(zip(parts, images), 1):
+            targets = {TASK: self.labels[index.to(self.device, non_blocking=True)]}
             pinned = image.pin_memory() if self.device.type == "cuda" and not image.is_cuda else image
             yield {
                 "index": index,
@@ -208,8 +237,10 @@ class Loader:
                 "view": torch.full_like(index, epoch if self.shuffle else 0),
                 "size": size,
                 "image": pinned.to(self.device, non_blocking=True),
-                "targets": {TASK: self.labels[index.to(self.device, non_blocking=True)]},
-                "valid": min(self.batch_size, len(self.dataset) - step * self.batch_size),
+                "targets": targets,
+                "batch_targets": targets if index is whole else {TASK: self.labels[whole.to(self.device, non_blocking=True)]},
+                "valid": min(len(index), len(self.dataset) - step * self.batch_size),
+                "last_part": not self.shuffle or number % self.accumulate == 0,
             }
 
     def _cached(self, rows):

@@ -28,10 +28,40 @@ def _float32(*tensors):
     return [t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in tensors]
 
 
-def cross_entropy(logits, labels, label_smoothing=0.0):
-    """Mean cross-entropy in nats.  logits (B, C); labels (B,) int64."""
+def class_weights(spec, labels, num_classes):
+    """Weights of the classes (C,) float32 or None: spec is "none", "balanced" or numbers with commas, one a class.
+
+    balanced: N / (C * n_c), so that each class has the same sum and the mean over samples is 1 (King and Zeng 2001).
+    labels: (N,) of train.
+    """
+    if spec == "none":
+        return None
+    if spec == "balanced":
+        counts = torch.bincount(torch.as_tensor(labels), minlength=num_classes)
+        if not counts.all():
+            raise LossError(f"--class-weights balanced: class number {int((counts == 0).nonzero()[0])} has no image in train")
+        return len(labels) / (num_classes * counts.float())
+    try:
+        weights = torch.tensor([float(word) for word in spec.split(",")])
+    except ValueError:
+        raise LossError(f"--class-weights {spec}: give none, balanced or numbers with commas, as 1,4.5") from None
+    if len(weights) != num_classes or not (weights.isfinite() & (weights >= 0)).all() or not weights.any():
+        raise LossError(f"--class-weights {spec}: {num_classes} numbers from 0 on are needed, one a class")
+    return weights
+
+
+def cross_entropy(logits, labels, label_smoothing=0.0, weights=None, batch_labels=None):
+    """Mean cross-entropy in nats.  logits (B, C); labels (B,) int64; weights (C,) of the classes: a weighted mean.
+
+    batch_labels: those of the whole batch where `labels` are one process's or one step's part of it.  Its mean weight
+    is the divisor, so that the mean over equal parts is the weighted mean of the whole.
+    """
     with torch.autocast(logits.device.type, enabled=False):
-        return F.cross_entropy(*_float32(logits), labels, label_smoothing=label_smoothing)
+        if weights is None:
+            return F.cross_entropy(*_float32(logits), labels, label_smoothing=label_smoothing)
+        logits, weights = *_float32(logits), weights.to(logits)
+        losses = F.cross_entropy(logits, labels, weights, label_smoothing=label_smoothing, reduction="none")
+        return losses.mean() / weights[labels if batch_labels is None else batch_labels].mean()
 
 
 def temperature_kl(student_logits, teacher_logits, temperature=4.0):
@@ -102,14 +132,16 @@ class DistillationLoss(nn.Module):
     makes a 1x1 projector from the student's width to the teacher's for each pair of features.
     `loss(student, teacher, labels)`: model outputs (`logits` (B, C), `features` {layer: (B, C_l, H_l, W_l)}, paired in
     order) and (B,) int64 labels -> scalar; `loss.terms` holds each term's value, unweighted and detached.
+    The mean over equal parts of a batch (processes, accumulation) is the loss of the batch; `batch_labels`, those of
+    the whole batch, make it so for class weights.  A term that compares samples must gather the parts first.
     """
 
-    def __init__(self, weights, temperature=4.0, feature_loss="mse", label_smoothing=0.0):
+    def __init__(self, weights, temperature=4.0, feature_loss="mse", label_smoothing=0.0, class_weights=None):
         super().__init__()
         if not 0 < temperature < math.inf:
             raise LossError(f"--temperature {temperature} is no number above 0")
         self.weights = {name: float(value) for name, value in weights.items() if value}
-        self.temperature, self.label_smoothing = temperature, label_smoothing
+        self.temperature, self.label_smoothing, self.class_weights = temperature, label_smoothing, class_weights
         self.feature_term = {"mse": feature_mse, "cosine": feature_cosine}[feature_loss]
         self.projectors = nn.ModuleList()
         self.terms = {}
@@ -130,11 +162,11 @@ class DistillationLoss(nn.Module):
         for s, t in zip(students, teachers):
             self.projectors.append(nn.Conv2d(s.shape[1], t.shape[1], 1).to(s.device))
 
-    def forward(self, student, teacher, labels):
+    def forward(self, student, teacher, labels, batch_labels=None):
         loss, self.terms = 0.0, {}
         for name, weight in self.weights.items():
             if name == "ce":
-                term = cross_entropy(student["logits"], labels, self.label_smoothing)
+                term = cross_entropy(student["logits"], labels, self.label_smoothing, self.class_weights, batch_labels)
             elif name == "kl":
                 term = temperature_kl(student["logits"], teacher["logits"], self.temperature)
             elif name == "feature":

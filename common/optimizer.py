@@ -1,11 +1,12 @@
-"""Optimizer, learning rate and the step that uses them.  Needs cli.py, metrics.py of `common` and torch."""
+"""Optimizer, learning rate and the step that uses them.  Needs cli.py, distributed.py,
+metrics.py of `common` and torch."""
 
 import math
 
 import torch
 from torch import nn
 
-from common import metrics
+from common import distributed, metrics
 from common.cli import UserError
 
 CHECK_EVERY = 50  # steps between looks at the device for a loss that is not finite
@@ -97,13 +98,17 @@ class Schedule:
 class Updater:
     """One optimizer step: rate, backward, clipping, step, average of the weights, and an eye on the loss.
 
+    accumulate: calls that make one step, each with a part of the batch; parallel: the module under DDP, where the
+    forward pass goes through it: its gradients are averaged over the processes in a step's last call.
+
     The number of the first step whose loss was not finite stays on the device and is read every 50 steps and before
     anything is saved, so that no step waits for the device.
     """
 
-    def __init__(self, model, optimizer, schedule, precision, clip_grad=0.0, ema=0.0):
+    def __init__(self, model, optimizer, schedule, precision, clip_grad=0.0, ema=0.0, accumulate=1, parallel=None):
         self.model, self.optimizer, self.schedule, self.precision = model, optimizer, schedule, precision
         self.clip_grad, self.steps, self.lr = clip_grad, 0, schedule(0)
+        self.accumulate, self.parallel, self.calls = accumulate, parallel, 0
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.first_bad = torch.full((), 2**31 - 1, dtype=torch.int32, device=self.parameters[0].device)
         self.average = None
@@ -111,20 +116,33 @@ class Updater:
             from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
             self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema))
+        self._average_gradients()
 
     @property
     def evaluated_model(self):
         """The weights that are judged and kept: the average where there is one."""
         return self.model if self.average is None else self.average.module
 
+    def _average_gradients(self):
+        """DDP averages in the forward and backward pass that completes a step, and only there."""
+        if hasattr(self.parallel, "require_backward_grad_sync"):
+            self.parallel.require_backward_grad_sync = (self.calls + 1) % self.accumulate == 0
+
     def __call__(self, loss):
+        """Backward, and after `accumulate` calls the optimizer's step."""
+        step = torch.where(torch.isfinite(loss.detach()), 2**31 - 1, self.steps + 1)
+        self.first_bad = torch.minimum(self.first_bad, step.to(torch.int32))
+        self.precision.scaler.scale(loss / self.accumulate).backward()
+        self.calls += 1
+        self._average_gradients()
+        if self.calls % self.accumulate == 0:
+            self._step()
+
+    def _step(self):
         self.lr = self.schedule(self.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
-        step = torch.where(torch.isfinite(loss.detach()), 2**31 - 1, self.steps + 1)
-        self.first_bad = torch.minimum(self.first_bad, step.to(torch.int32))
         scaler = self.precision.scaler
-        scaler.scale(loss).backward()
         if self.clip_grad:
             scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.parameters, self.clip_grad)
@@ -138,7 +156,7 @@ class Updater:
             self.check_finite()
 
     def check_finite(self):
-        first = self.first_bad.item()
+        first = distributed.smallest(self.first_bad).item()
         if first < 2**31 - 1:
             lr = self.schedule(first - 1)
             raise NonFiniteLoss(

@@ -1,6 +1,6 @@
 """What the training scripts call beside the optimizer: interrupts, device, precision, checkpoints, the run's record.
 
-Needs cli.py, models.py, metrics.py and augment.py of `common` and torch.  The epoch loop itself stands in each script.
+Needs augment.py, cli.py, distributed.py, metrics.py and models.py of `common` and torch.  The epoch loop itself stands in each script.
 """
 
 import contextlib
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
+from common import distributed
 from common.augment import normalize
 from common.cli import UserError, atomic_write
 from common.metrics import better
@@ -32,12 +33,15 @@ class Interrupted(Exception):
 
 
 class Interrupts:
-    """Notes SIGTERM, SIGUSR1 and the first Ctrl-C; the loop asks after each step.  A second Ctrl-C stops at once."""
+    """Notes SIGTERM, SIGUSR1 and the first Ctrl-C; the loop asks after each step.  A second Ctrl-C stops at once.
+
+    Several processes stop at the same step, one step after any of them was told to.
+    """
 
     CODES = {signal.SIGTERM: 143, signal.SIGUSR1: 75, signal.SIGINT: 130}
 
     def __init__(self):
-        self.requested = None
+        self.requested, self.agreement = 0, distributed.Agreement()
         for number in self.CODES:
             signal.signal(number, self._note)
 
@@ -47,18 +51,22 @@ class Interrupts:
         self.requested = number
 
     def check(self):
-        """Raise Interrupted where a stop was asked for."""
-        if self.requested:
-            raise Interrupted(f"interrupted by {signal.Signals(self.requested).name}", self.CODES[self.requested])
+        """Raise Interrupted where a stop was asked for; called equally often by all processes."""
+        number = self.agreement(int(self.requested))
+        if number:
+            raise Interrupted(f"interrupted by {signal.Signals(number).name}", self.CODES[number])
 
 
 # ------------------------------------------------------------------------------------------------ device and precision
 
 
 def select_device(name):
-    """auto, cpu, cuda, cuda:N, mps -> torch.device that is there.  Raises UserError."""
+    """auto, cpu, cuda, cuda:N, mps -> torch.device that is there; joins the other processes.  Raises UserError."""
+    processes = distributed.environment()
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and processes.size > 1 and torch.cuda.device_count() > 1:  # else srun shows each its own
+        name = f"cuda:{processes.local_rank}"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
@@ -67,6 +75,10 @@ def select_device(name):
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
+    try:
+        distributed.start(device)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"process {processes.rank} of {processes.size} found no way to the others: {str(error).splitlines()[0]}") from None
     return device
 
 
@@ -228,7 +240,7 @@ def file_sha256(path):
 
 
 class Meter:
-    """Sums of an epoch's batch means, kept on the device until they are read."""
+    """Sums of an epoch's batch means in this process, kept on the device until they are read."""
 
     def __init__(self):
         self.sums, self.count = {}, 0
@@ -240,6 +252,12 @@ class Meter:
 
     def means(self):
         return {name: float(total) / self.count for name, total in self.sums.items()} if self.count else {}
+
+    def state_dict(self):
+        return {"sums": {name: total.cpu() for name, total in self.sums.items()}, "count": self.count}
+
+    def load_state_dict(self, state, device):
+        self.sums, self.count = {name: total.to(device) for name, total in state["sums"].items()}, state["count"]
 
 
 class Recorder:
@@ -272,19 +290,23 @@ class Recorder:
         """The batches that are left of this epoch, with a progress bar on a terminal; stops after a signal."""
         self.epoch_started, self.images = time.time(), 0
         bar = tqdm(
-            loader.batches(self.epoch, self.step), total=len(loader), initial=self.step, unit="batch", leave=False,
-            desc=f"epoch {self.epoch}/{self.epochs_wanted}", disable=not sys.stderr.isatty(),
+            loader.batches(self.epoch, self.step), total=(len(loader) - self.step) * loader.accumulate, unit="batch",
+            leave=False, desc=f"epoch {self.epoch}/{self.epochs_wanted}",
+            disable=distributed.rank() > 0 or not sys.stderr.isatty(),
         )  # fmt: skip
         for batch in bar:
             yield batch
+            self.images += batch["valid"] * distributed.size()
+            if not batch["last_part"]:
+                continue
             self.step += 1
-            self.images += batch["valid"]
             if not bar.disable and self.step % 10 == 0:  # reads the device, so only now and then and for a person
                 rate = self.images / (time.time() - self.epoch_started)
                 shown = ", ".join(f"{name} {value:.3f}" for name, value in self.meter.means().items())
                 bar.set_postfix_str(f"{shown}, {rate:.0f} images/s")
             self.interrupts.check()
-        self.train_means = self.meter.means()  # waits for the device
+        means = distributed.gather(self.meter.means())  # waits for the device
+        self.train_means = {name: sum(m[name] for m in means) / len(means) for name in means[0]}
         self.train_seconds = time.time() - self.epoch_started
 
     def end_epoch(self, values):
@@ -319,17 +341,21 @@ class Recorder:
         """Write latest.pth: plain tensors and built-in types, all that rebuilds and resumes. `names`: the same file."""
         self.updater.check_finite()
         updater = self.updater
+        processes = distributed.gather({"random": random_state(), "meter": self.meter.state_dict()})
+        if distributed.rank() > 0:
+            return distributed.barrier()  # rank 0 writes; who ends before it has would end it too
         content = {
             **self.content, "kind": "image", "model": updater.evaluated_model.state_dict(),
             "model_args": updater.model.build_args,
             "raw_model": None if updater.average is None else updater.model.state_dict(),
             "loss": None if self.loss is None else self.loss.state_dict(),
-            "updater": updater.state_dict(), "random": random_state(), "epoch": self.epoch, "step": self.step,
+            "updater": updater.state_dict(), "processes": processes, "epoch": self.epoch, "step": self.step,
             "metric": self.metric, "best": self.best, "best_epoch": self.best_epoch,
             "stopped_early": self.stopped_early, "seconds": self.seconds, "rows": len(self.run.rows),
-            "log_bytes": self.run.log_bytes, "meter": {"sums": self.meter.sums, "count": self.meter.count},
+            "log_bytes": self.run.log_bytes,
         }  # fmt: skip
         save_checkpoint(self.run.path("latest.pth"), content, [self.run.path(name) for name in names])
+        distributed.barrier()
 
     def restore(self, checkpoint):
         """Put a latest.pth back into freshly built parts."""
@@ -341,9 +367,11 @@ class Recorder:
         for name in ("epoch", "step", "best", "best_epoch", "stopped_early"):
             setattr(self, name, checkpoint[name])
         self.seconds_before = checkpoint["seconds"]
-        self.meter.sums = {name: total.to(device) for name, total in checkpoint["meter"]["sums"].items()}
-        self.meter.count = checkpoint["meter"]["count"]
-        set_random_state(checkpoint["random"])
+        processes, rank = checkpoint["processes"], distributed.rank()
+        own = processes[rank if len(processes) == distributed.size() else 0]  # another number: about rank 0's figures
+        self.meter.load_state_dict(own["meter"], device)
+        if rank == 0 or len(processes) == distributed.size():
+            set_random_state(own["random"])
 
     @contextlib.contextmanager
     def saving_when_interrupted(self):

@@ -1,0 +1,141 @@
+"""More than one process: torchrun or srun start them, DDP averages their gradients, rank 0 writes.
+
+    torchrun --nproc-per-node 4 train_teacher.py ...
+    srun --ntasks 8 python train_teacher.py ...
+
+Needs torch alone.  In a single process every function here does nothing or returns what it was given.
+"""
+
+import datetime
+import os
+import re
+import subprocess
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+TIMEOUT = datetime.timedelta(minutes=30)  # for processes that wait for a download or a checkpoint of rank 0
+_cpu_group = None
+
+
+class Processes(NamedTuple):
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0  # on this node
+    local_size: int = 1
+
+
+def environment():
+    """Which of how many processes this is, from torchrun's variables or a step's of srun."""
+    get = os.environ.get
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        size = int(get("WORLD_SIZE"))
+        return Processes(int(get("RANK")), size, int(get("LOCAL_RANK", 0)), int(get("LOCAL_WORLD_SIZE", size)))
+    if "SLURM_STEP_ID" in os.environ and "SLURM_PROCID" in os.environ:  # the batch script itself has no step's id
+        size = int(get("SLURM_STEP_NUM_TASKS", 1))
+        counts = []  # "2(x3),1" -> [2, 2, 2, 1] tasks on each node
+        for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", get("SLURM_STEP_TASKS_PER_NODE", "1")):
+            counts += [int(count)] * int(times or 1)
+        node = int(get("SLURM_NODEID", 0))
+        return Processes(int(get("SLURM_PROCID")), size, int(get("SLURM_LOCALID", 0)), counts[node] if node < len(counts) else 1)
+    return Processes()
+
+
+def start(device):
+    """Join the other processes, if there are any: nccl between GPUs, gloo between CPUs.  Raises RuntimeError, ValueError."""
+    global _cpu_group
+    here = environment()
+    if here.size == 1 or dist.is_initialized():
+        return
+    if "MASTER_ADDR" not in os.environ:  # torchrun sets it
+        names = subprocess.run(["scontrol", "show", "hostnames", os.environ["SLURM_STEP_NODELIST"]], capture_output=True, text=True)
+        os.environ["MASTER_ADDR"] = names.stdout.split()[0] if names.returncode == 0 else "127.0.0.1"
+        job, step = int(os.environ["SLURM_JOB_ID"]), int(os.environ["SLURM_STEP_ID"])
+        os.environ.setdefault("MASTER_PORT", str(20000 + (job * 7 + step) % 20000))
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    own = device if device.type == "cuda" else None
+    dist.init_process_group(backend, rank=here.rank, world_size=here.size, timeout=TIMEOUT, device_id=own)
+    _cpu_group = dist.new_group(backend="gloo", timeout=TIMEOUT)  # for objects and signals, which must not wait for a GPU
+
+
+def stop():
+    """Leave the others; at the end of a script that went well."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier():
+    if size() > 1:
+        dist.barrier(group=_cpu_group)
+
+
+def first_to_fail():
+    """Whether this process is the first that ends with an error: it alone says why."""
+    if not dist.is_initialized():
+        return environment().rank == 0  # bad flags: all processes were given the same
+    try:
+        return dist.distributed_c10d._get_default_store().add("failed", 1) == 1
+    except (RuntimeError, ValueError):  # rank 0, which keeps the count, has gone
+        return rank() == 0
+
+
+def gather(value):
+    """List of every process's value (anything that pickles), by rank; the same list everywhere."""
+    if size() == 1:
+        return [value]
+    values = [None] * size()
+    dist.all_gather_object(values, value, group=_cpu_group)
+    return values
+
+
+def broadcast(tensors):
+    """Overwrite these tensors with rank 0's."""
+    if size() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, 0)
+
+
+def smallest(tensor):
+    """The least value that any process has, elementwise."""
+    if size() > 1:
+        tensor = tensor.clone()
+        dist.all_reduce(tensor, dist.ReduceOp.MIN)
+    return tensor
+
+
+def data_parallel(module, device, unused=False):
+    """The module under DDP; its gradients become means over the processes.  unused: some parameters get no gradient."""
+    if size() == 1:
+        return module
+    ids = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(module, device_ids=ids, find_unused_parameters=unused)
+
+
+class Agreement:
+    """The largest value that any process gave.  A call returns what was agreed on in the call before, so that nobody
+    waits for a slow process within a step; every process must call it equally often."""
+
+    def __init__(self):
+        self.pending = None
+
+    def __call__(self, value):
+        if size() == 1:
+            return value
+        agreed = 0
+        if self.pending:
+            work, tensor = self.pending
+            work.wait()
+            agreed = int(tensor)
+        tensor = torch.tensor(value)
+        self.pending = dist.all_reduce(tensor, dist.ReduceOp.MAX, group=_cpu_group, async_op=True), tensor
+        return agreed
