@@ -62,7 +62,7 @@ class Slurm:
         assert done.returncode == 0, done.stderr
         # a value reaches to the next " Name=" (it may have spaces, as in Command); the first of a name counts
         pairs = [re.findall(r"(?:^| )([A-Za-z/:]+)=(.*?)(?= [A-Za-z/:]+=|$)", line) for line in done.stdout.splitlines() if line]
-        return sorted((dict(reversed(line)) for line in pairs), key=lambda j: j.get("ArrayTaskId", "").zfill(9))
+        return sorted(({k: v.strip() for k, v in reversed(line)} for line in pairs), key=lambda j: j.get("ArrayTaskId", "").zfill(9))
 
     def wait(self, job, states=ENDED, seconds=60):
         """Wait until the job (each task of an array) is in one of `states`; returns jobs(job)."""
