@@ -1,0 +1,393 @@
+"""The batch files on a real Slurm: results come back, whatever ends the job; requeueing, arrays, sweeps, several nodes."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, SMALL, run_script
+from PIL import Image
+from slurm_lab import slurm  # noqa: F401
+from test_resume import assert_same_run, lines_in
+
+QUICK = [*SMALL, "--epochs", "1"]
+LONG = [*SMALL, "--epochs", "3", "--limit-train", "640", "--seed", "2"]  # epochs of seconds, to be ended in the middle of one
+OURS = {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1", "SYNC_MINUTES": "0.005",
+        **dict.fromkeys(("DATA_ROOT", "STAGE_DATA", "VENV", "MODULES", "MAX_REQUEUES", "LOG_GPU"))}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A user's copy of the code, where jobs are submitted and runs/ grows; site.sh lets a test choose TMPDIR."""
+    folder = tmp_path_factory.mktemp("project with space")
+    for name in ("common", "slurm"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "site.sh"))
+    for file in ROOT.glob("*.py"):
+        shutil.copy(file, folder)
+    (folder / "slurm" / "site.sh").write_text('[ -z "$TEST_TMPDIR" ] || export TMPDIR=$TEST_TMPDIR\n')
+    (folder / ".gitignore").write_text("*\n!*.py\n")
+    for command in (["init", "-q"], ["add", "."], ["-c", "user.name=x", "-c", "user.email=x@y", "commit", "-qm", "x"]):
+        subprocess.run(["git", *command], cwd=folder, check=True)
+    return folder
+
+
+@pytest.fixture
+def submit(slurm, project):  # noqa: F811
+    def submit(script, *args, options=(), env=None):
+        return slurm.sbatch(*options, f"slurm/{script}.sbatch", *map(str, args), cwd=project, env={**OURS, **(env or {})})
+
+    yield submit
+    slurm.cancel_all()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(project):
+    """The run of LONG that nothing disturbed, without Slurm."""
+    done = run_script("train_student.py", *LONG, "--output", "runs/whole", cwd=project, root=project)
+    assert done.returncode == 0, done.stderr
+    return project / "runs" / "whole"
+
+
+def until(condition, what, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"never: {what}"
+        time.sleep(0.05)
+
+
+def here(project, script, *args, env=None):
+    """A batch file without Slurm."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("SLURM") and k not in OURS}
+    environment.update({k: str(v) for k, v in {**OURS, **(env or {})}.items() if v is not None})
+    return subprocess.run(["bash", f"slurm/{script}", *map(str, args)], cwd=project, env=environment, capture_output=True, text=True, timeout=200)
+
+
+def processes(job):
+    """Pids of a job's script, by its path in the stage."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if f"-{job}/code/train_student.py" in entry.read_text():
+                found.append(int(entry.parent.name))
+        except OSError:  # it has ended
+            pass
+    return found
+
+
+def figures(run):
+    results = json.loads((run / "results.json").read_text())
+    return {key: results[key] for key in ("val", "test", "final_test", "best_epoch", "parameters") if key in results}
+
+
+def hidden(folder):
+    return [f.name for f in folder.iterdir() if f.name.startswith(".") and f.name != ".slurm_job"]
+
+
+# ------------------------------------------------------------------------------------------------------------- stages
+
+
+def test_every_batch_file_runs_its_stage(slurm, project, submit):  # noqa: F811
+    teacher = submit("train_teacher", *QUICK, "--limit-train", 640)
+    student = submit("train_student", *QUICK)
+    after = [f"--dependency=afterok:{teacher}", "--kill-on-invalid-dep=yes"]
+    distill = submit("distill", *QUICK, options=after)  # its teacher: runs/teacher/best.pth
+    after[0] = f"--dependency=afterok:{distill}"
+    evaluate = submit("evaluate", "runs/distill/best.pth", "--teacher-checkpoint", "runs/teacher/best.pth", "--device", "cpu", options=after)
+    after[0] = f"--dependency=afterok:{distill}:{student}"
+    report = submit("report", "runs/teacher", "runs/student", "runs/distill", options=after)
+    for job in (teacher, student, distill, evaluate, report):
+        slurm.wait(job, seconds=120)
+        assert slurm.exit_code(job) == 0, slurm.log(job)
+
+    # the same figures as the script gives
+    done = run_script("distill.py", *QUICK, "--output", "runs/direct", cwd=project, root=project)
+    assert done.returncode == 0, done.stderr
+    assert figures(project / "runs" / "distill") == figures(project / "runs" / "direct")
+    saved, direct = (torch.load(project / "runs" / name / "best.pth", weights_only=True)["model"] for name in ("distill", "direct"))
+    assert all(torch.equal(saved[name], direct[name]) for name in direct)
+    evaluation = json.loads((project / "runs" / "evaluate" / "evaluation.json").read_text())
+    assert evaluation["student"]["accuracy"] == figures(project / "runs" / "distill")["test"]["accuracy"]
+    assert json.loads((project / "report" / "report.json").read_text())["groups"][0]["method"] == "response"
+    assert not hidden(project / "runs") and not hidden(project / "report")
+
+    # the log's head and foot
+    log = slurm.log(distill)
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=project, capture_output=True, text=True).stdout.strip()
+    node = slurm.jobs(distill)[0]["NodeList"]
+    for line in (f"job: {distill}", f"node: {node}", f"commit: {commit}", "command: distill.py --dataset digits", "gpu: "):
+        assert re.search(f"^{re.escape(line)}", log, re.M), f"{line} in\n{log}"
+    assert re.search(r"\nwall time: 0:\d\d:\d\d\nexit code: 0\n$", log)
+    resources = {name: slurm.jobs(job)[0] for name, job in (("teacher", teacher), ("student", student), ("report", report))}
+    assert [r["TimeLimit"] for r in resources.values()] == ["1-00:00:00", "16:00:00", "01:00:00"]
+    assert ["gres" in json.dumps(r) for r in resources.values()] == [True, True, False]
+
+
+def test_without_slurm(project, uninterrupted, tmp_path):
+    done = here(project, "train_student.sbatch", *LONG, "--output", "runs/here", env={"TMPDIR": tmp_path})
+    assert done.returncode == 0 and done.stdout.endswith("exit code: 0\n"), done.stdout + done.stderr
+    assert f"staged to {tmp_path}/kd-" in done.stdout and not list(tmp_path.glob("kd-*"))
+    assert_same_run(project / "runs" / "here", uninterrupted)
+    again = here(project, "train_student.sbatch", *LONG, "--output", "runs/here")
+    assert again.returncode == 2 and "error: runs/here holds a run" in again.stderr and len(again.stderr.splitlines()) == 1
+
+
+def test_data_come_from_a_tar(slurm, project, submit, tmp_path):  # noqa: F811
+    """Its single top folder becomes DATA_ROOT; files of other names beside the run and an old run's are treated as they should."""
+    random = np.random.default_rng(0)
+    for split, count in (("train", 12), ("test", 4)):
+        for label in ("a", "b"):
+            folder = tmp_path / "pictures" / split / label
+            folder.mkdir(parents=True)
+            for i in range(count):
+                Image.fromarray(random.integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    with tarfile.open(tmp_path / "pictures.tar.gz", "w:gz") as tar:
+        tar.add(tmp_path / "pictures", "top")
+    run = project / "runs" / "tar"
+    run.mkdir(parents=True)
+    for name in ("best.pth", "epoch_7.pth", "notes.txt"):
+        (run / name).write_text("old")
+    flags = ["--dataset", "imagefolder", "--resolution", 8, "--epochs", 1, "--device", "cpu", "--val-split", 0.25, "--output", "runs/tar"]
+    job = submit("train_student", *flags, "--overwrite", env={"STAGE_DATA": tmp_path / "pictures.tar.gz", "LOG_GPU": 1})
+    slurm.wait(job)
+    assert slurm.exit_code(job) == 0, slurm.log(job)
+    assert "imagefolder: 18 train, 6 val, 8 test, 2 classes" in slurm.log(job)
+    assert (run / "notes.txt").read_text() == "old" and not (run / "epoch_7.pth").exists()
+    assert torch.load(run / "best.pth", weights_only=True)["classes"] == ["a", "b"]
+    assert (run / "gpu.csv").exists() if shutil.which("nvidia-smi") else "LOG_GPU: no nvidia-smi here" in slurm.log(job)
+
+
+# -------------------------------------------------------------------------------------------------------- interrupted
+
+
+def start_long(slurm, submit, project, name, **env):  # noqa: F811
+    """Submit LONG and wait until it is in epoch 2 and epoch 1 is back in the user's folder; returns (job, run folder)."""
+    job, run = submit("train_student", *LONG, "--output", f"runs/{name}", env=env), project / "runs" / name
+    until(lambda: lines_in(run / "log.txt", "epoch 1/3:") and (run / "latest.pth").exists(), slurm.log(job))
+    assert "epoch 3/3" not in slurm.log(job)
+    return job, run
+
+
+def test_time_limit_requeues_and_resumes(slurm, project, submit, uninterrupted):  # noqa: F811
+    job, run = start_long(slurm, submit, project, "limit")
+    slurm.run("scancel", "--batch", "--signal=USR1", job, check=True)
+    until(lambda: slurm.jobs(job)[0]["Restarts"] == "1", "requeued")
+    epoch, step = re.search(r"interrupted by SIGUSR1 in epoch (\d) after step (\d+)", slurm.log(job)).groups()
+    stopped = torch.load(run / "latest.pth", weights_only=True)
+    assert (stopped["epoch"], stopped["step"]) == (int(epoch), int(step)) and 0 < int(step) < 20
+    slurm.wait(job, ["COMPLETED"], seconds=120)
+    log = slurm.log(job)
+    assert f"requeueing job {job}, 1 of at most 10" in log and "requeued 1 times" in log  # one log for both
+    assert_same_run(run, uninterrupted)
+    assert not hidden(run)
+
+
+def test_too_many_requeues_fail(slurm, project, submit):  # noqa: F811
+    job = submit("train_student", *LONG, "--output", "runs/early", env={"MAX_REQUEUES": 0})
+    dependent = submit("report", "runs/early", options=[f"--dependency=afterok:{job}", "--kill-on-invalid-dep=yes"])
+    until(lambda: "\ndate: " in slurm.log(job), "started")
+    slurm.run("scancel", "--batch", "--signal=USR1", job, check=True)  # before the script runs
+    slurm.wait(job, ["FAILED"])
+    assert slurm.exit_code(job) == 75
+    assert "not finished after 0 requeues (MAX_REQUEUES=0)" in slurm.log(job)
+    assert not (project / "runs" / "early").exists()
+    assert slurm.wait(dependent)[0]["JobState"] == "CANCELLED"
+
+
+def test_usr1_before_the_script_runs_requeues(slurm, project, submit):  # noqa: F811
+    """And --overwrite still replaces the old run: it is not taken for this job's own and resumed."""
+    run = project / "runs" / "before"
+    run.mkdir(parents=True)
+    (run / "latest.pth").write_text("of another run")
+    job = submit("train_student", *QUICK, "--output", "runs/before", "--overwrite")
+    until(lambda: "\ndate: " in slurm.log(job), "started")
+    slurm.run("scancel", "--batch", "--signal=USR1", job, check=True)
+    until(lambda: slurm.jobs(job)[0]["Restarts"] == "1", "requeued")
+    assert (run / "latest.pth").read_text() == "of another run"
+    slurm.wait(job, ["COMPLETED"], seconds=90)
+    assert torch.load(run / "latest.pth", weights_only=True)["epoch"] == 2 and (run / "results.json").exists()
+
+
+def test_scancel_brings_the_results_back(slurm, project, submit, uninterrupted):  # noqa: F811
+    job, run = start_long(slurm, submit, project, "cancelled", SYNC_MINUTES=0.01)
+    slurm.run("scancel", job, check=True)
+    slurm.wait(job, ["CANCELLED"])
+    until(lambda: not processes(job), "ended")
+    assert "interrupted by SIGTERM" in slurm.log(job)
+    stopped = torch.load(run / "latest.pth", weights_only=True)
+    assert f"in epoch {stopped['epoch']} after step {stopped['step']}" in slurm.log(job) and stopped["step"] > 0
+    done = run_script("train_student.py", "--resume", run.relative_to(project), cwd=project, root=project)
+    assert done.returncode == 0, done.stderr
+    assert_same_run(run, uninterrupted)
+
+
+@pytest.mark.parametrize("what", ["script", "node"])
+def test_sigkill_leaves_what_was_synced(slurm, project, submit, uninterrupted, what):  # noqa: F811
+    job, run = start_long(slurm, submit, project, f"killed_{what}")
+    (script,) = processes(job)
+    if what == "node":  # the batch shell with all its children
+        shell = int(re.search(r"PPid:\s*(\d+)", Path(f"/proc/{script}/status").read_text())[1])
+        family = [int(pid) for pid in subprocess.run(["ps", "-o", "pid=", "--ppid", str(shell)], capture_output=True, text=True).stdout.split()]
+        for pid in (shell, *family):
+            os.kill(pid, signal.SIGKILL)
+    else:
+        os.kill(script, signal.SIGKILL)
+    slurm.wait(job, ["FAILED"])
+    assert slurm.exit_code(job) == 137
+    if what == "script":
+        assert slurm.log(job).endswith("exit code: 137\n") and not hidden(project / "runs")
+    done = run_script("train_student.py", "--resume", run.relative_to(project), cwd=project, root=project)
+    assert done.returncode == 0, done.stderr
+    assert_same_run(run, uninterrupted)
+
+
+# ---------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 3 MB."""
+    folder = tmp_path / "full"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)], capture_output=True).returncode:
+        pytest.skip("a small file system cannot be mounted here: root is needed")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_full_tmpdir(slurm, project, submit, small_disk, tmp_path):  # noqa: F811
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "big").write_bytes(bytes(8 * 2**20))
+    job = submit("train_student", *QUICK, "--output", "runs/full", env={"TEST_TMPDIR": small_disk, "STAGE_DATA": tmp_path / "data"})
+    slurm.wait(job, ["FAILED"])
+    assert slurm.exit_code(job) == 2
+    assert re.search(rf"^error: \$TMPDIR \({small_disk}\) is full: (9|10) MB needed, 3 MB free$", slurm.log(job), re.M), slurm.log(job)
+    # a packed tar is larger than it looks: copying fails
+    with tarfile.open(tmp_path / "data.tar.gz", "w:gz") as tar:
+        tar.add(tmp_path / "data", "data")
+    done = here(project, "train_student.sbatch", *QUICK, "--output", "runs/full", env={"TMPDIR": small_disk, "STAGE_DATA": tmp_path / "data.tar.gz"})
+    assert done.returncode == 2 and f"error: $TMPDIR ({small_disk}) is full" in done.stderr, done.stderr
+    assert not list(small_disk.glob("kd-*")) and not (project / "runs" / "full").exists()
+
+
+def test_results_that_cannot_be_copied_back_are_kept(project, small_disk, tmp_path):
+    """The user's disk is full: the job fails, says where the results are, and does not remove them."""
+    (project / "runs").mkdir(exist_ok=True)
+    (project / "runs" / "linked").symlink_to(small_disk / "run")
+    done = here(project, "train_student.sbatch", *QUICK, "--output", "runs/linked", env={"TMPDIR": tmp_path})
+    assert done.returncode == 2, done.stdout
+    kept = Path(re.search(r"they are in (.*) on ", done.stderr)[1])
+    assert figures(kept) and not (small_disk / "run").exists()
+    (project / "runs" / "linked").unlink()
+
+
+@pytest.mark.parametrize("env, said", [
+    ({"PYTHON": None, "VENV": "nowhere/venv"}, "error: VENV: nowhere/venv/bin/python is missing"),
+    ({"PYTHON": "nowhere/python"}, "error: PYTHON: nowhere/python is missing"),
+    ({"DATA_ROOT": "nowhere/data"}, "error: DATA_ROOT: nowhere/data is missing"),
+    ({"STAGE_DATA": "nowhere.tar"}, "error: STAGE_DATA: nowhere.tar is missing"),
+])  # fmt: skip
+def test_missing_places(project, tmp_path, env, said):
+    (tmp_path / "grid.json").write_text('{"seed": [0, 1]}')
+    for command in (["train_student.sbatch", *QUICK], ["sweep.sh", "train_student.py", tmp_path / "grid.json"], ["lab.sh"]):
+        done = here(project, *command, env=env)
+        assert done.returncode == 2 and done.stderr.startswith(said) and len(done.stderr.splitlines()) == 1, done.stderr
+    assert "exit code: 2" in here(project, "train_student.sbatch", env=env).stdout
+
+
+def test_submitted_from_elsewhere(slurm, project, tmp_path):  # noqa: F811
+    job = slurm.sbatch(project / "slurm" / "train_student.sbatch", cwd=tmp_path, env=OURS)
+    slurm.wait(job, ["FAILED"])
+    assert slurm.exit_code(job) == 2 and "error: no slurm/env.sh in" in slurm.log(job)
+
+
+# ------------------------------------------------------------------------------------------------------------- arrays
+
+
+def test_array_of_seeds(slurm, project, submit):  # noqa: F811
+    job = submit("train_student", *QUICK, "--output", "runs/seeds", options=["--array=0-1"])
+    slurm.wait(job)
+    assert slurm.exit_code(job) == 0, slurm.log(job)
+    runs = [project / "runs" / f"seeds_{seed}" for seed in (0, 1)]
+    assert [json.loads((run / "results.json").read_text())["flags"]["seed"] for run in runs] == [0, 1]
+    first, second = (torch.load(run / "best.pth", weights_only=True)["model"] for run in runs)
+    assert any(not torch.equal(first[name], second[name]) for name in first)
+
+
+def test_sweep(slurm, project, submit):  # noqa: F811
+    """Each point in its folder; the one that fails is named with the command that runs it again; the best is found."""
+    (project / "grid.json").write_text(json.dumps([
+        {"name": "good", "lr": 0.02}, {"name": "still", "lr": 1e-9}, {"name": "broken", "lr": 1e30}]))  # fmt: skip
+    flags = ["--max-running", "2", "--comment=sweep", "train_student.py", "grid.json", *QUICK, "--output", "runs/sweep"]
+    done = slurm.run("bash", "slurm/sweep.sh", *flags, cwd=project, env=OURS)
+    assert done.returncode == 0, done.stderr
+    assert "0\tgood\truns/sweep/good\n" in done.stdout
+    assert json.loads((project / "runs" / "sweep" / "still.json").read_text())["lr"] == 1e-9
+    job = re.search(r"Submitted batch job (\d+)", done.stdout)[1]
+    first = slurm.jobs(job)[0]
+    assert first["Comment"] == "sweep" and "ArrayTaskThrottle" in first and first["ArrayTaskThrottle"] == "2"
+    slurm.wait(job, seconds=90)
+    states = [j["JobState"] for j in slurm.jobs(job)]
+    assert states == ["COMPLETED", "COMPLETED", "FAILED"], slurm.log(job)
+    said = slurm.log(job)
+    assert "failed: array index 2, broken; again, alone:" in said
+    again = re.search(r"^  sbatch (--array=2 .*)$", said, re.M)[1].split()
+    assert again[1] == "slurm/train_student.sbatch" and again[-1] == "--overwrite"
+    retried = slurm.sbatch(*again, cwd=project, env=OURS)
+    slurm.wait(retried, ["FAILED"])
+    assert "loss" in slurm.log(retried) and "broken" in slurm.log(retried)
+    report = run_script("report.py", "runs/sweep", "--select", "val_loss", "--mode", "min", cwd=project, root=project)
+    if "unrecognized arguments" in report.stderr:
+        pytest.skip("report.py has no --select yet")
+    assert report.returncode == 0 and "runs/sweep/good" in report.stdout, report.stdout + report.stderr
+
+
+def test_sweep_without_slurm(project):
+    grid, flags = project / "local.json", ["train_student.py", "local.json", *QUICK, "--output", "runs/local"]
+    grid.write_text('[{"name": "bad", "lr": 1e30}, {"name": "fine", "lr": 0.02}]')
+    dry = here(project, "sweep.sh", "--dry-run", *flags)
+    assert dry.returncode == 0 and dry.stdout == "0\tbad\truns/local/bad\n1\tfine\truns/local/fine\n", dry.stderr
+    assert sorted(f.name for f in (project / "runs" / "local").iterdir()) == ["bad.json", "fine.json"]
+    done = here(project, "sweep.sh", "--local", *flags)
+    assert done.returncode == 1 and (project / "runs" / "local" / "fine" / "results.json").exists(), done.stdout + done.stderr
+    again = re.search(r"failed: point 0 bad; again, alone:\n  slurm/sweep.sh (--local --points 0 .* --overwrite)\n", done.stderr)
+    assert again and done.stderr.count("failed: point") == 1, done.stderr
+    grid.write_text('[{"name": "bad", "lr": 0.02}, {"name": "fine", "lr": 0.02}]')
+    assert here(project, "sweep.sh", *again[1].split()).returncode == 0
+    assert figures(project / "runs" / "local" / "bad") == figures(project / "runs" / "local" / "fine")
+
+
+@pytest.mark.parametrize("grid, flags, said", [
+    ({"lr": []}, [], "the axis 'lr' must be a list of at least one value"),
+    ({"learning-rate": [1]}, [], "unknown key 'learning-rate'"),
+    ({"lr": [-1]}, [], "argument --lr"),
+    ({"lr": [1]}, ["--epochs", "0"], "argument --epochs"),
+])  # fmt: skip
+def test_bad_sweeps_are_refused_before_the_queue(slurm, project, tmp_path, grid, flags, said):  # noqa: F811
+    (tmp_path / "grid.json").write_text(json.dumps(grid))
+    done = slurm.run("bash", "slurm/sweep.sh", "train_student", tmp_path / "grid.json", *flags, cwd=project, env=OURS)
+    assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+    assert "Submitted" not in done.stdout
+
+
+# -------------------------------------------------------------------------------------------------------- several nodes
+
+
+@pytest.mark.skipif(not (ROOT / "common" / "distributed.py").exists(), reason="the scripts know one process only")
+def test_two_nodes(slurm, project, submit, uninterrupted):  # noqa: F811
+    """Each node has a stage of its own; rank 0's results come back."""
+    job = submit("train_student", *LONG, "--output", "runs/two", options=["--nodes=2", "--ntasks-per-node=1", "-p", "gpu", "-C", "a100"])
+    slurm.wait(job, seconds=120)
+    assert slurm.exit_code(job) == 0, slurm.log(job)
+    rows = json.loads((project / "runs" / "two" / "metrics.json").read_text())
+    assert len(rows) == 3 and lines_in(project / "runs" / "two" / "log.txt", "epoch 1/3:") == 1
+    whole = json.loads((uninterrupted / "metrics.json").read_text())
+    assert abs(rows[0]["val_loss"] - whole[0]["val_loss"]) < 0.5
