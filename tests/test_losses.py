@@ -2,11 +2,12 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from common.losses import (
-    METHODS, DistillationLoss, LossError, cross_entropy, feature_cosine, feature_mse, method_weights, same_size,
+    METHODS, DistillationLoss, LossError, class_weights, cross_entropy, feature_cosine, feature_mse, method_weights, same_size,
     temperature_kl,
 )  # fmt: skip
 from common.models import build_model
@@ -359,3 +360,44 @@ def test_other_numbers_of_layers_are_refused(layers):
     assert caught.value.exit_code == 2
     text = str(caught.value)
     assert "--student-layer" in text and "--teacher-layer" in text and str(layers[0]) in text and str(layers[1]) in text
+
+
+# ------------------------------------------------------------------------------------------------------ class weights
+
+
+def test_class_weights_against_sklearn():
+    from sklearn.utils.class_weight import compute_class_weight
+
+    labels = np.array([0] * 7 + [1] * 2 + [2] * 11)
+    expected = compute_class_weight("balanced", classes=np.arange(3), y=labels)
+    assert np.allclose(class_weights("balanced", labels, 3).numpy(), expected)
+    assert class_weights("none", labels, 3) is None and class_weights("1,0,2.5", labels, 3).tolist() == [1, 0, 2.5]
+
+
+@pytest.mark.parametrize("spec, words", [("1,2", "3 numbers"), ("a,b,c", "balanced"), ("1,-1,2", "from 0 on"), ("0,0,0", "from 0 on"),
+                                         ("1,nan,1", "from 0 on"), ("", "balanced")])  # fmt: skip
+def test_bad_class_weights(spec, words):
+    with pytest.raises(LossError, match=words):
+        class_weights(spec, np.array([0, 1, 2]), 3)
+
+
+def test_balanced_weights_need_every_class():
+    with pytest.raises(LossError, match="class number 1 "):
+        class_weights("balanced", np.array([0, 2, 2]), 3)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_weighted_cross_entropy(smoothing):
+    """torch's weighted mean of the whole; the mean over equal parts is the same when they know the whole's labels."""
+    generator = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(12, 3, generator=generator), torch.tensor([0, 1, 1, 1, 2, 2, 0, 0, 0, 0, 0, 1])
+    weights = torch.tensor([0.3, 5.0, 1.0])
+    if not smoothing:  # by hand
+        losses = [-weights[y] * torch.log_softmax(z, 0)[y] for z, y in zip(logits, labels)]
+        assert torch.allclose(cross_entropy(logits, labels, 0, weights), sum(losses) / weights[labels].sum())
+    whole = torch.nn.functional.cross_entropy(logits, labels, weights, label_smoothing=smoothing)
+    assert torch.allclose(cross_entropy(logits, labels, smoothing, weights), whole)
+    parts = [cross_entropy(logits[i : i + 4], labels[i : i + 4], smoothing, weights, labels) for i in (0, 4, 8)]
+    assert torch.allclose(sum(parts) / 3, whole)
+    alone = [cross_entropy(logits[i : i + 4], labels[i : i + 4], smoothing, weights) for i in (0, 4, 8)]
+    assert abs(sum(alone) / 3 - whole) > 0.01  # what a mean of weighted means would be

@@ -1,0 +1,267 @@
+"""Two processes take the steps of one, judge every image once, stop together and leave one run."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, SMALL, script_environment, succeed
+from test_resume import lines_in, same
+
+FEATURE = ["--method", "feature", "--student-layer", "layer2", "--teacher-layer", "layer3"]
+
+
+def start(size, script, *args, cwd=None):
+    """`size` processes of a script as torchrun starts them, but without it: each with its own exit code."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(size):
+        own = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1",
+               "MASTER_PORT": port, "OMP_NUM_THREADS": 1}  # fmt: skip
+        processes.append(subprocess.Popen(
+            [sys.executable, str(ROOT / script), *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            cwd=cwd, env={**script_environment(), **{k: str(v) for k, v in own.items()}},
+        ))  # fmt: skip
+    return processes
+
+
+def ends(processes, seconds=200):
+    """(exit codes, stdout and stderr of all) of processes that end by themselves."""
+    outputs = [process.communicate(timeout=seconds) for process in processes]
+    return [process.returncode for process in processes], "".join(o for o, _ in outputs), "".join(e for _, e in outputs)
+
+
+def two(script, *args, **options):
+    codes, out, errors = ends(start(2, script, *args, **options))
+    assert codes == [0, 0], (codes, out, errors)
+    return out
+
+
+def weights(folder, name="latest.pth"):
+    return torch.load(folder / name, weights_only=True)["model"]
+
+
+# ------------------------------------------------------------------------------------------------------ equal training
+
+
+SETTINGS = [(accumulate, weighted) for accumulate in (1, 2) for weighted in (False, True)]
+
+
+def train_20_steps(accumulate, weighted):
+    """A ResNet-8 with frozen BatchNorm, taught through a projector, in float64: 20 steps on digits."""
+    from common.augment import Augmenter
+    from common.data import DATASETS, TASK, load_splits
+    from common.distributed import data_parallel
+    from common.loader import Loader
+    from common.losses import DistillationLoss, class_weights
+    from common.models import build_model
+    from common.optimizer import Schedule, Updater, make_optimizer
+    from common.training import Precision, select_device
+    from distill import Student
+
+    device = select_device("cpu")
+    splits = load_splits("digits")
+    loader = Loader(splits.train, 48, device, True, 5, accumulate=accumulate)
+    augment = Augmenter(DATASETS["digits"].policy, 5)
+    torch.manual_seed(0)
+    teacher, model = (build_model("resnet8", 10, 8).double().eval() for _ in range(2))  # eval: BatchNorm is frozen
+    teacher.set_feature_layers(["layer3"])
+    model.set_feature_layers(["layer2"])
+    weight = class_weights("0.2,3,1,1,5,1,1,0.5,1,9", splits.train.labels, 10) if weighted else None
+    criterion = DistillationLoss({"ce": 1.0, "kl": 0.5, "feature": 1.0}, class_weights=weight)
+    with torch.no_grad():
+        dry = {"image": torch.zeros(2, 3, 8, 8, dtype=torch.float64)}
+        criterion.build(model(dry), teacher(dry))
+    criterion.double()
+    optimizer = make_optimizer("sgd", [model], 0.05, projectors=criterion)
+    parallel = data_parallel(Student(model, criterion), device)
+    updater = Updater(model, optimizer, Schedule("constant", 0.05, 2, 16), Precision("off", device), 1.0, 0, accumulate, parallel)
+    keys = []
+    for epoch in (1, 2):
+        for batch in loader.batches(epoch):
+            if updater.steps < 20:
+                keys += batch["key"].tolist()
+                inputs = {"image": augment(batch, 8).double()}
+                with torch.no_grad():
+                    taught = teacher(inputs)
+                _, loss = parallel(inputs, taught, batch["targets"][TASK], batch["batch_targets"][TASK])
+                updater(loss)
+    assert updater.steps == 20 and loader.batch_size == 48
+    state = {**model.state_dict(), **{f"projector.{k}": v for k, v in criterion.state_dict().items()}}
+    return {"state": state, "keys": keys, "size": torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1}
+
+
+def test_two_processes_take_the_steps_of_one(tmp_path):
+    results = {}
+    for size in (1, 2):
+        codes, _, errors = ends(start(size, "tests/test_distributed.py", tmp_path / f"{size}"))
+        assert codes == [0] * size, errors
+        results[size] = [torch.load(tmp_path / f"{size}.{rank}", weights_only=True) for rank in range(size)]
+    for i, (accumulate, weighted) in enumerate(SETTINGS):
+        one = results[1][0][SETTINGS.index((1, weighted))]
+        for size, ranks in results.items():
+            assert sorted(k for r in ranks for k in r[i]["keys"]) == sorted(one["keys"])  # the same images, each once
+            for r in ranks:
+                assert r[i]["size"] == size
+                worst = max((r[i]["state"][k].double() - v.double()).abs().max().item() for k, v in one["state"].items())
+                assert worst < 1e-6, (size, accumulate, weighted, worst)
+    plain, weighted = (results[1][0][i]["state"]["projector.projectors.0.weight"] for i in (0, 1))
+    assert (plain - weighted).abs().max() > 1e-3  # the projector learned, and the class weights mattered
+
+
+# ------------------------------------------------------------------------------------------------------------ scripts
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory):
+    """Runs of one and of two processes without BatchNorm, which sees other batches in each."""
+    folder = tmp_path_factory.mktemp("vit")
+    flags = [*SMALL, "--model", "vit_6_192", "--patch-size", 4, "--optimizer", "adamw", "--epochs", 2, "--class-weights", "balanced"]
+    succeed("train_student.py", *flags, "--output", folder / "one")
+    out = two("train_student.py", *flags, "--output", folder / "two")
+    return folder, out
+
+
+def test_two_processes_of_a_script_agree_with_one(vit):
+    folder, out = vit
+    a, b = (json.loads((folder / name / "metrics.json").read_text()) for name in ("one", "two"))
+    assert len(a) == len(b) == 2 and out.count("epoch 2/2") == 1  # rank 0 alone speaks
+    for x, y in zip(a, b):
+        for key in ("lr", "train_loss", "train_accuracy", "val_loss"):
+            assert x[key] == pytest.approx(y[key], abs=2e-4), key
+    results = json.loads((folder / "two" / "results.json").read_text())
+    assert results["processes"] == 2 and results["test"]["loss"] == pytest.approx(
+        json.loads((folder / "one" / "results.json").read_text())["test"]["loss"], abs=2e-4)  # fmt: skip
+
+
+def test_every_image_is_judged_once(vit, tmp_path):
+    """Predictions of two processes equal those of one from the same checkpoint, bit for bit, in the dataset's order."""
+    folder, _ = vit
+    succeed("evaluate.py", folder / "two" / "best.pth", "--device", "cpu", "--batch-size", 32, "--output", tmp_path / "e")
+    ours, theirs = (np.load(f / "predictions_test.npz") for f in (folder / "two", tmp_path / "e"))
+    assert len(set(ours["ids"])) == 719
+    for key in ("ids", "labels", "logits"):
+        assert np.array_equal(ours[key], theirs[key]), key
+
+
+@pytest.fixture(scope="module")
+def distilled(tmp_path_factory, teacher):
+    """An undisturbed run of two processes: projectors, BatchNorm, EMA, accumulation."""
+    folder = tmp_path_factory.mktemp("two") / "run"
+    flags = [*SMALL, *FEATURE, "--epochs", 3, "--ema", 0.9, "--clip-grad", 1, "--accumulation-steps", 2, "--teacher-checkpoint", teacher / "best.pth"]
+    two("distill.py", *flags, "--output", folder)
+    return folder, flags
+
+
+def test_a_signal_to_one_process_stops_both_and_they_resume_exactly(distilled, tmp_path):
+    reference, flags = distilled
+    run = tmp_path / "run"
+    processes = start(2, "distill.py", *flags, "--output", run)
+    end = time.time() + 120
+    while not lines_in(run / "log.txt", "epoch 1/3:"):
+        assert all(p.poll() is None for p in processes) and time.time() < end, [p.communicate() for p in processes]
+        time.sleep(0.002)
+    processes[1].send_signal(signal.SIGUSR1)
+    codes, _, errors = ends(processes)
+    assert codes == [75, 75] and errors.startswith("interrupted by SIGUSR1") and len(errors.splitlines()) == 1, (codes, errors)
+    saved = torch.load(run / "latest.pth", weights_only=True)
+    assert saved["epoch"] in (2, 3) and len(saved["processes"]) == 2 and not (run / "results.json").exists()
+    two("distill.py", "--resume", run)
+    for name in ("latest.pth", "best.pth"):
+        same(*(torch.load(f / name, weights_only=True) for f in (run, reference)), name)
+    times = ("images_per_second", "seconds")
+    ours, theirs = ([{k: v for k, v in row.items() if k not in times} for row in json.loads((f / "metrics.json").read_text())]
+                    for f in (run, reference))  # fmt: skip
+    assert ours == theirs
+
+
+def test_a_run_of_two_processes_goes_on_in_one(distilled):
+    """The batch is the global one, so the number of processes may change."""
+    folder, _ = distilled
+    succeed("distill.py", "--resume", folder, "--epochs", 4)
+    assert len(json.loads((folder / "metrics.json").read_text())) == 4
+
+
+def test_parameters_without_a_gradient(teacher, tmp_path):
+    """Features alone leave the head untouched; DDP must not wait for its gradient."""
+    flags = [*SMALL, *FEATURE, "--ce-weight", 0, "--kl-weight", 0, "--epochs", 1, "--teacher-checkpoint", teacher / "best.pth"]
+    two("distill.py", *flags, "--output", tmp_path / "two")
+    head = weights(tmp_path / "two")["backbone.fc.weight"]
+    succeed("distill.py", *flags, "--output", tmp_path / "one")
+    assert torch.equal(head, weights(tmp_path / "one")["backbone.fc.weight"])
+
+
+def test_torchrun(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "train_teacher.py"),
+         *SMALL, "--model", "resnet8", "--epochs", "1", "--cache", "off", "--output", str(tmp_path / "run")],
+        capture_output=True, text=True, timeout=200, env=script_environment(),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["processes"] == 2 and results["role"] == "teacher" and results["environment"]["processes"] == 2
+
+
+# --------------------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--lrr", "1"], "--lrr"),
+    (["--batch-size", "33"], "multiple of 2"),
+    (["--dataset", "imagefolder", "--data-root", "nowhere"], "nowhere"),
+])  # fmt: skip
+def test_one_line_from_all_processes(tmp_path, flags, words):
+    codes, _, errors = ends(start(2, "train_student.py", *SMALL, *flags, cwd=tmp_path))
+    assert 2 in codes and 0 not in codes, (codes, errors)
+    assert errors.startswith("error: ") and words in errors and len(errors.splitlines()) == 1, errors
+
+
+def test_a_process_that_is_killed_ends_the_others(tmp_path):
+    processes = start(2, "train_student.py", *SMALL, "--epochs", 50, "--output", tmp_path / "run")
+    end = time.time() + 120
+    while not (tmp_path / "run" / "latest.pth").exists():
+        assert time.time() < end
+        time.sleep(0.01)
+    processes[1].kill()
+    codes, _, _ = ends(processes, 60)
+    assert codes[1] == -9 and codes[0] not in (0, None)
+    assert (tmp_path / "run" / "latest.pth").exists() and not (tmp_path / "run" / "results.json").exists()
+
+
+def test_run_folders_are_refused_by_all_processes(distilled):
+    folder, flags = distilled
+    before = (folder / "latest.pth").read_bytes()
+    codes, _, errors = ends(start(2, "distill.py", *flags, "--output", folder))
+    assert codes == [2, 2] and "--overwrite" in errors and len(errors.splitlines()) == 1
+    assert (folder / "latest.pth").read_bytes() == before
+
+
+def test_the_environment_names_the_process(monkeypatch):
+    from common.distributed import Processes, environment
+
+    for name in [n for n in os.environ if n.startswith("SLURM_") or n in ("RANK", "WORLD_SIZE")]:
+        monkeypatch.delenv(name)
+    assert environment() == Processes(0, 1, 0, 1)
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
+    for name, value in slurm.items():
+        monkeypatch.setenv(name, value)
+    assert environment() == Processes(0, 1, 0, 1)  # the batch script of a job of four tasks is no task
+    for name, value in {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "7", "SLURM_PROCID": "6", "SLURM_LOCALID": "0",
+                        "SLURM_NODEID": "2", "SLURM_STEP_TASKS_PER_NODE": "3(x2),1"}.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    assert environment() == Processes(6, 7, 0, 1)
+    monkeypatch.setenv("SLURM_NODEID", "1")
+    assert environment().local_size == 3
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    torch.save([train_20_steps(*setting) for setting in SETTINGS], f"{sys.argv[1]}.{os.environ.get('RANK', 0)}")
