@@ -107,7 +107,7 @@ gpu_types() {
       }
     }
     BEGIN { n = split(tolower(words), word, " ") }
-    !seen[$1]++ {    # a node comes once for each of its partitions
+    {    # a node; it comes once for each of its partitions
       split("", total); split("", used); all_used = 0
       count($2, total); count($3, used)
       for (type in used) all_used += used[type]
@@ -120,7 +120,7 @@ gpu_types() {
         }
         if (total[type] > most[key]) most[key] = total[type]
         # drained, draining, down, planned, reserved, powered-off (idle~) and full (allocated) nodes take no job now
-        if ($4 ~ /^(idle|mixed)$/ && total[type] - taken >= need) free[key] = 1
+        if ($4 ~ /^(idle|mixed|completing)$/ && total[type] - taken >= need) free[key] = 1
       }
     }
     END {
