@@ -176,12 +176,25 @@ in_stage() {
   exec "$PYTHON" "$STAGE/code/$SCRIPT" "$@"
 }
 
+# As a task of srun: an interrupted one does not count as failed there, or the others would be killed while they save.
+in_stage_task() {
+  local code
+  trap : USR1 TERM  # the script gets them too
+  (in_stage "$@")
+  code=$?
+  case $code in
+    75 | 130 | 143) echo "$code" > "$STAGE/interrupted"; exit 0 ;;
+  esac
+  exit "$code"
+}
+
 run_script() {
-  if [ "$TASKS" -gt 1 ]; then
-    attend srun --kill-on-bad-exit=1 --ntasks="$TASKS" bash -c "$ON_NODE" "$HERE" in_stage "${ARGV[@]}"
-  else
+  if [ "$TASKS" -eq 1 ]; then
     attend in_stage "${ARGV[@]}"
+    return
   fi
+  attend srun --kill-on-bad-exit=1 --ntasks="$TASKS" bash -c "$ON_NODE" "$HERE" in_stage_task "${ARGV[@]}" || return
+  [ ! -e "$STAGE/interrupted" ] || return "$(cat "$STAGE/interrupted")"
 }
 
 run_stage() {
@@ -210,7 +223,9 @@ run_stage() {
   run_script
   code=$?
   stop_helpers
-  [ "$code" -ne 138 ] || [ "$SIGNAL" != USR1 ] || code=75  # it was still starting and had nothing to save
+  case $SIGNAL:$code in
+    USR1:138 | USR1:143) code=75 ;;  # it was still starting and had nothing to save
+  esac
   if ! sync_back && ! sync_back; then  # twice: scancel's TERM hits cp too
     KEEP_STAGE=1
     echo "error: cannot copy the results to $WHERE/$OUT (disk full, quota?): they are in $STAGE/work/$OUT on $(hostname)" >&2

@@ -10,7 +10,7 @@
 # shellcheck source=slurm/env.sh
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
-place=slurm runs=runs options=() extra=() JOBS=()
+place=slurm runs=runs options=() extra=()
 while [ $# -gt 0 ]; do
   case $1 in
     --local | --dry-run) [ "$place" = dry-run ] || place=${1#--} ;;
@@ -23,6 +23,7 @@ while [ $# -gt 0 ]; do
   shift
 done
 extra=("$@")
+load_site
 given() { [[ " ${extra[*]} " == *" $1"[=\ ]* ]]; }
 
 sgd="--optimizer sgd --lr 0.1 --momentum 0.9 --weight-decay 5e-4 --schedule multistep --batch-size 128"
@@ -68,7 +69,6 @@ submit() {  # NAME SBATCH-FILE NEEDED ARGUMENTS...
     *) quoted sbatch "${options[@]}" "$file" "$@"; [ "$after" = - ] || printf '   # after %s' "$after"; echo; return ;;
   esac
   [ "$after" = - ] || for run in ${after//,/ }; do needed+=("${id[$run]}"); done
-  [ "${#needed[@]}" -eq 0 ] || set -- "$@"
   after=$(IFS=:; echo "${needed[*]}")
   id[$name]=$(sbatch --parsable --job-name="$name" --kill-on-invalid-dep=yes ${after:+--dependency=afterok:$after} "${options[@]}" "$file" "$@") \
     || die "sbatch refused $name; submitted so far: ${id[*]}"
@@ -80,7 +80,6 @@ start_run() {
   submit "$1" "$2" "$3" "${COMMAND[@]}"
 }
 
-load_site
 [ "$place" != slurm ] || check_before_queue
 choose_python
 if [ "$place" != dry-run ]; then

@@ -15,8 +15,8 @@ usage() { sed -n '2,/^# shellcheck/{/^# shellcheck/!s/^# \{0,1\}//p}' "${BASH_SO
 
 # One point after another; a failed one does not stop the others.
 run_here() {
-  local index name output failed=()
-  while IFS=$'\t' read -r index name output <&3; do
+  local index name failed=()
+  while IFS=$'\t' read -r index name _ <&3; do
     echo "--- point $index: $name"
     SLURM_ARRAY_TASK_ID=$index bash "$batch" --sweep "$grid" "$@" || failed+=("$index $name")
   done 3<<< "$points"

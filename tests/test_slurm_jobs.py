@@ -19,8 +19,8 @@ from PIL import Image
 from slurm_lab import slurm  # noqa: F401
 from test_resume import assert_same_run, lines_in
 
-QUICK = [*SMALL, "--epochs", "1"]
-LONG = [*SMALL, "--epochs", "3", "--limit-train", "640", "--seed", "2"]  # epochs of seconds, to be ended in the middle of one
+QUICK = [*SMALL, "--epochs", "1", "--limit-train", "64"]
+LONG = [*SMALL, "--epochs", "3", "--limit-train", "480", "--seed", "2"]  # epochs of seconds, to be ended in the middle of one
 OURS = {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1", "SYNC_MINUTES": "0.005",
         **dict.fromkeys(("DATA_ROOT", "STAGE_DATA", "VENV", "MODULES", "MAX_REQUEUES", "LOG_GPU"))}  # fmt: skip
 
@@ -177,17 +177,30 @@ def start_long(slurm, submit, project, name, **env):  # noqa: F811
 
 
 def test_time_limit_requeues_and_resumes(slurm, project, submit, uninterrupted):  # noqa: F811
+    """In mid-epoch, and in another job before its script runs: there --overwrite still replaces the old run, which is not
+    taken for the job's own and resumed."""
+    old = project / "runs" / "old"
+    old.mkdir(parents=True)
+    (old / "latest.pth").write_text("of another run")
+    early = submit("train_student", *QUICK, "--output", "runs/old", "--overwrite")
+    until(lambda: "\ndate: " in slurm.log(early), "started")
+    slurm.run("scancel", "--batch", "--signal=USR1", early, check=True)
+    until(lambda: slurm.jobs(early)[0]["Restarts"] == "1", "requeued")
+    assert (old / "latest.pth").read_text() == "of another run" and "staged" not in slurm.log(early)
+
     job, run = start_long(slurm, submit, project, "limit")
     slurm.run("scancel", "--batch", "--signal=USR1", job, check=True)
     until(lambda: slurm.jobs(job)[0]["Restarts"] == "1", "requeued")
     epoch, step = re.search(r"interrupted by SIGUSR1 in epoch (\d) after step (\d+)", slurm.log(job)).groups()
     stopped = torch.load(run / "latest.pth", weights_only=True)
-    assert (stopped["epoch"], stopped["step"]) == (int(epoch), int(step)) and 0 < int(step) < 20
+    assert (stopped["epoch"], stopped["step"]) == (int(epoch), int(step)) and 0 < int(step) < 15
     slurm.wait(job, ["COMPLETED"], seconds=120)
     log = slurm.log(job)
     assert f"requeueing job {job}, 1 of at most 10" in log and "requeued 1 times" in log  # one log for both
     assert_same_run(run, uninterrupted)
-    assert not hidden(run)
+    slurm.wait(early, ["COMPLETED"], seconds=90)
+    assert torch.load(old / "latest.pth", weights_only=True)["epoch"] == 2 and (old / "results.json").exists()
+    assert not hidden(run) and not hidden(old) and not hidden(project / "runs")
 
 
 def test_too_many_requeues_fail(slurm, project, submit):  # noqa: F811
@@ -202,21 +215,7 @@ def test_too_many_requeues_fail(slurm, project, submit):  # noqa: F811
     assert slurm.wait(dependent)[0]["JobState"] == "CANCELLED"
 
 
-def test_usr1_before_the_script_runs_requeues(slurm, project, submit):  # noqa: F811
-    """And --overwrite still replaces the old run: it is not taken for this job's own and resumed."""
-    run = project / "runs" / "before"
-    run.mkdir(parents=True)
-    (run / "latest.pth").write_text("of another run")
-    job = submit("train_student", *QUICK, "--output", "runs/before", "--overwrite")
-    until(lambda: "\ndate: " in slurm.log(job), "started")
-    slurm.run("scancel", "--batch", "--signal=USR1", job, check=True)
-    until(lambda: slurm.jobs(job)[0]["Restarts"] == "1", "requeued")
-    assert (run / "latest.pth").read_text() == "of another run"
-    slurm.wait(job, ["COMPLETED"], seconds=90)
-    assert torch.load(run / "latest.pth", weights_only=True)["epoch"] == 2 and (run / "results.json").exists()
-
-
-def test_scancel_brings_the_results_back(slurm, project, submit, uninterrupted):  # noqa: F811
+def test_scancel_brings_the_results_back(slurm, project, submit):  # noqa: F811
     job, run = start_long(slurm, submit, project, "cancelled", SYNC_MINUTES=0.01)
     slurm.run("scancel", job, check=True)
     slurm.wait(job, ["CANCELLED"])
@@ -224,9 +223,7 @@ def test_scancel_brings_the_results_back(slurm, project, submit, uninterrupted):
     assert "interrupted by SIGTERM" in slurm.log(job)
     stopped = torch.load(run / "latest.pth", weights_only=True)
     assert f"in epoch {stopped['epoch']} after step {stopped['step']}" in slurm.log(job) and stopped["step"] > 0
-    done = run_script("train_student.py", "--resume", run.relative_to(project), cwd=project, root=project)
-    assert done.returncode == 0, done.stderr
-    assert_same_run(run, uninterrupted)
+    assert not hidden(run) and not hidden(project / "runs")
 
 
 @pytest.mark.parametrize("what", ["script", "node"])
@@ -244,6 +241,8 @@ def test_sigkill_leaves_what_was_synced(slurm, project, submit, uninterrupted, w
     assert slurm.exit_code(job) == 137
     if what == "script":
         assert slurm.log(job).endswith("exit code: 137\n") and not hidden(project / "runs")
+        assert torch.load(run / "latest.pth", weights_only=True)["epoch"] == 2
+        return
     done = run_script("train_student.py", "--resume", run.relative_to(project), cwd=project, root=project)
     assert done.returncode == 0, done.stderr
     assert_same_run(run, uninterrupted)
@@ -285,7 +284,7 @@ def test_results_that_cannot_be_copied_back_are_kept(project, small_disk, tmp_pa
     done = here(project, "train_student.sbatch", *QUICK, "--output", "runs/linked", env={"TMPDIR": tmp_path})
     assert done.returncode == 2, done.stdout
     kept = Path(re.search(r"they are in (.*) on ", done.stderr)[1])
-    assert figures(kept) and not (small_disk / "run").exists()
+    assert figures(kept) and not list(small_disk.rglob("*.pth")) and not hidden(small_disk)
     (project / "runs" / "linked").unlink()
 
 
@@ -341,9 +340,6 @@ def test_sweep(slurm, project, submit):  # noqa: F811
     assert "failed: array index 2, broken; again, alone:" in said
     again = re.search(r"^  sbatch (--array=2 .*)$", said, re.M)[1].split()
     assert again[1] == "slurm/train_student.sbatch" and again[-1] == "--overwrite"
-    retried = slurm.sbatch(*again, cwd=project, env=OURS)
-    slurm.wait(retried, ["FAILED"])
-    assert "loss" in slurm.log(retried) and "broken" in slurm.log(retried)
     report = run_script("report.py", "runs/sweep", "--select", "val_loss", "--mode", "min", cwd=project, root=project)
     if "unrecognized arguments" in report.stderr:
         pytest.skip("report.py has no --select yet")
@@ -365,29 +361,31 @@ def test_sweep_without_slurm(project):
     assert figures(project / "runs" / "local" / "bad") == figures(project / "runs" / "local" / "fine")
 
 
-@pytest.mark.parametrize("grid, flags, said", [
-    ({"lr": []}, [], "the axis 'lr' must be a list of at least one value"),
-    ({"learning-rate": [1]}, [], "unknown key 'learning-rate'"),
-    ({"lr": [-1]}, [], "argument --lr"),
-    ({"lr": [1]}, ["--epochs", "0"], "argument --epochs"),
-])  # fmt: skip
-def test_bad_sweeps_are_refused_before_the_queue(slurm, project, tmp_path, grid, flags, said):  # noqa: F811
-    (tmp_path / "grid.json").write_text(json.dumps(grid))
-    done = slurm.run("bash", "slurm/sweep.sh", "train_student", tmp_path / "grid.json", *flags, cwd=project, env=OURS)
-    assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
-    assert "Submitted" not in done.stdout
+def test_bad_sweeps_are_refused_before_the_queue(slurm, project):  # noqa: F811
+    (project / "bad.json").write_text('{"lr": [0.1, -1]}')
+    done = slurm.run("bash", "slurm/sweep.sh", "train_student", "bad.json", *QUICK, cwd=project, env=OURS)
+    assert done.returncode == 2 and "argument --lr" in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+    assert not done.stdout and not slurm.run("squeue", "-h").stdout
 
 
 # -------------------------------------------------------------------------------------------------------- several nodes
 
 
 @pytest.mark.skipif(not (ROOT / "common" / "distributed.py").exists(), reason="the scripts know one process only")
-def test_two_nodes(slurm, project, submit, uninterrupted):  # noqa: F811
-    """Each node has a stage of its own; rank 0's results come back."""
-    job = submit("train_student", *LONG, "--output", "runs/two", options=["--nodes=2", "--ntasks-per-node=1", "-p", "gpu", "-C", "a100"])
-    slurm.wait(job, seconds=120)
-    assert slurm.exit_code(job) == 0, slurm.log(job)
-    rows = json.loads((project / "runs" / "two" / "metrics.json").read_text())
-    assert len(rows) == 3 and lines_in(project / "runs" / "two" / "log.txt", "epoch 1/3:") == 1
-    whole = json.loads((uninterrupted / "metrics.json").read_text())
-    assert abs(rows[0]["val_loss"] - whole[0]["val_loss"]) < 0.5
+def test_two_nodes(slurm, project, submit):  # noqa: F811
+    """Each has a stage of its own; a signal reaches all processes; rank 0's results come back; the requeued job goes on."""
+    run = project / "runs" / "two"
+    two = ["--nodes=2", "--ntasks-per-node=1", "-C", "a100"]
+    job = submit("train_student", *LONG, "--output", "runs/two", options=two)
+    until(lambda: len(processes(job)) == 2 and lines_in(run / "log.txt", "epoch 1/3:") and (run / "latest.pth").exists(), "epoch 1")
+    stages = {Path(f"/proc/{pid}/cwd").resolve().parent for pid in processes(job)}
+    assert {stage.parent.name for stage in stages} == {f"a1.{job}", f"a2.{job}"}
+    slurm.run("scancel", "--batch", "--signal=USR1", job, check=True)
+    until(lambda: slurm.jobs(job)[0]["Restarts"] == "1", "requeued")
+    assert not processes(job) and not any(stage.exists() for stage in stages)
+    epoch, step = re.search(r"interrupted by SIGUSR1 in epoch (\d) after step (\d+)", slurm.log(job)).groups()
+    stopped = torch.load(run / "latest.pth", weights_only=True)
+    assert (stopped["epoch"], stopped["step"]) == (int(epoch), int(step))
+    slurm.wait(job, ["COMPLETED"], seconds=120)
+    assert len(json.loads((run / "metrics.json").read_text())) == 3 and lines_in(run / "log.txt", "epoch 1/3:") == 1
+    assert figures(run)["test"]["accuracy"] > 0.4
