@@ -52,10 +52,10 @@ command_of() {  # NAME SCRIPT NEEDED RECIPE -> COMMAND: the script's arguments
   COMMAND+=("${extra[@]}" --output "$runs/$1")
 }
 
-# A wrong flag or a run folder that is taken is found now, not by the fifth job.
+checks=()
 check_run() {
   command_of "$@"
-  "$PYTHON" "$HERE/resolve.py" "$2.py" "${COMMAND[@]}" > /dev/null || exit 2
+  checks+=(--next "$2.py" "${COMMAND[@]}")
 }
 
 declare -A id
@@ -88,7 +88,8 @@ if [ "$place" != dry-run ]; then
     fetch='import sys; sys.path.insert(0, sys.argv[1]); from common.data import load_splits; load_splits("cifar10", sys.argv[2], download=True)'
     "$PYTHON" -c "$fetch" "$ROOT" "${data[3]}" || die "CIFAR-10 is not in ${data[3]} and cannot be fetched"
   fi
-  each_run check_run
+  each_run check_run  # a wrong flag or a run folder that is taken is found now, not by the fifth job
+  "$PYTHON" "$HERE/resolve.py" --check "${checks[@]:1}" || exit 2
 fi
 each_run start_run
 folders=("$runs"/{cnn,vit}_{teacher,student,distill})

@@ -2,6 +2,7 @@
 
     python slurm/resolve.py train_student.py --seed 1                       # in the folder that the job was submitted from
     python slurm/resolve.py --points train_student.py grid.json --epochs 5  # a line a point: index, name, run folder
+    python slurm/resolve.py --check train_teacher.py --next distill.py      # several jobs: only what is wrong
 
 The first prints records for bash, each ended by NUL: A:ARGUMENT of the script, O:OUTPUT folder, S:PATH to stage, L:PATH to
 stage without its checkpoints, R: where the script can resume, W:PATTERN of files that the run replaces.
@@ -317,6 +318,11 @@ def main(argv):
         parser.add_argument("rest", nargs=argparse.REMAINDER)
         args = parser.parse_args(argv)
         print("\n".join(points(args.script, args.grid, args.rest, args.write, args.only)))
+    elif argv[:1] == ["--check"]:
+        while argv:
+            end = argv.index("--next", 1) if "--next" in argv[1:] else len(argv)
+            job(argv[1], argv[2:end])
+            argv = argv[end:]
     else:
         sys.stdout.write("".join(record + "\0" for record in job(argv[0], argv[1:])))
 

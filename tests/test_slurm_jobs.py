@@ -368,6 +368,40 @@ def test_bad_sweeps_are_refused_before_the_queue(slurm, project):  # noqa: F811
     assert not done.stdout and not slurm.run("squeue", "-h").stdout
 
 
+# ---------------------------------------------------------------------------------------------------------------- lab
+
+
+def test_lab_submits_what_it_needs(slurm, project):  # noqa: F811
+    """Six runs and a report, each after what it needs; a job that fails takes those after it along."""
+    lab = ["bash", "slurm/lab.sh", "--comment=lab", "--runs", "runs/lab", "--dataset", "imagefolder", "--data-root", "common", "--seed", "3"]
+    for flags, said in ((["--lr", "-1"], "argument --lr"), (["--method", "x"], "--method")):
+        done = slurm.run(*lab, *flags, cwd=project, env=OURS)
+        assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) == 1 and not done.stdout, done.stderr
+    done = slurm.run(*lab, "--epochs", "1", cwd=project, env=OURS)  # there are no pictures in common
+    assert done.returncode == 0, done.stderr
+    ids = dict(re.findall(r"^(\w+): job (\d+)", done.stdout, re.M))
+    assert list(ids) == ["cnn_teacher", "vit_teacher", "cnn_student", "vit_student", "cnn_distill", "vit_distill", "report"]
+    jobs = {name: slurm.jobs(job)[0] for name, job in ids.items()}
+    after = {name: set(re.findall(r"afterok:(\d+)", job["Dependency"])) for name, job in jobs.items()}
+    assert after == {**dict.fromkeys(ids, set()), "cnn_distill": {ids["cnn_teacher"]}, "vit_distill": {ids["vit_teacher"]},
+                     "report": {job for name, job in ids.items() if name != "report"}}  # fmt: skip
+    assert jobs["vit_distill"]["Comment"] == "lab" and jobs["vit_distill"]["JobName"] == "vit_distill"
+    command = slurm.run("scontrol", "write", "batch_script", ids["vit_distill"], "-", check=True).stdout
+    assert "run_stage distill.py" in command
+    for name, job in ids.items():
+        state = slurm.wait(job)[0]["JobState"]
+        assert state == ("CANCELLED" if name in ("cnn_distill", "vit_distill", "report") else "FAILED"), name
+
+
+def test_lab_without_slurm(project):
+    flags = [*SMALL, "--limit-train", "640", "--batch-size", "16", "--epochs", "1", "--lr", "0.003"]
+    done = here(project, "lab.sh", "--local", "--runs", "runs/all", *flags)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((project / "runs" / "all" / "report" / "report.json").read_text())
+    assert len(report["runs"]) == 6 and not report["missing"]
+    assert all(report[family][f"student_accuracy_{kind}_kd"] for family in ("cnn", "vit") for kind in ("with", "without"))
+
+
 # -------------------------------------------------------------------------------------------------------- several nodes
 
 
