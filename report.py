@@ -4,27 +4,27 @@
     python report.py runs/teacher runs/student runs/distill --output report
     python report.py runs --metric balanced_accuracy
     python report.py runs --dataset cifar10 --method response    # which group fills the entries cnn and vit
+    python report.py runs/sweep --select val_loss                # name the best point of a sweep, chosen on val
     python report.py runs --reevaluate --device cpu              # load every checkpoint and test it again
 
 A group is the seeds of one distilled student: same test set, classes, training data, teacher file, student, method
 and flags. Beside it stand its teacher, found by the SHA-256 of its checkpoint, and its baseline: the same student on
 the same data without a teacher. What is missing is named and left empty.
 
-Needs from common: augment.py, cli.py, data.py, distributed.py, metrics.py; with --reevaluate also evaluation.py, loader.py, models.py,
-training.py.  Packages: torch, numpy, pillow, matplotlib, scikit-learn; with --reevaluate timm too.
+Needs from common: augment.py, cli.py, data.py, distributed.py, figures.py, metrics.py; with --reevaluate also evaluation.py,
+loader.py, models.py, training.py.  Packages: torch, numpy, pillow, matplotlib, scikit-learn; with --reevaluate timm too.
 """
 
-import contextlib
-import io
 import json
 import math
 import re
 import statistics
 import sys
-import textwrap
 from pathlib import Path
 
 from common import cli
+from common.figures import draw_bars, draw_confusion, draw_curves
+from common.metrics import better
 
 # Flags that say where and how fast a run ran, not what it learned, and those whose outcome results.json tells. Data and
 # teacher are told apart by their fingerprints, so their paths may differ from machine to machine.
@@ -46,6 +46,8 @@ def build_parser():
     parser.add_argument("runs", nargs="+", metavar="RUNS", help="run folders, or folders searched for them")
     parser.add_argument("--output", default="report", help="folder for report.json, report.md and figures")
     parser.add_argument("--metric", default="accuracy", help="test metric of table and bars; cnn and vit always hold accuracy")
+    parser.add_argument("--select", metavar="val_METRIC", help="rank the settings by this val metric and name the best; as val_loss")
+    parser.add_argument("--mode", choices=("max", "min"), help="of --select; by default min for losses, else max")
     parser.add_argument("--method", help="only a group of this method fills the entries cnn and vit; by default any")
     parser.add_argument("--dataset", help="only a group on this dataset fills the entries cnn and vit; by default any")
     parser.add_argument("--reevaluate", action="store_true", help="compute the test metrics again from the checkpoints; by default off")
@@ -287,6 +289,34 @@ def family_entry(groups, family, args, notes):
     return {key: chosen[0][key]["mean"] for key in keys} if len(chosen) == 1 else None
 
 
+def select(runs, wanted, mode):
+    """Settings ranked by a val metric, best first: [{"runs", "value" (mean over seeds), "flags" in which they differ}]."""
+    split, _, metric = wanted.partition("_")
+    known = {key for run in runs for key in run["results"].get("val") or {}}
+    if split != "val" or metric not in known:
+        raise cli.UserError(f"--select {wanted}: choose on val, by one of {', '.join(f'val_{key}' for key in sorted(known))}")
+    flags = {key: {json.dumps(run["id"].get(key)) for run in runs} for run in runs for key in run["id"]
+             if key.startswith("--") or key in (*NAMES, "resolution")}  # fmt: skip
+    ranked = []
+    for twins in gather(runs, "id"):
+        values = [number((run["results"].get("val") or {}).get(metric)) for run in twins]
+        if None not in values:
+            own = {key: twins[0]["id"].get(key) for key in flags if len(flags[key]) > 1}
+            ranked.append({"runs": [run["path"] for run in twins], "value": statistics.fmean(values), "flags": own})
+    if not ranked:
+        raise cli.UserError(f"--select {wanted}: no setting has it in all of its runs")
+    low = mode == "min" if mode else better(metric, 0, 1)
+    return sorted(ranked, key=lambda setting: setting["value"] if low else -setting["value"])
+
+
+def ranking(selected, wanted):
+    """The settings as a table, and the best one's name as the last line."""
+    flags = list(selected[0]["flags"])
+    rows = [[wanted, "runs", *flags]]
+    rows += [[f"{s['value']:.4f}", ", ".join(s["runs"]), *(str(s["flags"][flag]) for flag in flags)] for s in selected]
+    return f"{table(rows)}\nbest {wanted}: {selected[0]['value']:.4f}, {', '.join(selected[0]['runs'])}"
+
+
 def summarize(run):
     """A run in short: results.json without flags, environment and class names."""
     left_out = ("flags", "environment", "script", "dataset", "final_val")
@@ -341,83 +371,12 @@ def markdown(report, metric):
     parts = ["# Report", f"## Test {metric}" + ("" if metric.endswith(NOT_PERCENT) else " in %"), comparison(report["groups"], metric),
              "Mean ± sample standard deviation over seeds; that of the difference is over the differences between runs of one seed.",
              "## Runs", table(rows)]  # fmt: skip
+    if report["selected"]:
+        parts += ["## Selection", ranking(report["selected"]["ranked"], report["selected"]["metric"]).replace("\nbest", "\n\nbest")]
     for title, sentences in (("Missing", report["missing"]), ("Notes", notes)):
         parts += [f"## {title}", "\n".join(f"- {sentence}" for sentence in sentences)] if sentences else []
     parts += ["## Figures", *(f"![{title}]({name})" for name, title in report["figures"].items())]
     return "\n\n".join(parts) + "\n"
-
-
-@contextlib.contextmanager
-def figure(path, width, height, columns=1):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 130})
-    drawn, axes = plt.subplots(1, columns, figsize=(width, height), layout="constrained")
-    drawn.get_layout_engine().set(w_pad=0.1, h_pad=0.08)
-    yield drawn, axes
-    image = io.BytesIO()
-    drawn.savefig(image, format="png", bbox_inches="tight", pad_inches=0.15)
-    plt.close(drawn)
-    with cli.atomic_write(path) as temporary:
-        Path(temporary).write_bytes(image.getvalue())
-
-
-def draw_curves(path, title, lines):
-    """lines: (name, colour, rows of metrics.json); lines of one name share a legend entry."""
-    names, panels = {}, (("train_loss", 1, "train loss"), ("val_accuracy", 100, "val accuracy (%)"))
-    with figure(path, 10, 4.6, columns=2) as (drawn, axes):
-        for axis, (key, scale, name) in zip(axes, panels):
-            for kind, colour, rows in lines:
-                points = [(row["epoch"], scale * row[key]) for row in rows if number(row.get(key)) is not None]
-                (names[kind],) = axis.plot(*(zip(*points) if points else ([], [])), color=colour, linewidth=1.2, alpha=0.85,
-                                           marker="o" if len(points) < 20 else None, markersize=3)  # fmt: skip
-            low, high = axis.dataLim.intervaly
-            if key == "train_loss" and 0 < 20 * low < high < math.inf:
-                axis.set_yscale("log")  # a distillation loss is a sum of terms and may dwarf the cross-entropy
-            axis.set(xlabel="epoch", ylabel=name)
-            axis.xaxis.get_major_locator().set_params(integer=True)
-            axis.grid(alpha=0.3)
-        drawn.suptitle(textwrap.fill(title, 90), fontsize=12)
-        drawn.legend(names.values(), names, loc="outside lower center", ncols=max(1, min(3, 110 // max(map(len, names)))), frameon=False)
-
-
-def draw_bars(path, groups, metric):
-    """Horizontal bars, so that long group names stay readable."""
-    scale, unit = (1, "") if metric.endswith(NOT_PERCENT) else (100, " (%)")
-    with figure(path, 10, 1.6 + 1.15 * len(groups)) as (drawn, axis):
-        for index, (key, (kind, colour)) in enumerate(zip(KEYS, KINDS.items())):
-            for row, group in enumerate(groups):
-                part = (group if metric == "accuracy" else group[metric])[key.format(metric)]
-                mean, std, height = scale * (part["mean"] or 0), scale * (part["std"] or 0), row + 0.27 * (index - 1)
-                axis.barh(height, mean, height=0.25, color=colour, label=None if row else kind, xerr=std or None, capsize=3)
-                text = "missing" if part["mean"] is None else cell(part["mean"], metric, part["std"])
-                axis.annotate(text, (mean + std, height), (6, 0), fontsize=9, va="center", textcoords="offset points")
-        axis.set_yticks(range(len(groups)), [textwrap.fill(label(group), 40) for group in groups])
-        axis.set_ylim(len(groups) - 0.5, -0.5)
-        axis.set_xlim(0, 118 if unit else 1.25 * axis.dataLim.xmax or 1)  # room for the numbers beside the bars
-        axis.set_xlabel(f"test {metric}{unit}")
-        drawn.legend(loc="outside upper center", ncols=3, frameon=False)
-
-
-def draw_confusion(path, title, counts, classes):
-    """counts (C, C), rows are the true classes; the colour is the share of the true class."""
-    size, share = len(counts), counts / counts.sum(axis=1, keepdims=True).clip(1)  # (C, C)
-    names = [name if len(name) < 25 else name[:23] + "…" for name in map(str, classes)]
-    slant = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if max(map(len, names)) > 3 else {}
-    side = min(max(3.4 + 0.55 * size, 5.5), 11)
-    with figure(path, side, side) as (drawn, axis):
-        drawn.colorbar(axis.imshow(share, cmap="Blues", vmin=0, vmax=1), label="share of the true class", fraction=0.045)
-        for row, column in [divmod(i, size) for i in range(size * size)] if size <= 12 else []:
-            colour = "white" if share[row, column] > 0.6 else "black"
-            axis.text(column, row, int(counts[row, column]), ha="center", va="center", fontsize=9, color=colour)
-        if size <= 25:
-            axis.set_xticks(range(size), names, **slant)
-            axis.set_yticks(range(size), names)
-        axis.set(xlabel="predicted class", ylabel="true class")
-        axis.set_title(textwrap.fill(title, 44), fontsize=11)
 
 
 def read(file, missing):
@@ -435,6 +394,14 @@ def read(file, missing):
         missing.append(f"no figure of {file}: {error}")
 
 
+def bars(group, metric):
+    """(label, [(mean, std, text)]) of a group, as figures.draw_bars takes it."""
+    scale, part = 1 if metric.endswith(NOT_PERCENT) else 100, group if metric == "accuracy" else group[metric]
+    found = [part[key.format(metric)] for key in KEYS]
+    return label(group), [(kind["mean"] and scale * kind["mean"], kind["std"] and scale * kind["std"],
+                           "missing" if kind["mean"] is None else cell(kind["mean"], metric, kind["std"])) for kind in found]  # fmt: skip
+
+
 def draw_figures(output, members, groups, runs, metric, missing):
     """Writes the figures; {file name: title}."""
     figures, shown, rows = {}, {}, {run["path"]: read(Path(run["path"], "metrics.json"), missing) or [] for run in runs}
@@ -445,7 +412,8 @@ def draw_figures(output, members, groups, runs, metric, missing):
         figures[name] = title
 
     if groups:
-        add(draw_bars, metric, f"Test {metric}", groups, metric)
+        percent = not metric.endswith(NOT_PERCENT)
+        add(draw_bars, metric, f"Test {metric}", [bars(group, metric) for group in groups], KINDS, f"test {metric}" + " (%)" * percent, percent)
     for index, (kinds, group) in enumerate(zip(members, groups), 1):
         lines = [(f"{kind} ({len(some)} seeds)" if some[1:] else kind, colour, rows[run["path"]])
                  for (kind, colour), some in zip(KINDS.items(), kinds) for run in some]  # fmt: skip
@@ -476,6 +444,7 @@ def main(args):
         raise cli.UserError(f"--metric {args.metric} stands in no run; there are: {', '.join(sorted(known))}")
     if output.exists() and not output.is_dir():
         raise cli.UserError(f"--output {output} is a file: give a folder")
+    selected = select(runs, args.select, args.mode) if args.select else []
     output.mkdir(parents=True, exist_ok=True)
     notes = reevaluate(runs, args) if args.reevaluate else []
     print("".join(f"warning: {note}\n" for note in notes), end="", file=sys.stderr)
@@ -486,13 +455,16 @@ def main(args):
             missing.append(f"no group has the {flag} {name}")
     entries = {family: family_entry(groups, family, args, notes) for family in ("cnn", "vit")}
     figures = draw_figures(output, [members for members, _ in found], groups, runs, args.metric, missing)
-    report = {"runs": [summarize(run) for run in runs], "groups": groups, "missing": missing, "notes": notes, **entries, "figures": figures}
+    report = {"runs": [summarize(run) for run in runs], "groups": groups, "missing": missing, "notes": notes, **entries, "figures": figures,
+              "selected": {"metric": args.select, "ranked": selected} if selected else None}  # fmt: skip
     cli.write_json(output / "report.json", report)
     with cli.atomic_write(output / "report.md") as temporary:
         Path(temporary).write_text(markdown(report, args.metric), encoding="utf-8")
     print(comparison(groups, args.metric))
     for kind, sentences in (("missing", missing), ("note", [*(note for group in groups for note in group["notes"]), *notes])):
         print("".join(f"{kind}: {sentence}\n" for sentence in sentences), end="")
+    if selected:
+        print(ranking(selected, args.select))
     print(f"report: {output / 'report.md'}")
 
 

@@ -356,3 +356,34 @@ def test_reevaluate(tmp_path):
     warnings = done.stderr.splitlines()
     assert len(warnings) == 2 and all(line.startswith("warning: ") for line in warnings)
     assert matching(warnings, "runs/d", "0.7,", "0.75") and matching(warnings, "runs/t", "not evaluated again")
+
+
+# --------------------------------------------------------------------------------------------------------- --select
+
+
+def sweep(folder):
+    for lr, losses in ((0.1, (0.9, 0.7)), (0.01, (0.5, 0.7)), (0.001, (0.65, 0.65))):
+        for seed, loss in enumerate(losses):
+            write_run(folder / "runs" / f"lr-{lr}_{seed}", "student", 0.9 - lr, seed=seed, flags={"lr": lr},
+                      val={"accuracy": loss, "loss": loss})  # fmt: skip
+
+
+def test_select_names_the_best_setting_by_its_mean_over_seeds(tmp_path):
+    sweep(tmp_path)
+    for flags, order in ((["val_loss"], [0.01, 0.001, 0.1]), (["val_loss", "--mode", "min"], [0.01, 0.001, 0.1]),
+                         (["val_loss", "--mode", "max"], [0.1, 0.001, 0.01]), (["val_accuracy"], [0.1, 0.001, 0.01])):  # fmt: skip
+        report, done = report_of(tmp_path, "runs", "--select", *flags)
+        ranked = report["selected"]["ranked"]
+        assert [setting["flags"] for setting in ranked] == [{"--lr": lr} for lr in order]
+        assert [setting["value"] for setting in ranked] == pytest.approx([{0.1: 0.8, 0.01: 0.6, 0.001: 0.65}[lr] for lr in order])
+        best = [f"runs/lr-{order[0]}_{seed}" for seed in (0, 1)]
+        assert ranked[0]["runs"] == best and f"best {flags[0]}: {ranked[0]['value']:.4f}, {', '.join(best)}\n" in done.stdout
+        assert "## Selection" in (tmp_path / "report" / "report.md").read_text()
+
+
+@pytest.mark.parametrize("metric", ["test_accuracy", "accuracy", "val_pauc", "val_"])
+def test_select_on_val_alone(tmp_path, metric):
+    sweep(tmp_path)
+    done = run_report(tmp_path, "runs", "--select", metric)
+    assert done.returncode == 2 and "val_accuracy, val_loss" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "report").exists()
