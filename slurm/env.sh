@@ -66,7 +66,8 @@ quoted() { local words; printf -v words ' %q' "$@"; printf '%s' "${words# }"; }
 
 head_lines() {
   local gpus
-  echo "job: ${SLURM_JOB_ID:-none, process $$}${SLURM_ARRAY_TASK_ID:+, array index $SLURM_ARRAY_TASK_ID}${SLURM_RESTART_COUNT:+, requeued $SLURM_RESTART_COUNT times}"
+  printf 'job: %s%s%s\n' "${SLURM_JOB_ID:-none, process $$}" "${SLURM_ARRAY_TASK_ID:+, array index $SLURM_ARRAY_TASK_ID}" \
+    "${SLURM_RESTART_COUNT:+, requeued $SLURM_RESTART_COUNT times}"
   echo "node: ${SLURM_JOB_NODELIST:-$(hostname)}"
   gpus=$(nvidia-smi -L 2> /dev/null | sed 's/ (UUID.*//' | paste -sd ';')
   echo "gpu: ${gpus:-none seen}, CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-unset}"

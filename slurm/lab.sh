@@ -64,14 +64,19 @@ submit() {  # NAME SBATCH-FILE NEEDED ARGUMENTS...
   after=$3
   shift 3
   case $place in
-    local) echo "--- $name"; bash "$file" "$@" || { echo "error: $name failed: the runs after it are not started" >&2; exit 1; }; return ;;
+    local)
+      echo "--- $name"
+      bash "$file" "$@" && return
+      echo "error: $name failed: the runs after it are not started" >&2
+      exit 1
+      ;;
     slurm) ;;
     *) quoted sbatch "${options[@]}" "$file" "$@"; [ "$after" = - ] || printf '   # after %s' "$after"; echo; return ;;
   esac
   [ "$after" = - ] || for run in ${after//,/ }; do needed+=("${id[$run]}"); done
   after=$(IFS=:; echo "${needed[*]}")
-  id[$name]=$(sbatch --parsable --job-name="$name" --kill-on-invalid-dep=yes ${after:+--dependency=afterok:$after} "${options[@]}" "$file" "$@") \
-    || die "sbatch refused $name; submitted so far: ${id[*]}"
+  id[$name]=$(sbatch --parsable --job-name="$name" --kill-on-invalid-dep=yes ${after:+--dependency=afterok:$after} \
+    "${options[@]}" "$file" "$@") || die "sbatch refused $name; submitted so far: ${id[*]}"
   echo "$name: job ${id[$name]}${after:+, after $after}"
 }
 
@@ -85,8 +90,8 @@ choose_python
 if [ "$place" != dry-run ]; then
   if [ "${data[2]}" = --data-root ]; then
     mkdir -p -- "${data[3]}"
-    fetch='import sys; sys.path.insert(0, sys.argv[1]); from common.data import load_splits; load_splits("cifar10", sys.argv[2], download=True)'
-    "$PYTHON" -c "$fetch" "$ROOT" "${data[3]}" || die "CIFAR-10 is not in ${data[3]} and cannot be fetched"
+    fetch='import sys; from common.data import load_splits; load_splits("cifar10", sys.argv[1], download=True)'
+    PYTHONPATH=$ROOT "$PYTHON" -c "$fetch" "${data[3]}" || die "CIFAR-10 is not in ${data[3]} and cannot be fetched"
   fi
   each_run check_run  # a wrong flag or a run folder that is taken is found now, not by the fifth job
   "$PYTHON" "$HERE/resolve.py" --check "${checks[@]:1}" || exit 2
