@@ -375,9 +375,8 @@ def test_bad_sweeps_are_refused_before_the_queue(slurm, project):  # noqa: F811
 def test_lab_submits_what_it_needs(slurm, project):  # noqa: F811
     """Six runs and a report, each after what it needs; a job that fails takes those after it along."""
     lab = ["bash", "slurm/lab.sh", "--comment=lab", "--runs", "runs/lab", "--dataset", "imagefolder", "--data-root", "common"]
-    for flags, said in ((["--lr", "-1"], "argument --lr"), (["--method", "x"], "--method")):
-        done = slurm.run(*lab, *flags, cwd=project, env=OURS)
-        assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) == 1 and not done.stdout, done.stderr
+    done = slurm.run(*lab, "--lr", "-1", cwd=project, env=OURS)
+    assert done.returncode == 2 and "argument --lr" in done.stderr and len(done.stderr.splitlines()) == 1 and not done.stdout
     done = slurm.run(*lab, "--epochs", "1", cwd=project, env=OURS)  # there are no pictures in common
     assert done.returncode == 0, done.stderr
     ids = dict(re.findall(r"^(\w+): job (\d+)", done.stdout, re.M))
@@ -395,7 +394,7 @@ def test_lab_submits_what_it_needs(slurm, project):  # noqa: F811
 
 
 def test_lab_without_slurm(project):
-    flags = [*SMALL, "--limit-train", "640", "--batch-size", "16", "--epochs", "1", "--lr", "0.003"]
+    flags = [*SMALL, "--limit-train", "640", "--batch-size", "8", "--epochs", "1", "--lr", "0.0005"]  # both teachers learn
     done = here(project, "lab.sh", "--local", "--runs", "runs/all", *flags)
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((project / "runs" / "all" / "report" / "report.json").read_text())
