@@ -1,0 +1,110 @@
+"""--sweep: the points of a grid, their names and flags, and what a grid cannot say."""
+
+import json
+
+import pytest
+from conftest import SMALL, run_script, succeed
+
+from common import cli
+
+
+@pytest.fixture
+def parser():
+    parser = cli.Parser("")
+    cli.add_run_flags(parser, output="runs/student")
+    cli.add_data_flags(parser)
+    cli.add_augment_flags(parser)
+    cli.add_model_flags(parser, model="resnet8")
+    cli.add_training_flags(parser, epochs=3)
+    return parser
+
+
+@pytest.fixture
+def flags(parser, tmp_path):
+    """flags(grid, index, *argv) -> Namespace"""
+
+    def parse(grid, index, *argv):
+        path = tmp_path / "grid.json"
+        path.write_text(grid if isinstance(grid, str) else json.dumps(grid))
+        return cli.parse_flags(parser, [*argv, "--sweep", str(path), "--sweep-index", str(index)])
+
+    return parse
+
+
+def test_a_grid_is_crossed_the_last_axis_varying_fastest(flags):
+    grid = {"lr": [0.1, 1e-4], "batch-size": [8, 16], "nesterov": [True, False]}
+    seen = [flags(grid, i, "--seed", "4") for i in range(8)]
+    expected = [(lr, b, n) for lr in (0.1, 1e-4) for b in (8, 16) for n in (True, False)]
+    assert [(a.lr, a.batch_size, a.nesterov) for a in seen] == expected
+    assert all(a.seed == 4 and a.epochs == 3 for a in seen)
+    assert len({a.output for a in seen}) == 8
+    assert seen[0].output == "runs/student/lr-0.1_batch-size-8_nesterov-true"
+    assert seen[7].output == "runs/student/lr-0.0001_batch-size-16_nesterov-false"
+
+
+def test_a_list_of_named_points(flags):
+    grid = [{"name": "large", "lr": 0.1, "milestones": [1, 2], "schedule": "multistep"}, {"batch_size": 8}]
+    first, second = flags(grid, 0, "--output=runs/x"), flags(grid, 1)
+    assert first.output == "runs/x/large" and first.milestones == [1, 2] and first.lr == 0.1
+    assert second.output == "runs/student/batch_size-8" and second.batch_size == 8 and second.lr is None
+
+
+def test_the_name_stands_in_any_value(flags):
+    """A sweep of students follows a sweep of teachers."""
+    grid = [{"name": "a", "lr": 0.1, "weights": "w/{name}.pth"}]
+    args = flags(grid, 0, "--init-checkpoint", "runs/teacher/{name}/best.pth", "--output", "runs/{name}")
+    assert (args.init_checkpoint, args.weights, args.output) == ("runs/teacher/a/best.pth", "w/a.pth", "runs/a/a")
+
+
+def test_names_fit_for_folders(flags):
+    args = flags({"model": ["timm:resnet18", "hf:some/folder"], "crop-scale": [[0.5, 1.0]]}, 1)
+    assert args.output == "runs/student/model-hf-some-folder_crop-scale-0.5-1.0"
+
+
+def test_the_command_line_s_config_stays_below_the_point(flags, tmp_path):
+    (tmp_path / "base.json").write_text('{"lr": 0.5, "momentum": 0.8}')
+    args = flags({"lr": [0.1]}, 0, "--config", str(tmp_path / "base.json"))
+    assert args.lr == 0.1 and args.momentum == 0.8
+
+
+@pytest.mark.parametrize("grid, index, argv, words", [
+    ({"lr": [0.1, 0.2]}, 2, [], "2 points, 0 to 1"),
+    ({"lrr": [0.1]}, 0, [], "did you mean lr"),
+    ({"lr": []}, 0, [], "'lr' must be a list"),
+    ({"lr": 0.1}, 0, [], "'lr' must be a list"),
+    ({}, 0, [], "no grid"),
+    ([], 0, [], "no grid"),
+    ([3], 0, [], "no grid"),
+    ("{", 0, [], "no JSON"),
+    ([{"name": "a", "lr": 1}, {"name": "a", "lr": 2}], 0, [], "the name 'a'"),
+    ({"lr": [1]}, 0, ["--lr=2"], "--lr is given"),
+    ({"output": ["x"]}, 0, [], "must not set output"),
+    ({"lr": [1]}, 0, ["--resume", "runs/student"], "contradict"),
+])  # fmt: skip
+def test_bad_grids(flags, grid, index, argv, words):
+    with pytest.raises(cli.UserError, match=words):
+        flags(grid, index, *argv)
+
+
+def test_a_bad_value_is_argparse_s(flags, capsys):
+    with pytest.raises(SystemExit) as stop:
+        flags({"lr": ["fast"]}, 0)
+    assert stop.value.code == 2 and "fast" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv", [["--sweep", "g.json"], ["--sweep-index", "0"]])
+def test_grid_and_index_belong_together(parser, argv):
+    with pytest.raises(cli.UserError, match="belong together"):
+        cli.parse_flags(parser, argv)
+
+
+def test_a_point_is_run_and_its_config_repeats_it(tmp_path):
+    (tmp_path / "grid.json").write_text('{"lr": [0.03, 0.01]}')
+    succeed("train_student.py", *SMALL, "--epochs", 1, "--sweep", "grid.json", "--sweep-index", 1, cwd=tmp_path)
+    folder = tmp_path / "runs/student/lr-0.01"
+    results = json.loads((folder / "results.json").read_text())
+    assert results["flags"]["lr"] == 0.01
+    succeed("train_student.py", "--config", folder / "config.json", "--output", "again", cwd=tmp_path)
+    assert json.loads((tmp_path / "again/results.json").read_text())["test"] == results["test"]
+    done = run_script("train_student.py", "--sweep", "grid.json", "--sweep-index", 2, cwd=tmp_path)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
