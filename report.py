@@ -61,7 +61,9 @@ def find_run_folders(paths):
     for path in map(Path, paths):
         if not path.is_dir():
             raise cli.UserError(f"{path} is no folder: give run folders, or folders that hold them")
-        found = {file.parent for name in ("results.json", "config.json") for file in path.rglob(name)}
+        files = [file for name in ("results.json", "config.json") for file in path.rglob(name)]
+        # not in hidden folders: a batch job may be copying its results there
+        found = {file.parent for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts)}
         for folder in [path] if path in found else sorted(found):
             folders.setdefault(folder.resolve(), folder)
     if not folders:

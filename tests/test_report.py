@@ -387,3 +387,11 @@ def test_select_on_val_alone(tmp_path, metric):
     done = run_report(tmp_path, "runs", "--select", metric)
     assert done.returncode == 2 and "val_accuracy, val_loss" in done.stderr and len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "report").exists()
+
+
+def test_hidden_folders_hold_no_runs(tmp_path):
+    """A batch job copies its results back through one; it must not count twice."""
+    write_run(tmp_path / "runs" / "student", "student", 0.8)
+    write_run(tmp_path / "runs" / ".student.sync.7", "student", 0.7)
+    report, _ = report_of(tmp_path, "runs")
+    assert [run["run"] for run in report["runs"]] == ["runs/student"]

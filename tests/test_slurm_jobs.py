@@ -405,7 +405,6 @@ def test_lab_without_slurm(project):
 # -------------------------------------------------------------------------------------------------------- several nodes
 
 
-@pytest.mark.skipif(not (ROOT / "common" / "distributed.py").exists(), reason="the scripts know one process only")
 def test_two_nodes(slurm, project, submit):  # noqa: F811
     """Each has a stage of its own; a signal reaches all processes; rank 0's results come back; the requeued job goes on."""
     run = project / "runs" / "two"
