@@ -118,9 +118,9 @@ def load_teacher(args, path, checkpoint, classes, resolution, info):
     return teacher, preprocess, described
 
 
-def check_teacher(balanced_accuracy, num_classes, count, allow_weak):
+def check_teacher(balanced_accuracy, num_classes, labels, allow_weak):
     """Refuse a teacher that is no better than chance on val."""
-    if is_chance_level(balanced_accuracy, num_classes, count) and not allow_weak:
+    if is_chance_level(balanced_accuracy, num_classes, labels) and not allow_weak:
         raise cli.UserError(
             f"the teacher is no better than chance on val (balanced accuracy {balanced_accuracy:.4f}): wrong checkpoint, "
             "classes or preprocessing? --allow-weak-teacher goes on"
@@ -204,7 +204,7 @@ def main(args):
     described["val"] = classification(teacher_logits["val"], splits.val.labels)
     run.log(f"teacher {described['name']}: {described['parameters']:,} parameters, {teacher_preprocess.resolution} px, "
             f"val accuracy {described['val']['accuracy']:.4f}")  # fmt: skip
-    check_teacher(described["val"]["balanced_accuracy"], len(splits.classes), len(splits.val), args.allow_weak_teacher)
+    check_teacher(described["val"]["balanced_accuracy"], len(splits.classes), splits.val.labels, args.allow_weak_teacher)
     for note in differences(checkpoint, args):
         run.log(note)
 

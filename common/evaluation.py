@@ -61,10 +61,14 @@ def live_teacher(teacher, preprocess, augment, precision):
     return targets
 
 
-def is_chance_level(balanced_accuracy, num_classes, count):
-    """Whether a balanced accuracy on `count` samples is within two standard deviations of guessing, 1 / C."""
-    chance = 1 / num_classes
-    return balanced_accuracy < chance + 2 * math.sqrt(chance * (1 - chance) / count)
+def is_chance_level(balanced_accuracy, num_classes, labels):
+    """Whether a balanced accuracy on `labels` (N,) is within two standard deviations of guessing, 1 / C.
+
+    It is a mean of recalls, so a class with few samples widens the margin.
+    """
+    chance, counts = 1 / num_classes, np.unique(labels, return_counts=True)[1]
+    deviation = math.sqrt((chance * (1 - chance) / counts).sum()) / len(counts)
+    return balanced_accuracy < chance + 2 * deviation
 
 
 def write_results(run, splits, loaders, recorder, preprocess, precision, *, script, method=None, teacher=None,

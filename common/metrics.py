@@ -7,7 +7,8 @@ logits and log-probabilities give the same values.  Fractions, not per cent; a m
 import numpy as np
 from sklearn import metrics as sk
 
-CLASSIFICATION = ("accuracy", "balanced_accuracy", "macro_f1", "auc", "top5_accuracy", "loss", "ece")
+CLASSIFICATION = ("accuracy", "balanced_accuracy", "macro_f1", "auc", "average_precision", "pauc",
+                  "sensitivity_at_90_specificity", "top5_accuracy", "loss", "ece")  # fmt: skip
 FIDELITY = ("agreement", "teacher_right_kept", "teacher_kl")
 LOWER_IS_BETTER = {"loss", "ece", "teacher_kl"}
 
@@ -29,8 +30,8 @@ def classification(logits, labels):
     """All metrics of one task: {name: float or None}.
 
     loss: mean negative log-likelihood in nats; top5_accuracy: from ten classes on; balanced_accuracy: mean recall of
-    the classes that occur; macro_f1: mean over the classes that occur or are predicted; auc: one-against-rest area
-    under the ROC curve, mean over the classes that have both kinds; ece: see `expected_calibration_error`.
+    the classes that occur; macro_f1: mean over the classes that occur or are predicted; auc, average_precision, pauc,
+    sensitivity_at_90_specificity: see `ranking`; ece: see `expected_calibration_error`.
     """
     labels, log_probabilities = np.asarray(labels), log_softmax(logits)
     probabilities, predicted = np.exp(log_probabilities), np.asarray(logits).argmax(1)
@@ -40,7 +41,7 @@ def classification(logits, labels):
         "accuracy": float(np.mean(predicted == labels)),
         "balanced_accuracy": float(np.mean(recalls)),
         "macro_f1": float(sk.f1_score(labels, predicted, average="macro", zero_division=0)),
-        "auc": one_against_rest_auc(log_probabilities, labels),
+        **ranking(log_probabilities, labels),
         "ece": expected_calibration_error(probabilities, labels),
         "loss": float(-np.mean(log_probabilities[rows, labels])),
     }
@@ -50,21 +51,74 @@ def classification(logits, labels):
     return finite_or_none(result)
 
 
-def one_against_rest_auc(scores, labels):
-    """Mean over classes of the area under the ROC curve; scores (N, C) are logits or log-probabilities.
+def ranking(scores, labels, names=("auc", "average_precision", "pauc", "sensitivity_at_90_specificity")):
+    """Metrics of the order in which samples are ranked: {name: float or None}; scores (N, C) logits or log-probabilities.
 
-    Samples are ranked by log-odds, as by probability but without its ties near 1.  Classes with one kind only are left
-    out; None where none is left or the scores hold NaN.
+    auc: area under the ROC curve; average_precision: mean precision over the positives' ranks; pauc: see
+    `partial_auc`; sensitivity_at_90_specificity: the largest true-positive rate at a false-positive rate up to 0.1.
+    Of two classes the second is the positive one; of more, each stands against the rest, and the mean is over the
+    classes that have both kinds.  Samples are ranked by log-odds, as by probability but without its ties near 1.
+    None where no class has both kinds or the scores hold NaN.
     """
-    log_probabilities = log_softmax(scores)
+    labels, log_probabilities = np.asarray(labels), log_softmax(scores)
     if np.isnan(log_probabilities).any():
-        return None
-    log_odds, areas = np.nan_to_num(class_log_odds(log_probabilities)), []  # of a probability of exactly 0 or 1: inf
-    for c in range(log_odds.shape[1]):
-        positive = labels == c
-        if positive.any() and not positive.all():
-            areas.append(sk.roc_auc_score(positive, log_odds[:, c]))
-    return float(np.mean(areas)) if areas else None
+        return dict.fromkeys(names)
+    functions = {"auc": sk.roc_auc_score, "average_precision": sk.average_precision_score, "pauc": partial_auc,
+                 "sensitivity_at_90_specificity": sensitivity_at_specificity}  # fmt: skip
+    log_odds = np.nan_to_num(class_log_odds(log_probabilities))  # of a probability of exactly 0 or 1: inf
+    classes = [1] if log_odds.shape[1] == 2 else range(log_odds.shape[1])
+    classes = [c for c in classes if 0 < np.count_nonzero(labels == c) < len(labels)]
+    return {name: float(np.mean([functions[name](labels == c, log_odds[:, c]) for c in classes])) if classes else None for name in names}
+
+
+def partial_auc(positive, scores, min_tpr=0.8):
+    """Area between the ROC curve and the line of a true-positive rate of min_tpr: 0 to 1 - min_tpr, chance is 0.02 at 0.8.
+
+    positive (N,) bool; scores (N,) of any scale, higher is likelier.  The ISIC 2024 challenge's definition: with labels
+    and scores negated it is the area under the first part of the curve, up to a false-positive rate of 1 - min_tpr.
+    Scores are negated by sign, not as 1 - score, so that logits and probabilities give the same.
+    """
+    max_fpr = 1 - min_tpr
+    fpr, tpr, _ = sk.roc_curve(~np.asarray(positive, bool), -np.asarray(scores, np.float64), drop_intermediate=False)
+    stop = np.searchsorted(fpr, max_fpr, "right")
+    last = np.interp(max_fpr, fpr[stop - 1 : stop + 1], tpr[stop - 1 : stop + 1])
+    return float(sk.auc(np.append(fpr[:stop], max_fpr), np.append(tpr[:stop], last)))
+
+
+def sensitivity_at_specificity(positive, scores, specificity=0.9):
+    """The largest true-positive rate of any threshold with at least this true-negative rate."""
+    fpr, tpr, _ = sk.roc_curve(positive, scores, drop_intermediate=False)
+    return float(tpr[fpr <= 1 - specificity + 1e-12].max())
+
+
+def class_recalls(logits, labels):
+    """Recall of each class (C floats); None for a class that does not occur."""
+    labels, predicted = np.asarray(labels), np.asarray(logits).argmax(1)
+    return [float(np.mean(predicted[labels == c] == c)) if (labels == c).any() else None for c in range(np.shape(logits)[1])]
+
+
+def bootstrap(logits, labels, groups=None, repeats=1000, seed=0,
+              names=("balanced_accuracy", "auc", "average_precision", "pauc")):  # fmt: skip
+    """95 % percentile intervals {name: [low, high] or None} over resamples with replacement (Efron 1979).
+
+    groups (N,): lesions or patients, drawn whole, since their images are not independent; None: samples.  Resamples
+    without a metric (a class is absent) do not count; None where fewer than half count.
+    """
+    logits, labels, rng = np.asarray(logits), np.asarray(labels), np.random.default_rng(seed)
+    _, group = np.unique(np.arange(len(labels)) if groups is None else np.asarray(groups), return_inverse=True)
+    members = np.split(np.argsort(group, kind="stable"), np.cumsum(np.bincount(group))[:-1])  # rows of each group
+    predicted, log_probabilities = logits.argmax(1), log_softmax(logits)
+    ranked, values = [name for name in names if name != "balanced_accuracy"], {name: [] for name in names}
+    for _ in range(repeats):
+        rows = np.concatenate([members[i] for i in rng.integers(len(members), size=len(members))])
+        found = ranking(log_probabilities[rows], labels[rows], ranked)
+        if "balanced_accuracy" in names:
+            found["balanced_accuracy"] = np.mean([np.mean(predicted[rows][labels[rows] == c] == c) for c in np.unique(labels[rows])])
+        for name, value in finite_or_none(found).items():
+            if value is not None:
+                values[name].append(value)
+    return {name: [float(v) for v in np.percentile(found, (2.5, 97.5))] if len(found) >= repeats / 2 else None
+            for name, found in values.items()}  # fmt: skip
 
 
 def class_log_odds(log_probabilities):

@@ -10,8 +10,8 @@ from sklearn import metrics as sk
 
 from common.evaluation import is_chance_level
 from common.metrics import (
-    CLASSIFICATION, FIDELITY, LOWER_IS_BETTER, better, classification, confusion_matrix, expected_calibration_error,
-    fidelity, log_softmax, one_against_rest_auc,
+    CLASSIFICATION, FIDELITY, LOWER_IS_BETTER, better, bootstrap, class_recalls, classification, confusion_matrix,
+    expected_calibration_error, fidelity, log_softmax, partial_auc, ranking,
 )  # fmt: skip
 
 
@@ -59,7 +59,7 @@ def test_against_scikit_learn(dtype):
     }
     got = classification(logits, labels)
     assert {name: got[name] for name in expected} == pytest.approx(expected, rel=1e-9)
-    assert set(got) - set(expected) == {"ece"}
+    assert set(got) - set(expected) == {"ece", "average_precision", "pauc", "sensitivity_at_90_specificity"}
     assert all(type(value) is float for value in got.values())
     json.dumps(got, allow_nan=False)
 
@@ -137,7 +137,7 @@ def test_auc_counts_pairs():
     logits, labels = make(120, 5, seed=3)
     probabilities = softmax(logits)
     expected = np.mean([auc_by_pairs(probabilities[:, c], labels == c) for c in range(5)])
-    assert one_against_rest_auc(logits, labels) == pytest.approx(expected, rel=1e-12)
+    assert ranking(logits, labels)["auc"] == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("classes", [2, 4])
@@ -150,13 +150,13 @@ def test_auc_of_certain_models_has_no_ties(classes):
     assert np.all(softmax(logits.astype(np.float64))[:6, 0] == 1)
     assert auc_by_pairs(softmax(logits)[:, 0], labels == 0) == 0.5
     for scores in (logits, log_softmax(logits), logits + 1000, logits.astype(np.float64)):
-        got = one_against_rest_auc(scores, labels)
+        got = ranking(scores, labels)["auc"]
         if classes == 2:
             assert got == 1  # class 1 is ranked the other way round, as well perfectly
         else:
             assert got == pytest.approx((1 + 1) / 2)
     logits[3, 0], logits[4, 0] = 44, 45  # one pair of sixteen in the wrong order
-    assert one_against_rest_auc(logits, labels) == pytest.approx(15 / 16)
+    assert ranking(logits, labels)["auc"] == pytest.approx(15 / 16)
 
 
 def test_logits_and_log_probabilities_give_the_same():
@@ -241,9 +241,127 @@ def test_the_lists_of_metrics_are_complete():
 
 
 def test_chance_level():
-    """Ten classes, 1000 samples: guessing gives 0.1 +- 0.0095 (one standard deviation)."""
-    assert is_chance_level(0.1, 10, 1000) and is_chance_level(0.1189, 10, 1000) and is_chance_level(0.0, 10, 1000)
-    assert not is_chance_level(0.1191, 10, 1000) and not is_chance_level(0.9, 10, 1000)
-    assert is_chance_level(0.5, 2, 100) and not is_chance_level(0.61, 2, 100)
-    majority = classification(logits_of(np.zeros(100, int), 2), np.array([0] * 93 + [1] * 7))
-    assert is_chance_level(majority["balanced_accuracy"], 2, 100), "93 % accuracy by saying no is chance"
+    ten, two = np.arange(1000) % 10, np.arange(100) % 2
+    assert is_chance_level(0.1, 10, ten) and is_chance_level(0.1189, 10, ten) and is_chance_level(0.0, 10, ten)
+    assert not is_chance_level(0.1191, 10, ten) and not is_chance_level(0.9, 10, ten)  # 0.1 + 2 sqrt(0.09 / 1000)
+    assert is_chance_level(0.5, 2, two) and not is_chance_level(0.61, 2, two)
+    labels = np.array([0] * 93 + [1] * 7)
+    majority = classification(logits_of(np.zeros(100, int), 2), labels)
+    assert majority["accuracy"] == 0.93
+    assert is_chance_level(majority["balanced_accuracy"], 2, labels), "93 % accuracy by saying no is chance"
+
+
+def test_few_positives_widen_the_margin_of_chance():
+    """Guessing on 930 against 7: balanced accuracies above the margin are as rare as two standard deviations say."""
+    labels = np.array([0] * 930 + [1] * 7)
+    guesses = np.random.default_rng(0).integers(2, size=(4000, 937))
+    reached = (np.mean(guesses[:, :930] == 0, axis=1) + np.mean(guesses[:, 930:] == 1, axis=1)) / 2
+    above = np.mean([not is_chance_level(value, 2, labels) for value in reached])
+    assert 0.005 < above < 0.04
+
+
+# --------------------------------------------------------------------------------------------------------- imbalance
+
+
+def two_classes(count=600, share=0.07, seed=3):
+    rng = np.random.default_rng(seed)
+    labels = (rng.random(count) < share).astype(int)
+    logits = rng.normal(size=(count, 2))
+    logits[:, 1] += 1.5 * labels - 2
+    return logits, labels
+
+
+def official_pauc(labels, scores, min_tpr=0.8):
+    """The ISIC 2024 challenge's score, by its description: the area between the curve and the line at 80 % TPR.
+
+    Worked out on the unflipped curve, one threshold after another: width in (1 - FPR) above the line.
+    """
+    thresholds = np.sort(np.unique(scores))[::-1]
+    points = [(0.0, 0.0)] + [(np.mean(scores[labels == 0] >= t), np.mean(scores[labels == 1] >= t)) for t in thresholds]
+    area = 0.0
+    for (x0, y0), (x1, y1) in zip(points, points[1:]):
+        low, high = max(y0, min_tpr), max(y1, min_tpr)  # the part of this step above the line
+        if high > low:
+            at = lambda y: x0 + (x1 - x0) * (y - y0) / (y1 - y0)  # noqa: E731, B023
+            area += (high - low) * (1 - (at(low) + at(high)) / 2)
+    return area
+
+
+def test_pauc_against_its_description_and_scikit_learn():
+    for seed in range(5):
+        logits, labels = two_classes(seed=seed)
+        margin = logits[:, 1] - logits[:, 0]
+        got = classification(logits, labels)["pauc"]
+        assert got == pytest.approx(official_pauc(labels, margin), abs=1e-12)
+        scaled = sk.roc_auc_score(1 - labels, -margin, max_fpr=0.2)  # McClish's standardized form of the same area
+        assert got == pytest.approx(0.02 + (scaled - 0.5) / 0.5 * (0.2 - 0.02))
+        assert got != pytest.approx(sk.roc_auc_score(labels, margin, max_fpr=0.2), abs=1e-3)  # another metric
+
+
+def test_pauc_of_perfect_and_worst_and_tied_scores():
+    labels = np.array([0] * 90 + [1] * 10)
+    for scores, expected in ((labels, 0.2), (1 - labels, 0.0), (np.zeros(100), 0.02)):
+        assert partial_auc(labels, scores.astype(float)) == pytest.approx(expected)
+
+
+def test_ranking_of_logits_and_probabilities_is_the_same():
+    """Raw logits put through 1 - score gave 0.0138 instead of 0.1576 in published code; certain models tie in float."""
+    logits, labels = two_classes()
+    for values in (logits, logits * 30):
+        from_logits, from_probabilities = ranking(values, labels), ranking(np.log(softmax(values)), labels)
+        assert from_logits == pytest.approx(from_probabilities, abs=1e-9)
+    assert ranking(logits * 30, labels) == pytest.approx(ranking(logits, labels))
+    assert 0.02 < ranking(logits, labels)["pauc"] < 0.2
+
+
+def test_ranking_against_scikit_learn():
+    logits, labels = two_classes()
+    margin, got = logits[:, 1] - logits[:, 0], ranking(logits, labels)
+    assert got["average_precision"] == pytest.approx(sk.average_precision_score(labels, margin))
+    assert got["auc"] == pytest.approx(sk.roc_auc_score(labels, margin))
+    negatives = np.sort(margin[labels == 0])
+    assert all(np.mean(negatives < t) < 0.9 or np.mean(margin[labels == 1] >= t) <= got["sensitivity_at_90_specificity"] for t in margin)
+    t = negatives[int(np.ceil(0.9 * len(negatives))) - 1]  # at least 90 % of the negatives are below all that count as positive
+    assert got["sensitivity_at_90_specificity"] == pytest.approx(np.mean(margin[labels == 1] > t))
+    logits, labels = make(classes=4)
+    expected = [sk.average_precision_score(labels == c, softmax(logits)[:, c]) for c in range(4)]
+    assert ranking(logits, labels)["average_precision"] == pytest.approx(np.mean(expected))
+
+
+def test_ranking_of_one_class_is_undefined():
+    logits, _ = two_classes()
+    assert set(ranking(logits, np.zeros(600, int)).values()) == {None}
+    assert set(ranking(np.full((4, 2), np.nan), np.array([0, 1, 0, 1])).values()) == {None}
+
+
+def test_class_recalls():
+    logits, labels = make()
+    expected = sk.recall_score(labels, logits.argmax(1), average=None, labels=np.unique(labels))
+    got = class_recalls(logits, labels)
+    assert [v for v in got if v is not None] == pytest.approx(list(expected))
+    assert class_recalls(np.eye(3), np.array([0, 1, 1])) == [1.0, 0.5, None]
+
+
+def test_bootstrap_resamples_groups():
+    """Each sample ten times over: by groups the interval is that of the samples, by images far too narrow."""
+    logits, labels = two_classes(count=300, share=0.3)
+    single = bootstrap(logits, labels, repeats=400)
+    copied = [np.repeat(a, 10, axis=0) for a in (logits, labels)]
+    grouped = bootstrap(*copied, groups=np.repeat([f"p{i}" for i in range(300)], 10), repeats=400)
+    naive = bootstrap(*copied, repeats=400)
+    for name in ("auc", "balanced_accuracy", "average_precision", "pauc"):
+        (low, high), exact = single[name], classification(logits, labels)[name]
+        assert low < exact < high
+        assert high - low == pytest.approx(grouped[name][1] - grouped[name][0], rel=0.2)
+        assert naive[name][1] - naive[name][0] < 0.5 * (high - low)
+    assert bootstrap(logits, labels, repeats=50) == bootstrap(logits, labels, repeats=50)
+    assert bootstrap(logits, np.zeros(300, int), repeats=50)["auc"] is None
+
+
+def test_bootstrap_width_is_that_of_theory():
+    """The standard error of an accuracy on balanced classes is sqrt(p (1 - p) / n)."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(1000) % 2
+    predicted = np.where(rng.random(1000) < 0.8, labels, 1 - labels)
+    low, high = bootstrap(logits_of(predicted, 2), labels, names=("balanced_accuracy",))["balanced_accuracy"]
+    assert high - low == pytest.approx(2 * 1.96 * math.sqrt(0.8 * 0.2 / 1000), rel=0.1)
