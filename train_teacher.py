@@ -6,8 +6,8 @@
     python train_teacher.py --resume runs/teacher
 
 Writes the run folder: best.pth, latest.pth, metrics.csv, metrics.json, results.json, predictions, confusion matrices.
-Needs from common: augment.py, cli.py, data.py, distributed.py, evaluation.py, loader.py, losses.py, metrics.py,
-models.py, optimizer.py, training.py.
+Needs from common: augment.py, cli.py, data.py, distributed.py, evaluation.py, images.py, loader.py,
+losses.py, metrics.py, models.py, optimizer.py, splitting.py, training.py.
 Packages: torch, timm, numpy, pillow, scikit-learn, tqdm (torchvision for CIFAR, transformers for hf: names).
 """
 
@@ -15,9 +15,10 @@ import torch
 
 from common import cli
 from common.augment import Augmenter
-from common.data import DATASETS, TASK, load_splits
+from common.data import DATASETS, load_splits
 from common.distributed import data_parallel
 from common.evaluation import predict, write_results
+from common.images import TASK
 from common.loader import Loader, save_sample_grid
 from common.losses import class_weights, cross_entropy
 from common.metrics import classification

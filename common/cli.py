@@ -1,6 +1,6 @@
 """What the scripts share at their edge: flags, --config and --resume, errors in one line, the run folder.
 
-Needs augment.py, data.py, distributed.py and metrics.py of `common`, for choices and defaults.
+Needs augment.py, data.py (and what that needs), distributed.py and metrics.py of `common`, for choices and defaults.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Datasets, splits and decoding.  Needs augment.py and distributed.py of `common`, torch, numpy and pillow
+"""Datasets and their splits.  Needs augment.py, distributed.py, images.py and splitting.py of `common`, torch and numpy
 (scikit-learn for digits, torchvision for CIFAR).
 
     splits = load_splits("imagefolder", "data/cifar10")              # .train .val .test .classes .domain
@@ -6,31 +6,23 @@
 A dataset yields `index, id, image (uint8), targets {task: label}` and never augments; see augment.py.
 """
 
-import hashlib
 import math
 import os
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-import torch
-from PIL import Image, ImageOps
 
 from common import distributed
-from common.augment import Policy, hash_id, uniform
+from common.augment import Policy
+from common.images import IMAGE_SUFFIXES, TASK, DataError, ImageDataset, available_cpus, images_below, to_uint8  # noqa: F401
+from common.splitting import split_off
 
-TASK = "label"  # the one task of a classification dataset
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 DIGITS_TEST_SHARE = 0.4  # of scikit-learn's 1,797 digits, which come without a split
 STREAM_VAL, STREAM_LIMIT, STREAM_DIGITS_TEST = 1001, 1002, 1003  # of the counter-based generator
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CROP_AND_FLIP = Policy(crop="pad", padding=0.125, hflip=0.5)
-
-
-# Pillow warns of damaged metadata in several lines; what it cannot read it raises
-warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
 class DatasetInfo(NamedTuple):
@@ -53,114 +45,6 @@ DATASETS = {
     "imagefolder": DatasetInfo("custom", 32, *IMAGENET, CROP_AND_FLIP),
     "medmnist": DatasetInfo("medical", 28, (0.5,) * 3, (0.5,) * 3, Policy("pad", 0.125)),  # no flips: sides matter
 }
-
-
-class DataError(ValueError):
-    """Data that is missing, broken or does not fit (a user's mistake)."""
-
-    exit_code = 2
-
-
-def available_cpus():
-    """Processors that this process may use: a Slurm job has a part of the machine's."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-# ----------------------------------------------------------------------------------------------------------- decoding
-
-
-def to_uint8(array, window, what):
-    """Grey levels of any depth -> uint8.  window: (low, high) mapped to 0..255, those outside are clipped, NaN is 0."""
-    if array.dtype in (np.uint8, np.bool_):
-        return array * np.uint8(255) if array.dtype == np.bool_ else array
-    if window is None:
-        raise DataError(
-            f"{what} has {array.dtype} grey levels ({array.min()} to {array.max()}): say which of them are black and "
-            "white with --window LOW HIGH"
-        )
-    low, high = window
-    levels = np.nan_to_num(array.astype(np.float64), nan=low, posinf=high, neginf=low)
-    return np.rint((np.clip(levels, low, high) - low) * (255 / (high - low))).astype(np.uint8)
-
-
-def _is_deep_colour(image):
-    """Whether an opened file has 16 bits a colour channel, of which Pillow keeps the upper eight and says nothing."""
-    raw_mode = image.tile[0][3] if image.tile else ""
-    if isinstance(raw_mode, (tuple, list)):
-        raw_mode = raw_mode[0] if raw_mode else ""
-    return not image.mode.startswith("I") and str(raw_mode).endswith((";16B", ";16L", ";16N"))
-
-
-def read_image(path, decode_size=512, window=None):
-    """Decode a file to (H, W, 3) uint8.
-
-    Grey becomes three equal channels, transparent pixels black, EXIF rotation is applied, and what is larger than
-    decode_size (longest side, pixels) is shrunk to it.  Raises DataError, which names the file.
-    """
-    try:
-        with Image.open(path) as image:
-            if _is_deep_colour(image):
-                raise DataError(f"{path} has 16-bit colour, which --window cannot map: convert it to 8 bits a channel")
-            image.draft("RGB", (decode_size, decode_size))  # a JPEG decodes at 1/2, 1/4 or 1/8, never below this size
-            image.load()
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith(("I", "F")):
-                image = Image.fromarray(to_uint8(np.asarray(image), window, path))
-            if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-                image = image.convert("RGBA")
-                image = Image.composite(image, Image.new("RGBA", image.size), image.getchannel("A"))
-            image = image.convert("RGB")
-            if max(image.size) > decode_size:
-                scale = decode_size / max(image.size)
-                size = [max(1, round(side * scale)) for side in image.size]
-                image = image.resize(size, Image.Resampling.BILINEAR, reducing_gap=3.0)
-            return np.array(image)
-    except (DataError, MemoryError):
-        raise
-    except Exception as error:  # Pillow's readers raise a dozen kinds on damaged files (struct.error, IndexError, ...)
-        raise DataError(f"cannot read image {path}: {str(error) or type(error).__name__}") from None
-
-
-# ----------------------------------------------------------------------------------------------------------- datasets
-
-
-class ImageDataset(torch.utils.data.Dataset):
-    """Samples of one split.
-
-    ids: N strings, stable when other files come or go; labels: (N,) int; images: (N, H, W) or (N, H, W, 3) uint8, or
-    None where paths (N files) are given.
-    """
-
-    def __init__(self, ids, labels, images=None, paths=None, decode_size=512, window=None):
-        self.ids, self.labels, self.images, self.paths = list(ids), np.asarray(labels, np.int64), images, paths
-        self.keys = np.array([hash_id(i) for i in self.ids], np.int64)
-        self.decode_size, self.window = decode_size, window
-
-    def __len__(self):
-        return len(self.ids)
-
-    def read(self, i):
-        """(H, W, 3) uint8."""
-        if self.images is None:
-            return read_image(self.paths[i], self.decode_size, self.window)
-        image = self.images[i]
-        return image if image.ndim == 3 else np.repeat(image[:, :, None], 3, 2)
-
-    def __getitem__(self, i):
-        image = torch.from_numpy(np.ascontiguousarray(self.read(i).transpose(2, 0, 1)))  # (3, H, W)
-        return {"index": i, "id": self.ids[i], "image": image, "targets": {TASK: int(self.labels[i])}}
-
-    def subset(self, rows):
-        """The samples of these rows, in their order."""
-        images = None if self.images is None else self.images[rows]
-        paths = None if self.paths is None else [self.paths[i] for i in rows]
-        ids = [self.ids[i] for i in rows]
-        return ImageDataset(ids, self.labels[rows], images, paths, self.decode_size, self.window)
-
-    def fingerprint(self, classes):
-        """SHA-256 over ids and class names in order of ids: equal where two runs saw the same samples."""
-        lines = sorted(f"{i}\t{classes[label]}\n" for i, label in zip(self.ids, self.labels))
-        return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()
 
 
 @dataclass
@@ -187,32 +71,6 @@ class Splits:
             "sizes": {k: len(v) for k, v in parts.items()},
             "sha256": {k: v.fingerprint(self.classes) for k, v in parts.items()},
         }
-
-
-def stratified_rows(labels, keys, count, seed, stream):
-    """Choose `count` of N rows, each class in proportion, by a hash of (seed, key).
-
-    labels, keys: (N,) int64.  Returns sorted rows.  A sample's place in the order of its class depends on its own key
-    alone, so one added file moves at most a sample or two of its class.
-    """
-    order = uniform(seed, 0, stream, torch.from_numpy(np.asarray(keys)))[:, 0].numpy()
-    classes, sizes = np.unique(labels, return_counts=True)
-    shares = sizes * (count / len(labels))
-    counts = np.floor(shares).astype(int)
-    remainders = np.argsort(-(shares - counts), kind="stable")  # the largest remainders get the rows that are left
-    counts[remainders[: count - counts.sum()]] += 1
-    rows = []
-    for c, n in zip(classes, counts):
-        members = np.flatnonzero(labels == c)
-        rows.append(members[np.argsort(order[members], kind="stable")[:n]])
-    return np.sort(np.concatenate(rows))
-
-
-def split_off(dataset, count, seed, stream):
-    """(rest, chosen): `count` samples chosen as in `stratified_rows`."""
-    chosen = stratified_rows(dataset.labels, dataset.keys, count, seed, stream)
-    rest = np.setdiff1d(np.arange(len(dataset)), chosen)
-    return dataset.subset(rest), dataset.subset(chosen)
 
 
 def load_splits(name, root=None, *, val_split=None, split_seed=0, limit_train=None, splits=("train", "val", "test"),
@@ -372,7 +230,7 @@ def _imagefolder(root, splits, classes, decode_size, window):
             raise DataError(f"{folder} has class folders that {where}: {', '.join(unknown[:5])}")
         paths, labels = [], []
         for name in names:
-            files = _images_below(os.path.join(folder, name))
+            files = images_below(os.path.join(folder, name))
             if not files:
                 raise DataError(f"{os.path.join(folder, name)} has no images ({', '.join(IMAGE_SUFFIXES[:4])}, ...)")
             paths += files
@@ -380,21 +238,6 @@ def _imagefolder(root, splits, classes, decode_size, window):
         ids = [os.path.relpath(p, root).replace(os.sep, "/") for p in paths]
         parts[split] = ImageDataset(ids, labels, paths=paths, decode_size=decode_size, window=window)
     return parts, found
-
-
-def _images_below(folder):
-    paths, seen = [], set()
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(parent)
-        if real in seen:  # a link back to a folder above would be walked for ever
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
-        paths += [
-            os.path.join(parent, f) for f in sorted(files) if f.lower().endswith(IMAGE_SUFFIXES) and f[0] != "."
-        ]
-    return paths
 
 
 def _without_bad_images(dataset):

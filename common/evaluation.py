@@ -13,7 +13,8 @@ from common import distributed, metrics
 from common.augment import Augmenter, Policy
 from common.cli import atomic_write, read_json, write_json
 from common.cli import data_root as find_data_root
-from common.data import TASK, load_splits
+from common.data import load_splits
+from common.images import TASK
 from common.loader import Loader
 from common.training import Precision, file_sha256, load_checkpoint, load_model, peak_memory_mb, select_device
 

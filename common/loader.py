@@ -1,6 +1,6 @@
 """Batches: caching of decoded images, order, transfer.
 
-Needs augment.py, data.py, distributed.py of `common`, torch, numpy, pillow.
+Needs augment.py, distributed.py, images.py of `common`, torch, numpy, pillow.
 
     loader = Loader(splits.train, batch_size=128, device=device, shuffle=True)
     for batch in loader.batches(epoch=1):                            # image (B, 3, H, W) uint8 on the device, ...
@@ -19,7 +19,7 @@ from PIL import Image
 
 from common import distributed
 from common.augment import uniform
-from common.data import TASK, DataError, available_cpus
+from common.images import TASK, DataError, available_cpus
 
 
 def pad_images(images):

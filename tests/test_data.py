@@ -12,7 +12,9 @@ import torch
 from conftest import SHARED_DATA
 from PIL import Image
 
-from common.data import DataError, ImageDataset, load_splits, read_image, split_off, stratified_rows, to_uint8
+from common.data import load_splits
+from common.images import DataError, ImageDataset, read_image, to_uint8
+from common.splitting import split_off, stratified_rows
 
 SPLITS = ("train", "val", "test")
 

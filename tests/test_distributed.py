@@ -58,7 +58,7 @@ SETTINGS = [(accumulate, weighted) for accumulate in (1, 2) for weighted in (Fal
 def train_20_steps(accumulate, weighted):
     """A ResNet-8 with frozen BatchNorm, taught through a projector, in float64: 20 steps on digits."""
     from common.augment import Augmenter
-    from common.data import DATASETS, TASK, load_splits
+    from common.data import DATASETS, load_splits
     from common.distributed import data_parallel
     from common.loader import Loader
     from common.losses import DistillationLoss, class_weights

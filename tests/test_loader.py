@@ -13,7 +13,8 @@ from PIL import Image
 
 from common import loader as loader_module
 from common.augment import hash_id
-from common.data import DataError, ImageDataset, load_splits
+from common.data import load_splits
+from common.images import DataError, ImageDataset
 from common.loader import ImageCache, Loader, available_memory, choose_cache, pad_images, save_sample_grid
 
 N = 23  # no multiple of the batch size
