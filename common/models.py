@@ -3,7 +3,8 @@
     model = build_model("resnet8", num_classes=10, img_size=32)
     out = model({"image": images})     # images (B, 3, H, W), normalized for this model
     out["logits"]                      # (B, C)
-    out["embedding"]                   # (B, D), pooled
+    out["embedding"]                   # (B, D), pooled: see model.set_pooling
+    out["tokens"]                      # (B, N, D), the grid's, without class token and registers; if model.with_tokens
     out["features"]["layer3"]          # (B, C_l, H_l, W_l), where model.set_feature_layers(["layer3"]) asked for it
 
 `resnet8`, `resnet18`, `vit_6_192`, `vit_tiny` are written here, for small images; any other name is timm's
@@ -210,6 +211,7 @@ class ImageModel(nn.Module):
         super().__init__()
         self.backbone, self.build_args, self.mean, self.std = backbone, build_args, mean, std
         self.feature_layers, self._indices, self._hooks, self._hooked = [], None, [], {}
+        self.pooling, self.with_tokens = None, False
         self._side = build_args["img_size"]  # in pixels, see set_resolution
 
     def forward(self, batch):
@@ -218,16 +220,41 @@ class ImageModel(nn.Module):
         else:
             order = sorted(self._indices)
             hidden, maps = self.backbone.forward_intermediates(batch["image"], indices=order, output_fmt="NCHW")
-        out = {
-            "embedding": self.backbone.forward_head(hidden, pre_logits=True),  # (B, D)
-            "logits": self.backbone.forward_head(hidden),  # (B, C)
-        }
+        tokens = self._tokens(hidden) if self.with_tokens or self.pooling == "mean" else None  # (B, N, D)
+        if self.pooling == "cls":
+            embedding = hidden[:, 0]
+        else:
+            embedding = tokens.mean(1) if self.pooling == "mean" else self.backbone.forward_head(hidden, pre_logits=True)
+        out = {"embedding": embedding, "logits": self.backbone.forward_head(hidden)}  # (B, D), (B, C)
+        if self.with_tokens:
+            out["tokens"] = tokens
         if self._indices is not None:
             out["features"] = {layer: maps[order.index(i)] for layer, i in zip(self.feature_layers, self._indices)}
         elif self.feature_layers:  # after the head, which may be one of them
             kept = self._hooked
             out["features"] = {layer: self._as_map(layer, kept.pop(layer, None)) for layer in self.feature_layers}
         return out
+
+    def _tokens(self, hidden):
+        """Tokens (B, N, D) or a last map -> the grid's tokens, row by row."""
+        if hidden.dim() == 4:
+            nhwc = getattr(self.backbone, "output_fmt", "NCHW") == "NHWC"
+            return hidden.flatten(1, 2) if nhwc else hidden.flatten(2).transpose(1, 2)
+        if hidden.dim() == 3:
+            return hidden[:, getattr(self.backbone, "num_prefix_tokens", 0) :]
+        raise ModelError(f"{self.name} has no tokens: its last layer gives {tuple(hidden.shape)}")
+
+    def set_pooling(self, pooling):
+        """What is the embedding: cls, the class token; mean, of the grid's tokens; map, the model's attention pooling;
+        None, what its own head takes.  The logits stay those of its own head.  Raises ModelError."""
+        backbone = self.backbone
+        named = {name for name, _ in backbone.named_parameters(recurse=False)}
+        has_class = getattr(backbone, "has_class_token", "cls_token" in named)
+        if pooling == "cls" and not has_class:
+            raise ModelError(f"--pooling cls: {self.name} has no class token")
+        if pooling == "map" and getattr(backbone, "attn_pool", None) is None:
+            raise ModelError(f"--pooling map: {self.name} has no attention pooling")
+        self.pooling = pooling
 
     def set_feature_layers(self, layers):
         """Return the maps of these module paths from now on.  Call before compiling: later hooks never fire."""

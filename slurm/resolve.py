@@ -69,7 +69,15 @@ def expand_index(parser, argv, index):
     """The array index is the sweep's point, else the seed, which the run folder's name then carries."""
     if has(argv, "--sweep"):
         return cli.expand_sweep(parser, [*argv, "--sweep-index", index])
-    # extract_embeddings.py: the index is the shard, to be added with that script
+    if "--shard" in parser._option_string_actions:
+        if any("{index}" in word for word in argv):
+            return [word.replace("{index}", index) for word in argv]
+        if has(argv, "--shard") or has(argv, "--merge"):
+            raise cli.UserError("--shard and --merge in an array job: the array index is the shard")
+        first, last, count = (os.environ.get(f"SLURM_ARRAY_TASK_{name}") for name in ("MIN", "MAX", "COUNT"))
+        if first != "0" or int(last) + 1 != int(count):
+            raise cli.UserError(f"the array {first} to {last} is a part of all shards: say of how many, --shard {{index}}/N")
+        return [*argv, "--shard", f"{index}/{count}"]
     if "--seed" not in parser._option_string_actions:
         raise cli.UserError(f"an array of {parser.prog}: it has no --seed and no --sweep that the array index could stand for")
     for flag in ("--seed", "--resume"):
@@ -103,7 +111,7 @@ def check_output(args):
     """Refuse what the script would refuse, if it saw the user's folder."""
     if os.path.normpath(args.output) == ".":
         raise cli.UserError("--output . is the folder of the job itself: name one of its own")
-    if hasattr(args, "overwrite"):
+    if hasattr(args, "resume"):
         cli.RunFolder(args.output, bool(args.resume), args.overwrite)
     elif hasattr(args, "checkpoint") and os.path.exists(os.path.join(args.output, "config.json")):
         raise cli.UserError(f"--output {args.output} holds a run: name a folder of its own")
@@ -234,7 +242,7 @@ def job(script, argv):
     args = cli.parse_flags(parser, argv)
     if has(argv, "--sweep"):  # with --sweep-index by hand
         argv = cli.expand_sweep(parser, argv)
-    if hasattr(args, "overwrite") and began_here(args.output):
+    if hasattr(args, "resume") and began_here(args.output):
         argv = restarted(argv, args.output)
         args = cli.parse_flags(parser, argv)
     check_output(args)
@@ -243,14 +251,19 @@ def job(script, argv):
     if given and not getattr(args, "download", False) and not os.path.exists(given):
         raise cli.UserError(f"--data-root {given} is missing")
     output = os.path.normpath(args.output)
+    if hasattr(args, "shard"):  # it grows for hours and other shards write beside it: never copied, and goes on where it is
+        output = os.path.abspath(output)
+        if int(os.environ.get("SLURM_RESTART_COUNT") or 0):
+            argv = [word for word in argv if word != "--overwrite"]
     if output.split(os.sep)[0] == "..":
         output = os.path.abspath(output)
     argv, staged = arrange(module, parser, args, argv)
     argv = without(argv, "--output")
     argv = [*without(argv, "--resume"), "--resume", output] if getattr(args, "resume", None) else [*argv, "--output", output]
     records = [*staged, f"O:{output}"]
-    if hasattr(args, "resume"):
+    if hasattr(args, "resume") or hasattr(args, "shard"):
         records.append("R:")
+    if hasattr(args, "resume"):
         records += [f"W:{pattern}" for pattern in cli.RunFolder.OWN if args.overwrite]
     return records + [f"A:{word}" for word in argv]
 

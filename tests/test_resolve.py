@@ -200,3 +200,21 @@ def test_points_of_a_sweep(folder, capsys):
         (folder / "grid.json").write_text(grid)
         with pytest.raises(UserError, match=said):
             resolve.main(["--points", *argv])
+
+
+def test_shards(monkeypatch, folder):
+    """An array of extract_embeddings.py; its store is never copied, for other shards write beside it."""
+    model = ["--model", "resnet8"]
+    for name, value in {"TASK_ID": "2", "TASK_MIN": "0", "TASK_MAX": "3", "TASK_COUNT": "4"}.items():
+        monkeypatch.setenv(f"SLURM_ARRAY_{name}", value)
+    touch(folder / "embeddings" / "train_embeddings" / "meta.json.part")
+    kinds = job("extract_embeddings.py", *model)
+    assert kinds["A"][-4:] == ["--shard", "2/4", "--output", str(folder / "embeddings")]
+    assert kinds["O"] == [str(folder / "embeddings")] and "R" in kinds and "S" not in kinds
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # requeued: what is done stays
+    assert "--overwrite" not in job("extract_embeddings.py", *model, "--overwrite")["A"]
+    monkeypatch.setenv("SLURM_ARRAY_TASK_MIN", "2")
+    for argv, words in (([], "--shard {index}/N"), (["--shard", "1/2"], "array index is the shard")):
+        with pytest.raises(UserError, match=words):
+            job("extract_embeddings.py", *model, *argv)
+    assert "2/4" in job("extract_embeddings.py", *model, "--shard", "{index}/4")["A"]

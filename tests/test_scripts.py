@@ -390,7 +390,7 @@ def needed_files(script):
     return sorted(set(re.findall(r"\b([a-z_]+\.py)\b", docstring.split("Needs", 1)[1])))
 
 
-@pytest.mark.parametrize("script", [*TRAINING, "evaluate.py", "report.py"])
+@pytest.mark.parametrize("script", [*TRAINING, "extract_embeddings.py", "evaluate.py", "report.py"])
 def test_a_script_runs_with_just_the_files_that_it_names(tmp_path, teacher, script):
     (tmp_path / "common").mkdir()
     shutil.copy(ROOT / script, tmp_path)
@@ -398,6 +398,7 @@ def test_a_script_runs_with_just_the_files_that_it_names(tmp_path, teacher, scri
         shutil.copy(ROOT / "common" / name, tmp_path / "common")
     args = {
         "distill.py": [*SMALL, "--epochs", 1, "--teacher-checkpoint", teacher / "best.pth"],
+        "extract_embeddings.py": ["--checkpoint", teacher / "best.pth"],
         "evaluate.py": [teacher / "best.pth"],
         "report.py": [teacher, "--reevaluate"],
     }.get(script, [*SMALL, "--epochs", 1])
@@ -446,7 +447,7 @@ def test_the_readme_s_commands_parse(monkeypatch):
     """Each command of the README that calls a script has flags that the script knows."""
     text = (ROOT / "README.md").read_text().replace("\\\n", " ")
     commands = re.findall(r"^\s*(?:\S*/)?python (\w+\.py)([^\n#&|]*)", text, re.M)
-    assert {script for script, _ in commands} == {*TRAINING, "evaluate.py", "report.py"}
+    assert {script for script, _ in commands} == {*TRAINING, "extract_embeddings.py", "evaluate.py", "report.py"}
     monkeypatch.syspath_prepend(str(ROOT))
     for script, flags in commands:
         if "--resume" in flags:

@@ -1,0 +1,246 @@
+"""Stored outputs of a teacher: a folder for each split that grows, is read by sample id, and explains itself.
+
+    <dir>/train_embeddings/  embeddings.npy (N, V, D)   logits.npy (N, V, C)   tokens.npy (N, V, T, D)
+                             ids.npy (N,)   labels.npy (N,)   meta.json
+    store = Store("embeddings/train_embeddings")
+    rows = store.rows(["a.jpg", "b.jpg"])
+    store.read("embeddings", rows, views)                  # (B, D) float32, of view number views[i] of row i
+
+View 0 is the plain image; view v is that of `Augmenter(store.policy, store.seed)`, so that a student can be shown it again.
+Needs augment.py and cli.py of `common` and numpy.
+"""
+
+import contextlib
+import json
+import os
+
+import numpy as np
+
+from common.augment import Policy
+from common.cli import UserError, read_json, write_json
+
+FORMAT = 1
+PART = ".part"  # of all that is not complete
+DTYPES = ("float16", "float32")
+
+
+def split_folder(root, split):
+    return os.path.join(root, f"{split}_embeddings")
+
+
+def shard_suffix(shard):
+    """".I-of-N" of shard (I, N), counted from 0; "" of the only one."""
+    return f".{shard[0]}-of-{shard[1]}" if shard[1] > 1 else ""
+
+
+def shard_rows(count, shard):
+    """The rows (start, stop) of `count` that shard (I, N) holds."""
+    return count * shard[0] // shard[1], count * (shard[0] + 1) // shard[1]
+
+
+def difference(ours, theirs):
+    """The first key in which two meta dicts differ, in words, or None."""
+    for key in sorted({*ours, *theirs} - {"environment"}):
+        if ours.get(key) != theirs.get(key):
+            return f"{key}: {shown(theirs.get(key))}, not {shown(ours.get(key))}"
+    return None
+
+
+def shown(value):
+    text = json.dumps(value)
+    return text if len(text) < 90 else text[:80] + "..."
+
+
+class Writer:
+    """One split, or a shard of it, while it grows.
+
+    folder: where; meta: dict of all that makes the values; ids, labels: of the whole split; shapes: {name: shape of a
+    row}, as {"embeddings": (V, D)}; dtype: "float16" or "float32"; shard: (I, N).  What an interrupted extraction of the
+    same meta has done is kept (`todo` are the rows that are left); another one's is refused unless overwrite is set.
+    Several processes of one machine may write disjoint rows.  Raises UserError.
+    """
+
+    def __init__(self, folder, meta, ids, labels, shapes, dtype="float16", shard=(0, 1), overwrite=False, creates=True):
+        self.folder, self.suffix = folder, shard_suffix(shard)
+        self.start, self.stop = shard_rows(len(ids), shard)
+        self.ids, self.labels = np.asarray(ids), np.asarray(labels)
+        self.meta = {**meta, "format": FORMAT, "dtype": dtype, "count": len(ids), "shapes": {k: list(v) for k, v in shapes.items()}}
+        self.meta = json.loads(json.dumps(self.meta))  # as it will be read
+        self.complete = False
+        if creates:
+            self._create(overwrite, dtype)
+        if not self.complete:
+            self.arrays = {name: np.load(self.path(name) + PART, "r+", allow_pickle=False) for name in shapes}
+            self.done = np.load(self.path("done") + PART, "r+", allow_pickle=False)
+
+    def path(self, name):
+        return os.path.join(self.folder, f"{name}{self.suffix}.npy")
+
+    @property
+    def _meta_path(self):
+        return os.path.join(self.folder, f"meta{self.suffix}.json")
+
+    def _create(self, overwrite, dtype):
+        os.makedirs(self.folder, exist_ok=True)
+        whole = os.path.join(self.folder, "meta.json")
+        found = [p for p in (whole, self._meta_path, self._meta_path + PART) if os.path.exists(p)]
+        if found and overwrite:
+            for path in dict.fromkeys([*found, *(self.path(n) + end for n in (*self.meta["shapes"], "done") for end in ("", PART))]):
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(path)
+            found = []
+        if found:
+            differs = difference(self.meta, read_json(found[0]))
+            if differs:
+                raise UserError(f"{self.folder} holds other embeddings ({differs}): --overwrite replaces them, --output names another folder")
+            self._check_ids()
+            self.complete = not found[0].endswith(PART)
+            if self.complete or os.path.exists(self.path("done") + PART):
+                return
+        np.save(os.path.join(self.folder, "ids.npy"), self.ids)
+        np.save(os.path.join(self.folder, "labels.npy"), self.labels)
+        rows = self.stop - self.start
+        for name, shape in self.meta["shapes"].items():
+            np.lib.format.open_memmap(self.path(name) + PART, "w+", dtype, (rows, *shape)).flush()
+        write_json(self._meta_path + PART, self.meta)
+        np.lib.format.open_memmap(self.path("done") + PART, "w+", np.uint8, (rows,)).flush()  # last: it says that all is there
+
+    def _check_ids(self):
+        ids = load(os.path.join(self.folder, "ids.npy"))
+        if not np.array_equal(ids, self.ids):
+            raise UserError(f"{self.folder} holds embeddings of other images: --overwrite replaces them, --output names another folder")
+
+    @property
+    def todo(self):
+        """Rows of the split that are not done, sorted."""
+        return self.start + np.flatnonzero(self.done == 0)
+
+    def write(self, rows, values):
+        """values {name: (B, ...) array} of these rows of the split; a row counts as done when all of it is written."""
+        own = np.asarray(rows) - self.start
+        for name, value in values.items():
+            value = np.asarray(value)
+            with np.errstate(over="ignore"):
+                small = value.astype(self.arrays[name].dtype)
+            if not np.isfinite(small).all():
+                bad = self.ids[np.asarray(rows)[~np.isfinite(small).reshape(len(small), -1).all(1)][0]]
+                why = "does not fit float16: --dtype float32 holds it" if np.isfinite(value).all() else "is not finite"
+                raise UserError(f"the teacher's {name} of {bad} {why}")
+            self.arrays[name][own] = small
+        self.done[own] = 1
+
+    def flush(self):
+        """To the disk: values before the marks that they are there."""
+        for array in self.arrays.values():
+            array.flush()
+        self.done.flush()
+
+    def finish(self):
+        """All rows are done: give the files their names, meta.json last."""
+        self.flush()
+        if not self.done.all():
+            raise RuntimeError(f"{np.count_nonzero(self.done == 0)} rows of {self.folder} are not done")
+        for name in self.meta["shapes"]:
+            os.replace(self.path(name) + PART, self.path(name))
+        os.replace(self._meta_path + PART, self._meta_path)
+        os.remove(self.path("done") + PART)
+
+
+def load(path, mmap=None):
+    """np.load without pickles; what is wrong with the file as UserError."""
+    try:
+        return np.load(path, mmap, allow_pickle=False)
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing") from None
+    except (ValueError, OSError, EOFError) as error:
+        raise UserError(f"{path} is truncated or damaged: {' '.join(str(error).split())[:120]}") from None
+
+
+def merge(folder, count):
+    """Join the `count` shards of a split's folder into one store and remove them.  Raises UserError."""
+    metas, here = [], sorted(name for name in os.listdir(folder) if name.startswith("meta.") and "-of-" in name)
+    wanted = [f"meta{shard_suffix((i, count))}.json" for i in range(count)]
+    others = [name for name in here if name not in wanted]
+    if others:
+        raise UserError(f"{folder} holds {', '.join(others)} beside the {count} shards to merge: shards of one extraction only")
+    for i, name in enumerate(wanted):
+        if name not in here:
+            state = "not finished" if name + PART in os.listdir(folder) else "missing"
+            raise UserError(f"shard {i} of {count} in {folder} is {state}: extract it with --shard {i}/{count}")
+        metas.append(read_json(os.path.join(folder, name)))
+        differs = difference(metas[0], metas[-1])
+        if differs:
+            raise UserError(f"shards 0 and {i} of {folder} do not belong together ({differs})")
+    meta = metas[0]
+    files = []
+    for name, shape in meta["shapes"].items():
+        target = os.path.join(folder, name + ".npy")
+        whole = np.lib.format.open_memmap(target + PART, "w+", meta["dtype"], (meta["count"], *shape))
+        for i in range(count):
+            start, stop = shard_rows(meta["count"], (i, count))
+            path = os.path.join(folder, f"{name}{shard_suffix((i, count))}.npy")
+            part = load(path, "r")
+            if part.shape != (stop - start, *shape) or part.dtype != meta["dtype"]:
+                raise UserError(f"{path} is {part.dtype} {part.shape}, not {meta['dtype']} {(stop - start, *shape)}: rows overlap or are lacking")
+            whole[start:stop] = part
+            files.append(path)
+        whole.flush()
+        os.replace(target + PART, target)
+    write_json(os.path.join(folder, "meta.json"), meta)
+    for path in files + [os.path.join(folder, name) for name in wanted]:
+        os.remove(path)
+
+
+class Store:
+    """A complete split, read by sample id; see the head of this file.  Raises UserError where it is not whole."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        if not os.path.exists(os.path.join(folder, "meta.json")):
+            names = os.listdir(folder) if os.path.isdir(folder) else []
+            if any("-of-" in name for name in names):
+                raise UserError(f"{folder} holds shards: extract_embeddings.py --merge joins them")
+            state = "is not finished: the same command of extract_embeddings.py goes on" if names else "is no folder of stored embeddings"
+            raise UserError(f"{folder} {state}")
+        self.meta = read_json(os.path.join(folder, "meta.json"))
+        if not isinstance(self.meta, dict) or self.meta.get("format") != FORMAT:
+            raise UserError(f"{folder}/meta.json is of another format than this version's ({FORMAT})")
+        self.seed, self.policy, self.num_views = self.meta["seed"], Policy.from_dict(self.meta["policy"]), self.meta["num_views"]
+        self.ids, self.labels = (load(os.path.join(folder, f"{name}.npy")) for name in ("ids", "labels"))
+        self.arrays = {}
+        for name, shape in self.meta["shapes"].items():
+            path = os.path.join(folder, f"{name}.npy")
+            array, expected = load(path, "r"), (self.meta["count"], *shape)
+            if array.shape != expected or array.dtype != self.meta["dtype"]:
+                raise UserError(f"{path} is {array.dtype} {array.shape}, its meta.json says {self.meta['dtype']} {expected}")
+            self.arrays[name] = array
+        if len(self.ids) != self.meta["count"] or len(self.labels) != self.meta["count"]:
+            raise UserError(f"{folder} has {len(self.ids)} ids and {len(self.labels)} labels for {self.meta['count']} rows")
+        self._order = np.argsort(self.ids, kind="stable")
+
+    def __len__(self):
+        return len(self.ids)
+
+    def rows(self, ids):
+        """Rows (N,) int64 of these sample ids.  Raises UserError, which counts and names those that are not there."""
+        ids = np.asarray(ids)
+        places = np.searchsorted(self.ids, ids, sorter=self._order).clip(max=len(self.ids) - 1)
+        rows = self._order[places]
+        missing = ids[self.ids[rows] != ids]
+        if len(missing):
+            raise UserError(f"{self.folder} lacks {len(missing)} of {len(ids)} images, the first is {missing[0]}: it was made from other data")
+        return rows
+
+    def check_views(self, wanted):
+        if wanted > self.num_views:
+            raise UserError(f"--num-views {wanted}: {self.folder} holds {self.num_views}")
+
+    def read(self, name, rows, views):
+        """(B, ...) float32 of one view of each row; rows, views (B,) int64.  Raises UserError on values that are not finite."""
+        if name not in self.arrays:
+            raise UserError(f"{self.folder} holds no {name}: extract them with --save-{name}")
+        values = self.arrays[name][np.asarray(rows), np.asarray(views)].astype(np.float32)
+        if not np.isfinite(values).all():
+            bad = np.asarray(rows)[~np.isfinite(values).reshape(len(values), -1).all(1)][0]
+            raise UserError(f"{self.folder}/{name}.npy holds NaN or infinity at {self.ids[bad]}: extract it again")
+        return values

@@ -1,0 +1,219 @@
+"""Store a model's embeddings, several views of each image: a teacher that is run once and teaches many students.
+
+    python extract_embeddings.py --checkpoint runs/teacher/best.pth --num-views 4 --save-logits
+    python extract_embeddings.py --model vit_base_patch14_dinov2.lvd142m --pretrained --dataset imagefolder --data-root DIR \\
+        --resolution 224 --pooling cls --save-tokens
+    python extract_embeddings.py --checkpoint runs/teacher/best.pth --shard 0/4    # of four jobs; then, when all are done:
+    python extract_embeddings.py --merge 4
+
+Writes OUTPUT/{train,val,test}_embeddings/: embeddings.npy (N, V, D), logits.npy, tokens.npy, ids.npy, labels.npy,
+meta.json.  The same command goes on where an interrupted one stopped.
+Needs from common: augment.py, cli.py, data.py, distributed.py, embeddings.py, evaluation.py, loader.py, metrics.py,
+models.py, training.py.
+Packages: torch, timm, numpy, pillow, scikit-learn, tqdm (torchvision for CIFAR, transformers for hf: names).
+"""
+
+import argparse
+import collections
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from tqdm import tqdm
+
+from common import cli, distributed
+from common.augment import Augmenter
+from common.data import DATASETS, load_splits
+from common.embeddings import DTYPES, Writer, merge, split_folder
+from common.evaluation import live_teacher
+from common.loader import Loader
+from common.models import build_model
+from common.training import (
+    Interrupted, Interrupts, Precision, Preprocess, device_name, file_sha256, load_checkpoint, load_model, select_device, start_weights,
+    use_compile,
+)  # fmt: skip
+
+SPLITS = ("train", "val", "test")
+FLUSH_SECONDS = 30  # what a machine that dies may lose
+
+
+def shard(text):
+    """An argparse type: "I/N" -> (I, N)."""
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise argparse.ArgumentTypeError(f"{text}: write I/N with I from 0 to N - 1, as 0/4")
+    return int(index), int(count)
+
+
+def build_parser():
+    parser = cli.Parser(__doc__)
+    parser.add_argument("--output", default="embeddings", help="folder that is written, a subfolder a split")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is there")
+    parser.add_argument("--checkpoint", metavar="FILE", help="a checkpoint of these scripts")
+    parser.add_argument("--model", help="a model by name: resnet8, resnet18, vit_6_192, vit_tiny, any timm name, or hf:NAME_OR_FOLDER")
+    parser.add_argument("--patch-size", type=cli.POSITIVE, help="of --model vit_6_192 and vit_tiny, pixels (4)")
+    parser.add_argument("--pretrained", action="store_true", help="the hub's weights for --model")
+    parser.add_argument("--weights", metavar="FILE", help="a foreign state dict for --model, strictly; without weights they are random")
+    parser.add_argument("--splits", nargs="+", default=list(SPLITS), choices=SPLITS, help="parts of the dataset, each with all its images")
+    parser.add_argument("--num-views", type=cli.POSITIVE, default=1, help="views of each image; the first is the plain image")
+    parser.add_argument("--pooling", choices=("cls", "mean", "map"), help="what is the embedding: class token, mean of the tokens, the model's attention pooling; by default what its head takes")  # fmt: skip
+    parser.add_argument("--save-logits", action="store_true", help="store the logits too, for --method response")
+    parser.add_argument("--save-tokens", action="store_true", help="store the grid's tokens too")
+    parser.add_argument("--dtype", default="float16", choices=DTYPES, help="of the stored values")
+    parser.add_argument("--shard", type=shard, default=(0, 1), metavar="I/N", help="extract the Ith of N parts, from 0 (all)")
+    parser.add_argument("--merge", type=cli.POSITIVE, metavar="N", help="join N shards that are done, check them, remove them")
+    parser.add_argument("--seed", type=cli.NATURAL, default=0, help="fixes the views, and random weights")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    parser.add_argument("--amp", default="auto", choices=("auto", "off", "bf16", "fp16"), help="mixed precision; auto: on a GPU")
+    parser.add_argument("--compile", default="auto", choices=("auto", "on", "off"), help="torch.compile; auto: on a GPU")
+    cli.add_data_flags(parser, dataset=None, batch_size=64)
+    cli.add_augment_flags(parser)
+    parser.set_defaults(split_seed=None)  # the checkpoint's
+    return parser
+
+
+def settle(args):
+    """The checkpoint, or None; fills in --dataset, --data-root, --val-split and --split-seed from it."""
+    if bool(args.checkpoint) == bool(args.model):
+        raise cli.UserError("give one of --checkpoint FILE and --model NAME")
+    if args.checkpoint and (args.pretrained or args.weights or args.patch_size):
+        raise cli.UserError("--pretrained, --weights and --patch-size belong to --model, not to --checkpoint")
+    if args.limit_train:
+        raise cli.UserError("--limit-train: a store holds all images of a split, so that any student finds its own")
+    checkpoint = load_checkpoint(args.checkpoint) if args.checkpoint else None
+    flags = checkpoint["flags"] if checkpoint else {"dataset": "digits", "data_root": None}
+    args.dataset = args.dataset or flags["dataset"]
+    if args.dataset == flags["dataset"]:
+        args.data_root = args.data_root or flags["data_root"]
+        args.val_split = flags.get("val_split") if args.val_split is None else args.val_split
+        args.split_seed = flags.get("split_seed", 0) if args.split_seed is None else args.split_seed
+    args.split_seed = args.split_seed or 0
+    return checkpoint
+
+
+def load_teacher(args, checkpoint, classes, info):
+    """(model, Preprocess, what meta.json says of them)."""
+    if checkpoint:
+        model, preprocess = load_model(checkpoint, resolution=args.resolution, path=args.checkpoint)
+        sha = file_sha256(args.checkpoint)
+    else:
+        resolution = args.resolution or info.resolution
+        torch.manual_seed(args.seed)
+        model = build_model(args.model, len(classes), resolution, args.patch_size, args.pretrained)
+        start_weights(model, args.weights)
+        preprocess = Preprocess(resolution, model.mean or info.mean, model.std or info.std)
+        sha = file_sha256(args.weights) if args.weights else None
+    model.set_pooling(args.pooling)
+    model.with_tokens = args.save_tokens
+    weights = "checkpoint" if checkpoint else "hub" if args.pretrained else "file" if args.weights else f"random, seed {args.seed}"
+    described = {"name": model.name, "family": model.family, "parameters": model.num_parameters, "checkpoint": args.checkpoint,
+                 "weights": weights, "sha256": sha, "preprocess": preprocess.to_dict()}  # fmt: skip
+    return model, preprocess, described
+
+
+def outputs(targets, batch, names, num_views):
+    """{name: (B, V, ...)} of all views of a batch, on the device."""
+    views = []
+    for view in range(num_views):
+        out = targets({**batch, "view": torch.full_like(batch["view"], view)})
+        views.append({name: out[key] for name, key in names.items()})
+    return {name: torch.stack([view[name] for view in views], 1) for name in names}
+
+
+def extract(writer, dataset, targets, names, args, device, interrupts, title):
+    """Fill the rows that are left; returns images a second."""
+    todo = writer.todo
+    todo = todo[(todo >= writer.start) & (todo < writer.stop)]
+    loader = Loader(dataset.subset(todo), args.batch_size, device, cache="off" if args.cache == "auto" else args.cache, workers=args.workers)
+    started = flushed = time.time()
+    pending, show = collections.deque(), sys.stderr.isatty() and not distributed.rank()
+
+    def save(rows, values):  # in a thread: the model goes on with the next batch
+        writer.write(rows, {name: value[: len(rows)].float().cpu().numpy() for name, value in values.items()})
+
+    with ThreadPoolExecutor(1) as pool:
+        for batch in tqdm(loader.batches(), total=-(-len(loader) // distributed.size()), unit="batch", desc=title, leave=False, disable=not show):
+            rows = todo[batch["index"][: batch["valid"]].numpy()]
+            pending.append(pool.submit(save, rows, outputs(targets, batch, names, args.num_views)))
+            if len(pending) > 2:
+                pending.popleft().result()
+            if time.time() - flushed > FLUSH_SECONDS:
+                writer.flush()
+                flushed = time.time()
+            if interrupts.requested:
+                break
+        for future in pending:
+            future.result()
+    writer.flush()
+    interrupts.requested = max(distributed.gather(int(interrupts.requested)))
+    if interrupts.requested:
+        raise Interrupted(f"interrupted: {title}: the same command goes on", interrupts.CODES[interrupts.requested])
+    return len(todo) / max(time.time() - started, 1e-9)
+
+
+def main(args):
+    if args.merge:
+        for split in args.splits:
+            merge(split_folder(args.output, split), args.merge)
+            print(f"{split_folder(args.output, split)}: {args.merge} shards joined")
+        return
+    interrupts = Interrupts()
+    device = select_device(args.device)
+    precision = Precision(args.amp, device)
+    checkpoint = settle(args)
+    info = DATASETS[args.dataset]
+    policy = cli.augment_policy(args)
+    splits = load_splits(
+        args.dataset, cli.data_root(args.data_root), val_split=args.val_split, split_seed=args.split_seed, download=args.download,
+        on_bad_image=args.on_bad_image, decode_size=args.decode_size, window=args.window,
+    )  # fmt: skip
+    model, preprocess, described = load_teacher(args, checkpoint, splits.classes, info)
+    model.to(device).to(memory_format=torch.channels_last)
+    if use_compile(args.compile, device):
+        model.compile()
+    targets = live_teacher(model, preprocess, Augmenter(policy, args.seed), precision)
+    names = {"embeddings": "embedding", **({"logits": "logits"} if args.save_logits else {}), **({"tokens": "tokens"} if args.save_tokens else {})}
+    sides = {"resolution": preprocess.resolution, "pooling": args.pooling, "num_views": args.num_views, "seed": args.seed,
+             "policy": policy.to_dict(), "amp": precision.name, "batch_size": args.batch_size, "teacher": described}  # fmt: skip
+    data = {"dataset": args.dataset, "classes": splits.classes, "val_split": args.val_split, "split_seed": args.split_seed,
+            "decode_size": args.decode_size, "window": args.window, "environment": cli.environment(device_name(device))}  # fmt: skip
+    with torch.no_grad():
+        dry = model({"image": torch.zeros(1, 3, preprocess.resolution, preprocess.resolution, device=device)})
+    shapes = {name: (args.num_views, *dry[key].shape[1:]) for name, key in names.items()}
+    for split in args.splits:
+        dataset, folder = getattr(splits, split), split_folder(args.output, split)
+        meta = {**sides, **data, "split": split, "sha256": dataset.fingerprint(splits.classes)}
+        writer = open_writer(folder, meta, dataset, shapes, args)
+        title = f"{folder}{f', shard {args.shard[0]} of {args.shard[1]}' if args.shard[1] > 1 else ''}"
+        if writer.complete:
+            say(f"{title}: complete")
+            continue
+        rate = extract(writer, dataset, targets, names, args, device, interrupts, title)
+        distributed.barrier()  # all rows of all processes are there
+        if distributed.rank() == 0:
+            writer.finish()
+        size = sum(array.nbytes for array in writer.arrays.values())
+        say(f"{title}: {writer.stop - writer.start} images, {', '.join(f'{n} {s}' for n, s in shapes.items())}, {args.dtype}, "
+            f"{size / 1e6:,.1f} MB, {rate:,.0f} images/s")  # fmt: skip
+
+
+def open_writer(folder, meta, dataset, shapes, args):
+    """Rank 0 makes the files, the others open them."""
+    if distributed.environment().local_size != distributed.size():
+        raise cli.UserError("several nodes cannot write one file safely: give each its own --shard I/N")
+    make = lambda creates: Writer(folder, meta, dataset.ids, dataset.labels, shapes, args.dtype, args.shard, args.overwrite, creates)  # noqa: E731
+    writer = make(True) if distributed.rank() == 0 else None
+    complete = distributed.gather(writer is not None and writer.complete)[0]
+    if writer is None:
+        writer = make(False) if not complete else argparse.Namespace(complete=True)
+    return writer
+
+
+def say(text):
+    if distributed.rank() == 0:
+        print(text, flush=True)
+
+
+if __name__ == "__main__":
+    cli.run_script(main, build_parser)
