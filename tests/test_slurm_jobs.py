@@ -25,6 +25,14 @@ OURS = {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
         **dict.fromkeys(("DATA_ROOT", "STAGE_DATA", "VENV", "MODULES", "MAX_REQUEUES", "LOG_GPU"))}  # fmt: skip
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """In what runs beside the jobs too: sums in another order would differ in their last bits."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", OURS["OMP_NUM_THREADS"])
+        yield
+
+
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
     """A user's copy of the code, where jobs are submitted and runs/ grows; site.sh lets a test choose TMPDIR."""
