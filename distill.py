@@ -4,10 +4,11 @@
     python distill.py --teacher-checkpoint runs/teacher/best.pth --method feature --teacher-layer layer3 \\
         --student-layer layer3
     python distill.py --teacher-model timm:resnet50 --teacher-weights FILE --dataset imagefolder --data-root DIR
+    python distill.py --teacher-embeddings embeddings --method embedding     # of extract_embeddings.py: no teacher is run
     python distill.py --resume runs/distill
 
 The teacher is frozen and judged on val before training.  Writes the run folder as train_student.py does.
-Needs from common: augment.py, cli.py, data.py, distributed.py, evaluation.py, images.py, loader.py,
+Needs from common: augment.py, cli.py, data.py, distributed.py, embeddings.py, evaluation.py, images.py, loader.py,
 losses.py, metrics.py, models.py, optimizer.py, splitting.py, training.py.
 Packages: torch, timm, numpy, pillow, scikit-learn, tqdm (torchvision for CIFAR, transformers for hf: names).
 """
@@ -17,12 +18,13 @@ import os
 import torch
 
 from common import cli
-from common.augment import Augmenter
+from common.augment import Augmenter, Policy
 from common.data import DATASETS, TASK, load_splits
 from common.distributed import data_parallel
+from common.embeddings import Store, StoredTeacher, difference, split_folder
 from common.evaluation import is_chance_level, live_teacher, predict, write_results
 from common.loader import Loader, save_sample_grid
-from common.losses import FEATURE_LOSSES, METHODS, DistillationLoss, class_weights, method_weights
+from common.losses import FEATURE_LOSSES, METHODS, TEACHER_PROJECTORS, DistillationLoss, class_weights, method_weights
 from common.metrics import CLASSIFICATION, FIDELITY, classification, fidelity
 from common.models import build_model
 from common.optimizer import Schedule, Updater, make_optimizer
@@ -46,6 +48,8 @@ def build_parser():
     g.add_argument("--teacher-model", metavar="NAME", help="a model by name, as --model, with --teacher-pretrained or --teacher-weights")
     g.add_argument("--teacher-pretrained", action="store_true", help="the hub's weights for --teacher-model")
     g.add_argument("--teacher-weights", metavar="FILE", help="a foreign state dict for --teacher-model, strictly")
+    g.add_argument("--teacher-embeddings", metavar="DIR", help="what extract_embeddings.py stored, in place of a teacher; the student sees the stored views")
+    g.add_argument("--num-views", type=cli.POSITIVE, metavar="K", help="use the first K stored views; by default all")
     g.add_argument("--teacher-resolution", type=cli.POSITIVE, help="the teacher's input side in pixels; by default the one it was trained at")
     g.add_argument("--allow-weak-teacher", action="store_true", help="go on with a teacher that is no better than chance on val")
     g = parser.add_argument_group("distillation")
@@ -58,6 +62,12 @@ def build_parser():
     g.add_argument("--feature-loss", default="mse", choices=FEATURE_LOSSES, help="on projected and pooled maps")
     g.add_argument("--student-layer", nargs="+", default=[], metavar="PATH", help="module paths of the student's features, as layer3 or blocks.5")
     g.add_argument("--teacher-layer", nargs="+", default=[], metavar="PATH", help="module paths of the teacher's features, paired in order")
+    g.add_argument("--embedding-weight", type=float, help="of the embedding loss; by default the method's")
+    g.add_argument("--lambda-feat", type=cli.AMOUNT, default=1.0, help="of the squared error, summed over dimensions, in the embedding loss")
+    g.add_argument("--lambda-cos", type=cli.AMOUNT, default=1.0, help="of 1 - cosine in the embedding loss")
+    g.add_argument("--shared-dim", type=cli.POSITIVE, help="width of the space of the embedding loss; by default the teacher's")
+    g.add_argument("--teacher-projector", default="identity", choices=TEACHER_PROJECTORS, help="of the embedding loss; a learned one may collapse")
+    g.add_argument("--pooling", choices=("cls", "mean", "map"), help="what is the student's embedding; by default what its head takes")
     g.add_argument("--projector-weight-decay", type=cli.AMOUNT, default=0.0, help="of the projectors' matrices")
     return parser
 
@@ -98,6 +108,42 @@ def take_dataset_from(checkpoint, args):
         args.data_root = args.data_root or taught["data_root"]
     if args.limit_train is None:
         args.limit_train = DATASETS[args.dataset].student_images
+
+
+def open_stores(args):
+    """{split: Store} of --teacher-embeddings, or None; the run's data are the store's, other flags are refused."""
+    if not args.teacher_embeddings:
+        if args.num_views:
+            raise cli.UserError("--num-views needs --teacher-embeddings DIR")
+        return None
+    for name in ("teacher_checkpoint", "teacher_model", "teacher_resolution", *Policy.__dataclass_fields__, "no_augment"):
+        if getattr(args, name) not in (None, False):
+            flag = "--" + name.replace("_", "-")
+            raise cli.UserError(f"{flag} and --teacher-embeddings contradict each other: teacher and views are the stored ones")
+    stores = {split: Store(split_folder(args.teacher_embeddings, split)) for split in ("train", "val", "test")}
+    meta = stores["train"].meta
+    for store in stores.values():
+        differs = difference({**store.meta, **{key: meta[key] for key in ("split", "sha256", "count")}}, meta)
+        if differs:
+            raise cli.UserError(f"{store.folder} and {stores['train'].folder} are of different extractions ({differs})")
+    for name, default in (("dataset", None), ("val_split", None), ("split_seed", 0), ("decode_size", 512), ("window", None)):
+        if getattr(args, name) not in (default, meta[name]):
+            raise cli.UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: the embeddings were made with {meta[name]}")
+        setattr(args, name, meta[name])
+    return stores
+
+
+def stored_teacher(args, stores, splits, weights):
+    """(StoredTeacher, dict for results.json)."""
+    if weights["feature"]:
+        raise cli.UserError(f"--teacher-embeddings hold no feature maps: --method {args.method} needs a teacher, or --feature-weight 0")
+    wanted = [name for name, term in (("embeddings", "embedding"), ("logits", "kl")) if weights[term]]
+    datasets = {"train": splits.train, "val": splits.val, "test": splits.test}
+    meta = stores["train"].meta
+    kept = {key: meta["teacher"][key] for key in ("name", "family", "parameters", "checkpoint", "sha256")}
+    views = args.num_views or meta["num_views"]
+    described = {**kept, "embeddings": args.teacher_embeddings, "num_views": views, "resolution": meta["resolution"]}
+    return StoredTeacher(stores, datasets, wanted, args.num_views, args.seed), described
 
 
 def load_teacher(args, path, checkpoint, classes, resolution, info):
@@ -142,18 +188,20 @@ def main(args):
     device = select_device(args.device)
     precision = Precision(args.amp, device)
     weights = method_weights(
-        args.method, args.alpha, ce=args.ce_weight, kl=args.kl_weight, feature=args.feature_weight
-    )
+        args.method, args.alpha, ce=args.ce_weight, kl=args.kl_weight, feature=args.feature_weight,
+        embedding=args.embedding_weight,
+    )  # fmt: skip
     if not weights["feature"] and (args.student_layer or args.teacher_layer):
         raise cli.UserError(f"--student-layer and --teacher-layer with --method {args.method}: its feature weight is 0")
 
     # data: the teacher's dataset where none is named
-    teacher_path, checkpoint = teacher_checkpoint(args)
+    stores = open_stores(args)
+    teacher_path, checkpoint = (None, None) if stores else teacher_checkpoint(args)
     take_dataset_from(checkpoint, args)
     info = DATASETS[args.dataset]
     resolution = args.resolution or info.resolution
-    policy = cli.augment_policy(args)
-    augment = Augmenter(policy, args.seed)
+    policy = stores["train"].policy if stores else cli.augment_policy(args)
+    augment = Augmenter(policy, stores["train"].seed if stores else args.seed)
     splits = load_splits(
         args.dataset, cli.data_root(args.data_root), val_split=args.val_split, split_seed=args.split_seed,
         limit_train=args.limit_train or None, download=args.download, on_bad_image=args.on_bad_image,
@@ -163,24 +211,31 @@ def main(args):
     val = Loader(splits.val, args.batch_size, device, cache=args.cache, workers=args.workers)
 
     # teacher and student; the student starts from the weights that train_student.py has for this seed
-    teacher, teacher_preprocess, described = load_teacher(
-        args, teacher_path, checkpoint, splits.classes, resolution, info
-    )
+    if stores:
+        stored, described = stored_teacher(args, stores, splits, weights)
+    else:
+        teacher, teacher_preprocess, described = load_teacher(args, teacher_path, checkpoint, splits.classes, resolution, info)
     torch.manual_seed(args.seed)
     model = build_model(args.model, len(splits.classes), resolution, args.patch_size, args.pretrained)
     weights_from = start_weights(model, args.weights, args.init_checkpoint)
     preprocess = Preprocess(resolution, model.mean or info.mean, model.std or info.std)
+    model.set_pooling(args.pooling)
     if weights["feature"]:
         model.set_feature_layers(args.student_layer)
         teacher.set_feature_layers(args.teacher_layer)
-    for module in (teacher, model):
-        module.to(device).to(memory_format=torch.channels_last)
-    targets = live_teacher(teacher, teacher_preprocess, augment, precision)
+    model.to(device).to(memory_format=torch.channels_last)
+    if stores:
+        targets, choose_view = stored.targets, stored.choose_view
+    else:
+        teacher.to(device).to(memory_format=torch.channels_last)
+        targets, choose_view = live_teacher(teacher, teacher_preprocess, augment, precision), lambda batch: batch
 
     # loss: a dry batch makes the projectors before the optimizer sees the parameters
     class_weight = class_weights(args.class_weights, splits.train.labels, len(splits.classes))
-    criterion = DistillationLoss(weights, args.temperature, args.feature_loss, args.label_smoothing, class_weight)
-    dry = next(train.batches())
+    criterion = DistillationLoss(weights, args.temperature, args.feature_loss, args.label_smoothing, class_weight, {
+        "shared_dim": args.shared_dim, "teacher": args.teacher_projector, "lambda_feat": args.lambda_feat, "lambda_cos": args.lambda_cos,
+    })  # fmt: skip
+    dry = choose_view(next(train.batches()))
     with torch.no_grad():
         criterion.build(model.eval()({"image": preprocess(augment(dry, resolution))}), targets(dry))
     optimizer = make_optimizer(
@@ -193,18 +248,28 @@ def main(args):
     )  # fmt: skip
     if use_compile(args.compile, device):
         model.compile()
-        teacher.compile()
+        if not stores:
+            teacher.compile()
     parallel = data_parallel(Student(model, criterion), device, unused=not weights["ce"] and not weights["kl"])
     updater = Updater(
         model, optimizer, schedule, precision, args.clip_grad, args.ema, args.accumulation_steps, parallel
     )
 
     # the teacher is judged before it teaches; val images are plain, so its logits there are computed once
-    teacher_logits = {"val": predict(teacher, val, teacher_preprocess, precision, interrupts)}
-    described["val"] = classification(teacher_logits["val"], splits.val.labels)
-    run.log(f"teacher {described['name']}: {described['parameters']:,} parameters, {teacher_preprocess.resolution} px, "
-            f"val accuracy {described['val']['accuracy']:.4f}")  # fmt: skip
-    check_teacher(described["val"]["balanced_accuracy"], len(splits.classes), splits.val.labels, args.allow_weak_teacher)
+    def teacher_on(split, loader):
+        return stored.logits(split) if stores else predict(teacher, loader, teacher_preprocess, precision, interrupts)
+
+    teacher_logits = {"val": teacher_on("val", val)}
+    side = described["resolution"] if stores else teacher_preprocess.resolution
+    line = f"teacher {described['name']}: {described['parameters']:,} parameters, {side} px"
+    if stores:
+        line += f", {stored.num_views} stored views"
+    if teacher_logits["val"] is None:
+        run.log(f"{line}; its logits are not stored, so it is not judged")
+    else:
+        described["val"] = classification(teacher_logits["val"], splits.val.labels)
+        run.log(f"{line}, val accuracy {described['val']['accuracy']:.4f}")
+        check_teacher(described["val"]["balanced_accuracy"], len(splits.classes), splits.val.labels, args.allow_weak_teacher)
     for note in differences(checkpoint, args):
         run.log(note)
 
@@ -225,14 +290,15 @@ def main(args):
     if weights_from:
         run.log(weights_from)
     if args.save_samples:
-        batch = next(train.batches(1))
-        save_sample_grid(args.save_samples, [augment(batch, teacher_preprocess.resolution), augment(batch, resolution)])
+        batch = choose_view(next(train.batches(1)))
+        save_sample_grid(args.save_samples, [augment(batch, side), augment(batch, resolution)])
 
     with recorder.saving_when_interrupted():
         for _ in recorder.epochs():
             model.train()
             for batch in recorder.batches(train):
-                taught = targets(batch)  # {"logits": (B, C), ...}, from the same views at the teacher's resolution
+                batch = choose_view(batch)
+                taught = targets(batch)  # {"logits": (B, C), ...}, of the same views at the teacher's resolution
                 images = preprocess(augment(batch, resolution))  # (B, 3, R, R)
                 labels = batch["targets"][TASK]  # (B,)
                 with precision.autocast():
@@ -242,14 +308,16 @@ def main(args):
                 recorder.meter.add(loss=loss, accuracy=right, **criterion.terms)
             logits = predict(updater.evaluated_model, val, preprocess, precision, interrupts)  # (N, C)
             values = classification(logits, splits.val.labels)
-            values.update(fidelity(logits, teacher_logits["val"], splits.val.labels))
+            if teacher_logits["val"] is not None:
+                values.update(fidelity(logits, teacher_logits["val"], splits.val.labels))
             recorder.end_epoch(values)
 
         test = Loader(splits.test, args.batch_size, device, cache=args.cache, workers=args.workers)
-        teacher_logits["test"] = predict(teacher, test, teacher_preprocess, precision, interrupts)
+        teacher_logits["test"] = teacher_on("test", test)
         write_results(
             run, splits, {"val": val, "test": test}, recorder, preprocess, precision, script="distill.py",
-            method=args.method, teacher=described, teacher_logits=teacher_logits,
+            method=args.method, teacher=described,
+            teacher_logits=None if teacher_logits["val"] is None else teacher_logits,
         )  # fmt: skip
 
 

@@ -7,7 +7,7 @@
     store.read("embeddings", rows, views)                  # (B, D) float32, of view number views[i] of row i
 
 View 0 is the plain image; view v is that of `Augmenter(store.policy, store.seed)`, so that a student can be shown it again.
-Needs augment.py and cli.py of `common` and numpy.
+Needs augment.py and cli.py of `common`, torch and numpy.
 """
 
 import contextlib
@@ -15,8 +15,9 @@ import json
 import os
 
 import numpy as np
+import torch
 
-from common.augment import Policy
+from common.augment import Policy, uniform
 from common.cli import UserError, read_json, write_json
 
 FORMAT = 1
@@ -244,3 +245,41 @@ class Store:
             bad = np.asarray(rows)[~np.isfinite(values).reshape(len(values), -1).all(1)][0]
             raise UserError(f"{self.folder}/{name}.npy holds NaN or infinity at {self.ids[bad]}: extract it again")
         return values
+
+
+STREAM_VIEW = 2001  # of the counter-based generator
+
+
+class StoredTeacher:
+    """What a frozen teacher said, in its place: `targets(batch) -> dict`, and the view of which it said so.
+
+    stores: {"train", "val", "test": Store}; datasets: {the same: dataset}, whose ids must be there; num_views: the first
+    K stored views are used (None: all).  Raises UserError.
+    """
+
+    KEYS = {"embeddings": "embedding", "logits": "logits", "tokens": "tokens"}
+
+    def __init__(self, stores, datasets, wanted, num_views=None, seed=0):
+        self.store, self.stores, self.datasets, self.seed = stores["train"], stores, datasets, seed
+        self.num_views = num_views or self.store.num_views
+        self.store.check_views(self.num_views)
+        for name in wanted:
+            if name not in self.store.arrays:
+                raise UserError(f"{self.store.folder} holds no {name}: this method needs them, extract with --save-{name}")
+        self.wanted = wanted
+        self.rows = {split: stores[split].rows(dataset.ids) for split, dataset in datasets.items()}
+
+    def choose_view(self, batch):
+        """In a training batch the view becomes a stored one: a start drawn from (seed, key), then one after another."""
+        start = uniform(self.seed, 0, STREAM_VIEW, batch["key"])[:, 0] * self.num_views
+        return {**batch, "view": (start.long() + batch["view"]) % self.num_views}
+
+    def targets(self, batch):
+        """{"embedding": (B, D), "logits": (B, C), ...} float32 on the batch's device, of view batch["view"] of train."""
+        rows, views, device = self.rows["train"][batch["index"].numpy()], batch["view"].numpy(), batch["image"].device
+        return {self.KEYS[name]: torch.from_numpy(self.store.read(name, rows, views)).to(device, non_blocking=True) for name in self.wanted}
+
+    def logits(self, split):
+        """(N, C) float32 of the plain images of a split, or None where they are not stored."""
+        rows, store = self.rows[split], self.stores[split]
+        return store.read("logits", rows, np.zeros(len(rows), int)) if "logits" in store.arrays else None

@@ -12,10 +12,13 @@ from torch import nn
 
 # Weights a published combination sets; --ce-weight, --kl-weight, ... override one by one, 0 leaves a term out.
 METHODS = {
-    "response": {"ce": 0.5, "kl": 0.5, "feature": 0.0},  # Hinton et al. 2015, arXiv:1503.02531
-    "feature": {"ce": 0.5, "kl": 0.5, "feature": 1.0},  # the same and a hint, Romero et al. 2015, arXiv:1412.6550
+    "response": {"ce": 0.5, "kl": 0.5, "feature": 0.0, "embedding": 0.0},  # Hinton et al. 2015, arXiv:1503.02531
+    "feature": {"ce": 0.5, "kl": 0.5, "feature": 1.0, "embedding": 0.0},  # the same and a hint, Romero et al. 2015, arXiv:1412.6550
+    # stored or live embeddings in a shared space, with labels; --ce-weight 0 without
+    "embedding": {"ce": 1.0, "kl": 0.0, "feature": 0.0, "embedding": 1.0},
 }
 FEATURE_LOSSES = ("mse", "cosine")
+TEACHER_PROJECTORS = ("identity", "frozen-orthogonal", "learned")
 
 
 class LossError(ValueError):
@@ -99,15 +102,57 @@ def feature_cosine(student, teacher):
         return (1 - F.cosine_similarity(student, teacher, dim=1)).mean()
 
 
+def embedding_loss(student, teacher, lambda_feat=1.0, lambda_cos=1.0):
+    """lambda_feat * ||t - s||^2 + lambda_cos * (1 - cos(t, s)) of embeddings (B, D) of equal width.
+
+    The squared error is summed over dimensions, both terms are averaged over the batch.
+    """
+    with torch.autocast(student.device.type, enabled=False):
+        student, teacher = _float32(student, teacher)
+        squared = (teacher - student).square().sum(1).mean()
+        return lambda_feat * squared + lambda_cos * (1 - F.cosine_similarity(student, teacher, dim=1)).mean()
+
+
+def orthogonal(rows, columns, seed=0):
+    """(rows, columns) with orthonormal rows, or columns where there are fewer of them; the same for a seed everywhere."""
+    values = torch.randn(max(rows, columns), min(rows, columns), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    q = torch.linalg.qr(values)[0].float()
+    return q if rows >= columns else q.T
+
+
+class EmbeddingProjectors(nn.Module):
+    """Linear maps of student (B, D_s) and teacher (B, D_t) into a space of shared_dim.
+
+    teacher: identity, shared_dim is D_t then; frozen-orthogonal, a fixed random projection; learned.  A learned one can
+    fall to a constant together with the student's, which costs nothing: watch the variance.
+    """
+
+    def __init__(self, student_dim, teacher_dim, shared_dim=None, teacher="identity"):
+        super().__init__()
+        if teacher == "identity" and shared_dim not in (None, teacher_dim):
+            raise LossError(f"--shared-dim {shared_dim} with --teacher-projector identity: the teacher's width is {teacher_dim}")
+        shared_dim = shared_dim or teacher_dim
+        self.student = nn.Linear(student_dim, shared_dim)
+        self.teacher = nn.Identity() if teacher == "identity" else nn.Linear(teacher_dim, shared_dim, bias=teacher == "learned")
+        if teacher == "frozen-orthogonal":
+            self.teacher.weight = nn.Parameter(orthogonal(shared_dim, teacher_dim), requires_grad=False)
+
+    def forward(self, student, teacher):
+        student = self.student(student.to(self.student.weight.dtype))
+        return student, self.teacher(teacher.to(student.dtype))
+
+
 def method_weights(method, alpha=None, **overrides):
     """Weights {term: float} of a method.
 
     alpha: weighs cross-entropy, 1 - alpha the KL (methods response and feature; 0.5 where it is None).
-    overrides: ce, kl, feature: a number each, or None for the method's own.  Raises LossError.
+    overrides: ce, kl, feature, embedding: a number each, or None for the method's own.  Raises LossError.
     """
     weights = dict(METHODS[method])
     given = {name: value for name, value in overrides.items() if value is not None}
     if alpha is not None:
+        if method not in ("response", "feature"):
+            raise LossError(f"--alpha with --method {method}: it has no such weight, give --ce-weight and the others")
         clash = [name for name in ("ce", "kl") if name in given]
         if clash:
             raise LossError(f"--alpha and --{clash[0]}-weight both set the weight of {clash[0]}: give one of them")
@@ -126,7 +171,8 @@ def method_weights(method, alpha=None, **overrides):
 class DistillationLoss(nn.Module):
     """Sum of the terms whose weight is not 0; owns the projectors.
 
-    weights: {"ce", "kl", "feature": float}; temperature: of the KL; feature_loss: "mse" or "cosine".
+    weights: {"ce", "kl", "feature", "embedding": float}; embedding: settings of that term, {"shared_dim", "teacher",
+    "lambda_feat", "lambda_cos"}, see EmbeddingProjectors and embedding_loss; temperature: of the KL; feature_loss: "mse" or "cosine".
 
     `build(student, teacher)` once, on outputs of a dry batch and before optimizer, EMA and DDP see the parameters,
     makes a 1x1 projector from the student's width to the teacher's for each pair of features.
@@ -136,7 +182,7 @@ class DistillationLoss(nn.Module):
     the whole batch, make it so for class weights.  A term that compares samples must gather the parts first.
     """
 
-    def __init__(self, weights, temperature=4.0, feature_loss="mse", label_smoothing=0.0, class_weights=None):
+    def __init__(self, weights, temperature=4.0, feature_loss="mse", label_smoothing=0.0, class_weights=None, embedding=None):
         super().__init__()
         if not 0 < temperature < math.inf:
             raise LossError(f"--temperature {temperature} is no number above 0")
@@ -144,6 +190,8 @@ class DistillationLoss(nn.Module):
         self.temperature, self.label_smoothing, self.class_weights = temperature, label_smoothing, class_weights
         self.feature_term = {"mse": feature_mse, "cosine": feature_cosine}[feature_loss]
         self.projectors = nn.ModuleList()
+        self.embedding = {"shared_dim": None, "teacher": "identity", "lambda_feat": 1.0, "lambda_cos": 1.0, **(embedding or {})}
+        self.embedding_projectors = None
         self.terms = {}
 
     def build(self, student, teacher):
@@ -151,6 +199,10 @@ class DistillationLoss(nn.Module):
             raise LossError(
                 f"the teacher has {teacher['logits'].shape[1]} classes, the student {student['logits'].shape[1]}"
             )
+        if "embedding" in self.weights:
+            widths = (out["embedding"].shape[1] for out in (student, teacher))
+            self.embedding_projectors = EmbeddingProjectors(*widths, self.embedding["shared_dim"], self.embedding["teacher"])
+            self.embedding_projectors.to(student["embedding"].device)
         if "feature" not in self.weights:
             return
         students, teachers = (list(out.get("features", {}).values()) for out in (student, teacher))
@@ -171,9 +223,19 @@ class DistillationLoss(nn.Module):
                 term = temperature_kl(student["logits"], teacher["logits"], self.temperature)
             elif name == "feature":
                 term = self.feature(student["features"], teacher["features"])
+            elif name == "embedding":
+                term = self.embedded(student["embedding"], teacher["embedding"])
             loss = loss + weight * term
             self.terms[name] = term.detach()
         return loss
+
+    def embedded(self, student, teacher):
+        """The loss in the shared space; notes the variance there, mean over dimensions: near 0 all images look alike."""
+        with torch.autocast(student.device.type, enabled=False):
+            student, teacher = self.embedding_projectors(student, teacher)
+        for who, values in (("student", student), ("teacher", teacher)):
+            self.terms[f"{who}_variance"] = values.detach().var(0, correction=0).mean()
+        return embedding_loss(student, teacher, self.embedding["lambda_feat"], self.embedding["lambda_cos"])
 
     def feature(self, student, teacher):
         """Mean of the feature loss over the pairs of layers, the student's maps projected to the teacher's width."""

@@ -44,7 +44,7 @@ def make_optimizer(
                 (free if p.ndim <= 1 or n in skip else decayed).append(p)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
     if projectors is not None:
-        own = list(projectors.parameters())
+        own = [p for p in projectors.parameters() if p.requires_grad]
         groups.append({"params": [p for p in own if p.ndim > 1], "weight_decay": projector_decay})
         groups.append({"params": [p for p in own if p.ndim <= 1], "weight_decay": 0.0})
     groups = [g for g in groups if g["params"]]
