@@ -16,7 +16,7 @@ from conftest import ROOT, run_script, script_environment, succeed
 from common.augment import Augmenter, Policy
 from common.cli import UserError
 from common.data import load_splits
-from common.embeddings import Store, Writer, difference, merge, shard_rows, split_folder
+from common.embeddings import Store, StoredTeacher, Writer, difference, merge, shard_rows, split_folder
 from common.evaluation import live_teacher
 from common.loader import Loader
 from common.training import Precision, load_checkpoint, load_model
@@ -295,3 +295,83 @@ def test_random_weights_by_name_are_the_seed_s(tmp_path):
         succeed("extract_embeddings.py", "--model", "vit_6_192", "--pooling", "mean", "--splits", "val", "--seed", seed, "--output", tmp_path / name)
     a, b, c = (np.load(tmp_path / name / "val_embeddings/embeddings.npy") for name in "abc")
     assert a.shape == (270, 1, 192) and np.array_equal(a, b) and not np.array_equal(a, c)
+
+
+# ------------------------------------------------------------------------------------------------ teaching from a store
+
+
+def test_the_view_is_a_function_of_seed_epoch_and_key(tmp_path):
+    writer = Writer(str(tmp_path / "s"), {"seed": 0, "policy": Policy().to_dict(), "num_views": 4}, [f"id{i}" for i in range(200)],
+                    np.arange(200), {"embeddings": (4, 2)})  # fmt: skip
+    values = np.stack([np.stack([np.full(200, v), np.arange(200)], 1) for v in range(4)], 1)  # (200, 4, 2): (view, row)
+    writer.write(np.arange(200), {"embeddings": values})
+    writer.finish()
+    store = Store(str(tmp_path / "s"))
+
+    class Dataset:
+        ids = [f"id{i}" for i in range(199, -1, -1)]  # in another order than the store's
+
+    def teacher(**options):
+        return StoredTeacher(dict.fromkeys(("train", "val", "test"), store), {"train": Dataset}, ["embeddings"], **options)
+
+    def batch(epoch, index):
+        index = torch.tensor(index)
+        return {"index": index, "key": index * 77, "view": torch.full_like(index, epoch), "image": torch.zeros(len(index))}
+
+    everything = list(range(200))
+    seen = torch.stack([teacher().choose_view(batch(epoch, everything))["view"] for epoch in range(1, 5)])
+    assert all(sorted(column.tolist()) == [0, 1, 2, 3] for column in seen.T)  # each view once in four epochs
+    assert all(40 < count < 60 or 30 < count < 70 for count in torch.bincount(seen[0]).tolist())
+    alone = teacher().choose_view(batch(2, [5, 3]))["view"]
+    assert alone.tolist() == seen[1][[5, 3]].tolist()  # not of the batch
+    assert not torch.equal(teacher(seed=1).choose_view(batch(1, everything))["view"], seen[0])
+    assert teacher(num_views=2).choose_view(batch(3, everything))["view"].max() == 1
+    chosen = teacher().choose_view(batch(1, [0, 7]))
+    told = teacher().targets(chosen)["embedding"]
+    assert told.tolist() == [[chosen["view"][0], 199], [chosen["view"][1], 192]]  # by id, of the view that is shown
+
+
+def test_distillation_from_the_store_is_that_of_the_live_teacher(extracted, teacher, tmp_path):
+    """Plain images: the same losses, up to float16."""
+    flags = ["--resolution", 8, "--limit-train", 160, "--epochs", 2, "--device", "cpu"]
+    live = [*flags, "--dataset", "digits", "--no-augment", "--teacher-checkpoint", teacher / "best.pth"]
+    succeed("distill.py", *live, "--output", tmp_path / "live")
+    done = succeed("distill.py", *flags, "--teacher-embeddings", extracted, "--num-views", 1, "--output", tmp_path / "stored")
+    assert "1 stored views" in done.stdout
+    a, b = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("live", "stored"))
+    for x, y in zip(a, b):
+        assert x["train_kl"] == pytest.approx(y["train_kl"], rel=0.05) and x["train_ce"] == pytest.approx(y["train_ce"], rel=0.05)
+    ours, theirs = (json.loads((tmp_path / name / "results.json").read_text())["teacher"] for name in ("live", "stored"))
+    assert ours["sha256"] == theirs["sha256"] and ours["val"]["accuracy"] == pytest.approx(theirs["val"]["accuracy"], abs=0.005)
+
+
+def test_embedding_distillation_stops_and_resumes_exactly(extracted, tmp_path):
+    from test_resume import lines_in, same, stop_when
+
+    flags = ["--teacher-embeddings", extracted, "--method", "embedding", "--teacher-projector", "frozen-orthogonal", "--shared-dim", 32,
+             "--optimizer", "adamw", "--limit-train", 160, "--epochs", 3, "--device", "cpu"]  # fmt: skip
+    succeed("distill.py", *flags, "--output", tmp_path / "whole")
+    row = json.loads((tmp_path / "whole" / "metrics.json").read_text())[-1]
+    assert row["train_teacher_variance"] > 1e-4 and {"train_embedding", "val_agreement"} <= row.keys()
+    process = subprocess.Popen([sys.executable, str(ROOT / "distill.py"), *map(str, flags), "--output", str(tmp_path / "run")],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=script_environment())  # fmt: skip
+    assert stop_when(process, lambda: lines_in(tmp_path / "run" / "log.txt", "epoch 1/3:"), signal.SIGTERM)[0] == 143
+    succeed("distill.py", "--resume", tmp_path / "run")
+    same(*(torch.load(tmp_path / name / "latest.pth", weights_only=True) for name in ("run", "whole")))
+
+
+def test_stores_that_do_not_fit_the_run(extracted, tmp_path):
+    store = ["--teacher-embeddings", extracted]
+    for flags, words in (
+        ([*store, "--num-views", 4], "holds 3"),
+        ([*store, "--split-seed", 1], "--split-seed 1: the embeddings were made with 0"),
+        ([*store, "--dataset", "cifar10"], "--dataset cifar10"),
+        ([*store, "--rotation", 5], "--rotation"),
+        ([*store, "--method", "feature"], "feature maps"),
+        ([*store, "--teacher-checkpoint", "x.pth"], "contradict"),
+        (["--num-views", 2], "--teacher-embeddings"),
+        (["--teacher-embeddings", tmp_path], "no folder of stored"),
+    ):
+        done = run_script("distill.py", *flags, "--output", tmp_path / "run")
+        assert done.returncode == 2 and words in done.stderr and len(done.stderr.splitlines()) == 1, (flags, done.stderr)
+    assert not (tmp_path / "run").exists()

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from common.losses import (
-    METHODS, DistillationLoss, LossError, class_weights, cross_entropy, feature_cosine, feature_mse, method_weights, same_size,
-    temperature_kl,
+    METHODS, DistillationLoss, EmbeddingProjectors, LossError, class_weights, cross_entropy, embedding_loss, feature_cosine,
+    feature_mse, method_weights, orthogonal, same_size, temperature_kl,
 )  # fmt: skip
 from common.models import build_model
 
@@ -241,11 +241,11 @@ def test_targets_made_under_no_grad_can_be_matched():
 
 
 def test_method_weights_defaults():
-    assert method_weights("response") == {"ce": 0.5, "kl": 0.5, "feature": 0.0}
-    assert method_weights("feature") == {"ce": 0.5, "kl": 0.5, "feature": 1.0}
-    assert method_weights("feature", 0.3) == {"ce": 0.3, "kl": 0.7, "feature": 1.0}
-    assert method_weights("response", ce=2.0, kl=None, feature=0.1) == {"ce": 2.0, "kl": 0.5, "feature": 0.1}
-    assert METHODS["response"] == {"ce": 0.5, "kl": 0.5, "feature": 0.0}, "the table itself must not change"
+    assert method_weights("response") == {"ce": 0.5, "kl": 0.5, "feature": 0.0, "embedding": 0.0}
+    assert method_weights("feature") == {"ce": 0.5, "kl": 0.5, "feature": 1.0, "embedding": 0.0}
+    assert method_weights("feature", 0.3) == {"ce": 0.3, "kl": 0.7, "feature": 1.0, "embedding": 0.0}
+    assert method_weights("response", ce=2.0, kl=None, feature=0.1) == {"ce": 2.0, "kl": 0.5, "feature": 0.1, "embedding": 0.0}
+    assert METHODS["response"] == {"ce": 0.5, "kl": 0.5, "feature": 0.0, "embedding": 0.0}, "the table itself must not change"
 
 
 @pytest.mark.parametrize(
@@ -401,3 +401,60 @@ def test_weighted_cross_entropy(smoothing):
     assert torch.allclose(sum(parts) / 3, whole)
     alone = [cross_entropy(logits[i : i + 4], labels[i : i + 4], smoothing, weights) for i in (0, 4, 8)]
     assert abs(sum(alone) / 3 - whole) > 0.01  # what a mean of weighted means would be
+
+
+# --------------------------------------------------------------------------------------------------------- embeddings
+
+
+def test_embedding_loss_by_hand():
+    """Squared error summed over dimensions, both terms averaged over the batch."""
+    s, t = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[0.0, 1.0], [0.0, 4.0]])
+    assert embedding_loss(s, t, 1, 0) == pytest.approx((2 + 4) / 2)
+    assert embedding_loss(s, t, 0, 1) == pytest.approx((1 + 0) / 2)
+    assert embedding_loss(s, t, 0.5, 3) == pytest.approx(0.5 * 3 + 3 * 0.5)
+    s, t = rand(B, C, grad=True), rand(B, C, seed=1)
+    assert torch.autograd.gradcheck(lambda x: embedding_loss(x, t, 0.7, 1.3), s)
+    half = embedding_loss(s.detach().half(), t.half())
+    assert half.dtype == torch.float32
+
+
+@pytest.mark.parametrize("rows, columns", [(3, 8), (8, 3), (5, 5)])
+def test_orthogonal(rows, columns):
+    q = orthogonal(rows, columns).double()
+    small = q @ q.T if rows <= columns else q.T @ q
+    assert torch.allclose(small, torch.eye(min(rows, columns), dtype=torch.float64), atol=1e-6)
+    assert torch.equal(orthogonal(rows, columns), orthogonal(rows, columns))
+
+
+@pytest.mark.parametrize("kind, trained", [("identity", 0), ("frozen-orthogonal", 0), ("learned", 2)])
+def test_embedding_projectors(kind, trained):
+    shared = None if kind == "identity" else 4
+    projectors = EmbeddingProjectors(6, 10, shared, kind)
+    s, t = projectors(torch.randn(B, 6), torch.randn(B, 10))
+    assert s.shape == t.shape == (B, shared or 10)
+    assert sum(p.requires_grad for p in projectors.teacher.parameters()) == trained
+    embedding_loss(s, t).backward()
+    assert all(p.grad is not None for p in projectors.parameters() if p.requires_grad)
+    if kind == "identity":
+        with pytest.raises(LossError, match="teacher's width is 10"):
+            EmbeddingProjectors(6, 10, 4, kind)
+
+
+def test_the_embedding_term_shows_a_collapse():
+    criterion = DistillationLoss(method_weights("embedding", ce=0), embedding={"teacher": "learned", "shared_dim": 4})
+    out = {"embedding": torch.randn(B, 6), "logits": torch.randn(B, C)}
+    taught = {"embedding": torch.randn(B, 10)}
+    criterion.build(out, taught)
+    criterion(out, taught, LABELS)
+    assert criterion.terms["teacher_variance"] > 0.01 and criterion.terms["student_variance"] > 0.01
+    with torch.no_grad():
+        for p in criterion.parameters():
+            p.zero_()
+    assert criterion(out, taught, LABELS) == 1  # no error but the cosine of nothing
+    assert criterion.terms["teacher_variance"] == 0
+
+
+def test_alpha_is_not_for_embeddings():
+    with pytest.raises(LossError, match="--alpha with --method embedding"):
+        method_weights("embedding", alpha=0.5)
+    assert method_weights("embedding", ce=0)["ce"] == 0
