@@ -7,8 +7,8 @@
     python distill.py --resume runs/distill
 
 The teacher is frozen and judged on val before training.  Writes the run folder as train_student.py does.
-Needs from common: augment.py, cli.py, data.py, distributed.py, evaluation.py, images.py, loader.py,
-losses.py, metrics.py, models.py, optimizer.py, splitting.py, training.py.
+Needs from common: augment.py, cli.py, data.py, dermatology.py, distributed.py, evaluation.py, images.py, loader.py,
+losses.py, metrics.py, models.py, optimizer.py, splitting.py, tables.py, training.py.
 Packages: torch, timm, numpy, pillow, scikit-learn, tqdm (torchvision for CIFAR, transformers for hf: names).
 """
 

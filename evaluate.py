@@ -6,8 +6,8 @@
 
 A checkpoint knows its model, classes, preprocessing and dataset; flags name another dataset with the same classes.
 Writes evaluation.json, predictions and the confusion matrix, and prints a table.
-Needs from common: augment.py, cli.py, data.py, distributed.py, evaluation.py, images.py, loader.py,
-metrics.py, models.py, splitting.py, training.py.
+Needs from common: augment.py, cli.py, data.py, dermatology.py, distributed.py, evaluation.py, images.py, loader.py,
+metrics.py, models.py, splitting.py, tables.py, training.py.
 Packages: torch, timm, numpy, pillow, scikit-learn, tqdm (torchvision for CIFAR, transformers for hf: names).
 """
 

@@ -8,8 +8,8 @@
 
 Writes OUTPUT/{train,val,test}_embeddings/: embeddings.npy (N, V, D), logits.npy, tokens.npy, ids.npy, labels.npy,
 meta.json.  The same command goes on where an interrupted one stopped.
-Needs from common: augment.py, cli.py, data.py, distributed.py, embeddings.py, evaluation.py, images.py, loader.py, metrics.py,
-models.py, splitting.py, training.py.
+Needs from common: augment.py, cli.py, data.py, dermatology.py, distributed.py, embeddings.py, evaluation.py, images.py, loader.py,
+metrics.py, models.py, splitting.py, tables.py, training.py.
 Packages: torch, timm, numpy, pillow, scikit-learn, tqdm (torchvision for CIFAR, transformers for hf: names).
 """
 
