@@ -8,8 +8,8 @@
     python distill.py --resume runs/distill
 
 The teacher is frozen and judged on val before training.  Writes the run folder as train_student.py does.
-Needs from common: augment.py, cli.py, data.py, distributed.py, embeddings.py, evaluation.py, images.py, loader.py,
-losses.py, metrics.py, models.py, optimizer.py, splitting.py, training.py.
+Needs from common: augment.py, cli.py, data.py, dermatology.py, distributed.py, embeddings.py, evaluation.py, images.py,
+loader.py, losses.py, metrics.py, models.py, optimizer.py, splitting.py, tables.py, training.py.
 Packages: torch, timm, numpy, pillow, scikit-learn, tqdm (torchvision for CIFAR, transformers for hf: names).
 """
 
@@ -106,6 +106,7 @@ def take_dataset_from(checkpoint, args):
     args.dataset = args.dataset or taught["dataset"]
     if args.dataset == taught["dataset"]:
         args.data_root = args.data_root or taught["data_root"]
+        cli.take_split_flags(args, taught)
     if args.limit_train is None:
         args.limit_train = DATASETS[args.dataset].student_images
 
@@ -116,7 +117,7 @@ def open_stores(args):
         if args.num_views:
             raise cli.UserError("--num-views needs --teacher-embeddings DIR")
         return None
-    for name in ("teacher_checkpoint", "teacher_model", "teacher_resolution", *Policy.__dataclass_fields__, "no_augment"):
+    for name in ("teacher_checkpoint", "teacher_model", "teacher_resolution", *Policy.__dataclass_fields__, "augment", "no_augment"):
         if getattr(args, name) not in (None, False):
             flag = "--" + name.replace("_", "-")
             raise cli.UserError(f"{flag} and --teacher-embeddings contradict each other: teacher and views are the stored ones")
@@ -126,8 +127,9 @@ def open_stores(args):
         differs = difference({**store.meta, **{key: meta[key] for key in ("split", "sha256", "count")}}, meta)
         if differs:
             raise cli.UserError(f"{store.folder} and {stores['train'].folder} are of different extractions ({differs})")
-    for name, default in (("dataset", None), ("val_split", None), ("split_seed", 0), ("decode_size", 512), ("window", None)):
-        if getattr(args, name) not in (default, meta[name]):
+    defaults = {"split_seed": 0, "decode_size": 512}
+    for name in ("dataset", *cli.STORED_FLAGS):
+        if getattr(args, name) not in (None, False, defaults.get(name), meta[name]):
             raise cli.UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: the embeddings were made with {meta[name]}")
         setattr(args, name, meta[name])
     return stores
@@ -176,10 +178,10 @@ def check_teacher(balanced_accuracy, num_classes, labels, allow_weak):
 def differences(checkpoint, args):
     """Notes on a teacher of the same dataset that was trained with another val split."""
     taught = checkpoint["flags"] if checkpoint else {}
-    for name in ("val_split", "split_seed"):
-        if taught.get("dataset") == args.dataset and taught[name] != getattr(args, name):
+    for name in ("val_split", "split_seed", "folds", "fold"):
+        if taught.get("dataset") == args.dataset and taught.get(name) != getattr(args, name):
             flag = "--" + name.replace("_", "-")
-            yield f"note: the teacher was trained with another {flag} ({taught[name]}): it may know val images"
+            yield f"note: the teacher was trained with another {flag} ({taught.get(name)}): it may know val images"
 
 
 def main(args):
@@ -202,11 +204,7 @@ def main(args):
     resolution = args.resolution or info.resolution
     policy = stores["train"].policy if stores else cli.augment_policy(args)
     augment = Augmenter(policy, stores["train"].seed if stores else args.seed)
-    splits = load_splits(
-        args.dataset, cli.data_root(args.data_root), val_split=args.val_split, split_seed=args.split_seed,
-        limit_train=args.limit_train or None, download=args.download, on_bad_image=args.on_bad_image,
-        decode_size=args.decode_size, window=args.window,
-    )  # fmt: skip
+    splits = load_splits(args.dataset, cli.data_root(args.data_root), download=args.download, **cli.split_flags(vars(args)))
     train = Loader(splits.train, args.batch_size, device, True, args.seed, args.cache, args.workers, args.accumulation_steps)
     val = Loader(splits.val, args.batch_size, device, cache=args.cache, workers=args.workers)
 

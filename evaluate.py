@@ -6,8 +6,8 @@
 
 A checkpoint knows its model, classes, preprocessing and dataset; flags name another dataset with the same classes.
 Writes evaluation.json, predictions and the confusion matrix, and prints a table.
-Needs from common: augment.py, cli.py, data.py, distributed.py, evaluation.py, images.py, loader.py,
-metrics.py, models.py, splitting.py, training.py.
+Needs from common: augment.py, cli.py, data.py, dermatology.py, distributed.py, evaluation.py, images.py, loader.py,
+metrics.py, models.py, splitting.py, tables.py, training.py.
 Packages: torch, timm, numpy, pillow, scikit-learn, tqdm (torchvision for CIFAR, transformers for hf: names).
 """
 
@@ -118,11 +118,7 @@ def main(args):
     device = select_device(args.device)
     precision = Precision(args.amp, device)
     checkpoint = load_checkpoint(args.checkpoint)
-    splits = splits_of(
-        checkpoint, args.dataset, args.data_root, args.split, on_bad_image=args.on_bad_image,
-        decode_size=args.decode_size or checkpoint["flags"]["decode_size"],
-        window=args.window or checkpoint["flags"]["window"],
-    )  # fmt: skip
+    splits = splits_of(checkpoint, args.dataset, args.data_root, args.split, **cli.split_flags(vars(args)))
     dataset = getattr(splits, args.split)
     loader = Loader(dataset, args.batch_size, device, cache=args.cache, workers=args.workers)
     teacher_logits = teacher = None

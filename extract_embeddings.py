@@ -8,8 +8,8 @@
 
 Writes OUTPUT/{train,val,test}_embeddings/: embeddings.npy (N, V, D), logits.npy, tokens.npy, ids.npy, labels.npy,
 meta.json.  The same command goes on where an interrupted one stopped.
-Needs from common: augment.py, cli.py, data.py, distributed.py, embeddings.py, evaluation.py, images.py, loader.py, metrics.py,
-models.py, splitting.py, training.py.
+Needs from common: augment.py, cli.py, data.py, dermatology.py, distributed.py, embeddings.py, evaluation.py, images.py, loader.py,
+metrics.py, models.py, splitting.py, tables.py, training.py.
 Packages: torch, timm, numpy, pillow, scikit-learn, tqdm (torchvision for CIFAR, transformers for hf: names).
 """
 
@@ -88,6 +88,7 @@ def settle(args):
         args.data_root = args.data_root or flags["data_root"]
         args.val_split = flags.get("val_split") if args.val_split is None else args.val_split
         args.split_seed = flags.get("split_seed", 0) if args.split_seed is None else args.split_seed
+        cli.take_split_flags(args, {name: value for name, value in flags.items() if name not in ("include_list", "extra_train")})
     args.split_seed = args.split_seed or 0
     return checkpoint
 
@@ -164,10 +165,7 @@ def main(args):
     checkpoint = settle(args)
     info = DATASETS[args.dataset]
     policy = cli.augment_policy(args)
-    splits = load_splits(
-        args.dataset, cli.data_root(args.data_root), val_split=args.val_split, split_seed=args.split_seed, download=args.download,
-        on_bad_image=args.on_bad_image, decode_size=args.decode_size, window=args.window,
-    )  # fmt: skip
+    splits = load_splits(args.dataset, cli.data_root(args.data_root), download=args.download, **cli.split_flags(vars(args)))
     model, preprocess, described = load_teacher(args, checkpoint, splits.classes, info)
     model.to(device).to(memory_format=torch.channels_last)
     if use_compile(args.compile, device):
@@ -176,8 +174,8 @@ def main(args):
     names = {"embeddings": "embedding", **({"logits": "logits"} if args.save_logits else {}), **({"tokens": "tokens"} if args.save_tokens else {})}
     sides = {"resolution": preprocess.resolution, "pooling": args.pooling, "num_views": args.num_views, "seed": args.seed,
              "policy": policy.to_dict(), "amp": precision.name, "batch_size": args.batch_size, "teacher": described}  # fmt: skip
-    data = {"dataset": args.dataset, "classes": splits.classes, "val_split": args.val_split, "split_seed": args.split_seed,
-            "decode_size": args.decode_size, "window": args.window, "environment": cli.environment(device_name(device))}  # fmt: skip
+    data = {"dataset": args.dataset, "classes": splits.classes, **{name: getattr(args, name) for name in cli.STORED_FLAGS},
+            "environment": cli.environment(device_name(device))}  # fmt: skip
     with torch.no_grad():
         dry = model({"image": torch.zeros(1, 3, preprocess.resolution, preprocess.resolution, device=device)})
     shapes = {name: (args.num_views, *dry[key].shape[1:]) for name, key in names.items()}

@@ -11,8 +11,8 @@ A group is the seeds of one distilled student: same test set, classes, training 
 and flags. Beside it stand its teacher, found by the SHA-256 of its checkpoint, and its baseline: the same student on
 the same data without a teacher. What is missing is named and left empty.
 
-Needs from common: augment.py, cli.py, data.py, distributed.py, figures.py, images.py, metrics.py, splitting.py;
-with --reevaluate also evaluation.py, loader.py, models.py, training.py.
+Needs from common: augment.py, cli.py, data.py, dermatology.py, distributed.py, figures.py, images.py, metrics.py, splitting.py,
+tables.py; with --reevaluate also evaluation.py, loader.py, models.py, training.py.
 Packages: torch, numpy, pillow, matplotlib, scikit-learn; with --reevaluate timm too.
 """
 

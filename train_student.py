@@ -6,9 +6,10 @@
     python train_student.py --resume runs/student
 
 Writes the run folder: best.pth, latest.pth, metrics.csv, metrics.json, results.json, predictions, confusion matrices.
-Needs from common: augment.py, cli.py, data.py, distributed.py, evaluation.py, images.py, loader.py,
-losses.py, metrics.py, models.py, optimizer.py, splitting.py, training.py.
-Packages: torch, timm, numpy, pillow, scikit-learn, tqdm (torchvision for CIFAR, transformers for hf: names).
+Needs from common: augment.py, cli.py, data.py, dermatology.py, distributed.py, evaluation.py, images.py, loader.py,
+losses.py, metrics.py, models.py, optimizer.py, splitting.py, tables.py, training.py.
+Packages: torch, timm, numpy, pillow, scikit-learn, tqdm (torchvision for CIFAR, transformers for hf: names,
+h5py for ISIC 2024, opencv-python-headless for --hair-removal).
 """
 
 import torch
@@ -52,11 +53,7 @@ def main(args):
         args.limit_train = info.student_images
     policy = cli.augment_policy(args)
     augment = Augmenter(policy, args.seed)
-    splits = load_splits(
-        args.dataset, cli.data_root(args.data_root), val_split=args.val_split, split_seed=args.split_seed,
-        limit_train=args.limit_train or None, download=args.download, on_bad_image=args.on_bad_image,
-        decode_size=args.decode_size, window=args.window,
-    )  # fmt: skip
+    splits = load_splits(args.dataset, cli.data_root(args.data_root), download=args.download, **cli.split_flags(vars(args)))
     train = Loader(splits.train, args.batch_size, device, True, args.seed, args.cache, args.workers, args.accumulation_steps)
     val = Loader(splits.val, args.batch_size, device, cache=args.cache, workers=args.workers)
 

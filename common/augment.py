@@ -73,6 +73,12 @@ class Policy:
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
+PRESETS = {
+    # skin lesions have no upright; the camera's distance, light and white balance vary
+    "derm": Policy(hflip=0.5, vflip=0.5, rotation=30, scale=(0.8, 1.2), brightness=0.2, contrast=0.2, saturation=0.2, hue=0.2),
+}
+
+
 # ---------------------------------------------------------------------------------------------- counter-based random
 
 

@@ -21,13 +21,17 @@ import sys
 import tempfile
 
 from common import distributed
-from common.augment import CROPS, Policy
+from common.augment import CROPS, PRESETS, Policy
 from common.data import DATASETS
 from common.metrics import CLASSIFICATION
 
 SCRIPT_FOLDER = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 RESUME_MAY_CHANGE = {"resume", "device", "workers", "epochs", "output", "overwrite", "config"}
 NOT_IN_CONFIG = {"resume", "output", "overwrite", "config", "sweep", "sweep_index"}
+SPLIT_FLAGS = ("val_split", "split_seed", "limit_train", "on_bad_image", "decode_size", "window", "include_list", "extra_train",
+               "hair_removal", "folds", "fold", "binary", "negatives",
+               "table", "image_column", "label_column", "group_column", "split_column")  # fmt: skip
+STORED_FLAGS = tuple(name for name in SPLIT_FLAGS if name not in ("limit_train", "on_bad_image", "include_list", "extra_train"))
 DISK_ERRORS = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
                errno.ENOENT, errno.EIO, errno.ENAMETOOLONG}  # fmt: skip
 
@@ -148,12 +152,21 @@ def add_data_flags(parser, dataset="digits", batch_size=32):
     g.add_argument("--dataset", default=dataset, choices=list(DATASETS), help="dataset" if dataset else "dataset; by default the checkpoint's")
     g.add_argument("--data-root", help="folder or file of the dataset; by default $DATA_ROOT, then data/ beside the script")
     g.add_argument("--download", action="store_true", help="fetch CIFAR-10 or CIFAR-100 into --data-root")
-    g.add_argument("--val-split", type=SHARE, help="share of train that becomes val, by class, where the dataset has no val (0.1, of digits 0.25)")
-    g.add_argument("--split-seed", type=NATURAL, default=0, help="fixes the val split and --limit-train")
+    g.add_argument("--val-split", type=SHARE, help="share of train that becomes val, by class, where the dataset has no val (0.1; digits 0.25, "
+                   "csv and HAM10000 0.15, ISIC 2024 0.2)")  # fmt: skip
+    g.add_argument("--folds", type=number(int, 2), metavar="K", help="cut train and val into K folds, by class, patients whole; with --fold")
+    g.add_argument("--fold", type=NATURAL, metavar="I", help="fold I (0 to K - 1) is val; where the dataset has no test (ISIC 2024, csv without split "
+                   "column) it is test, and val is split off the rest")  # fmt: skip
+    g.add_argument("--split-seed", type=NATURAL, default=0, help="fixes the val split, the folds, --negatives and --limit-train")
     g.add_argument("--limit-train", type=NATURAL, metavar="N", help="train on N images, classes in proportion; 0 is all (the default, but 100 for students on digits)")
-    g.add_argument("--resolution", type=POSITIVE, help="input side in pixels; by default the dataset's (CIFAR and image folders 32, MedMNIST 28, digits 8)")
+    g.add_argument("--resolution", type=POSITIVE, help="input side in pixels; by default the dataset's (CIFAR and image folders 32, MedMNIST 28, digits 8, csv and skin lesions 224)")
     g.add_argument("--batch-size", type=POSITIVE, default=batch_size, help="images a step, over all processes and accumulation steps")
     add_reading_flags(g)
+    g.add_argument("--include-list", metavar="FILE.txt", help="ids or file names, one a line: train keeps only these")
+    g.add_argument("--hair-removal", action="store_true", help="fill hairs (dark, thin, long) from what is around them, at decoding")
+    g.add_argument("--binary", action="store_true", help="benign against malignant (HAM10000: mel, bcc, akiec; ISIC 2017: melanoma)")
+    g.add_argument("--negatives", type=POSITIVE, metavar="N", help="of ISIC 2024: keep N negatives of train and val; test keeps all")
+    g.add_argument("--extra-train", metavar="FOLDER", help="of ISIC 2024: malignant images from elsewhere, to train only")
     g.add_argument("--save-samples", type=picture, metavar="FILE.png", help="draw what the models see in the first epoch, side by side")
 
 
@@ -163,11 +176,32 @@ def add_reading_flags(g):
     g.add_argument("--on-bad-image", default="error", choices=("error", "skip"), help="stop at a broken image, or name it and leave it out")
     g.add_argument("--decode-size", type=POSITIVE, default=512, help="larger images are shrunk to this longest side (pixels) when decoded")
     g.add_argument("--window", type=float, nargs=2, metavar=("LOW", "HIGH"), help="grey levels that become black and white in 16-bit images")
+    g.add_argument("--table", metavar="FILE.csv", help="of csv: the table, a row an image; by default the one in --data-root")
+    g.add_argument("--image-column", metavar="NAME", help="of csv: paths or names of images in --data-root (image, image_id, isic_id, file, ...)")
+    g.add_argument("--label-column", metavar="NAME", help="of csv: classes (label, target, class, diagnosis or dx)")
+    g.add_argument("--group-column", metavar="NAME", help="of csv: images that stay in one split (group, patient_id, patient, lesion_id); none is off")
+    g.add_argument("--split-column", metavar="NAME", help="of csv: train, val or test (split); none is off: then a fifth, always the same, is test")
+
+
+def split_flags(flags):
+    """load_splits' keywords from {flag: value} of a run, of any age: those that say something."""
+    given = {name: flags.get(name) for name in SPLIT_FLAGS}
+    given["limit_train"] = given["limit_train"] or None  # 0 is all
+    return {name: value for name, value in given.items() if value is not None and value is not False}
+
+
+def take_split_flags(args, flags):
+    """Settle, where they are not given, the flags that say what the samples are, from another run on the same data."""
+    for name in SPLIT_FLAGS[SPLIT_FLAGS.index("hair_removal") :]:
+        if getattr(args, name) is None or getattr(args, name) is False:
+            setattr(args, name, flags.get(name, getattr(args, name)))
 
 
 def add_augment_flags(parser):
-    g = parser.add_argument_group("augmentation", "by default the dataset's: CIFAR and image folders are cropped with "
-                                  "padding and flipped, digits shifted and rotated, MedMNIST shifted")  # fmt: skip
+    g = parser.add_argument_group("augmentation", "by default the dataset's: CIFAR, image folders and csv are cropped with "
+                                  "padding and flipped, digits shifted and rotated, MedMNIST shifted, skin lesions have derm")  # fmt: skip
+    g.add_argument("--augment", choices=list(PRESETS), help="a preset, of which the flags below change a part; derm: both flips, rotation 30, "
+                   "scale 0.8 to 1.2, colours 0.2")  # fmt: skip
     g.add_argument("--no-augment", action="store_true", help="train on plain images")
     g.add_argument("--crop", choices=CROPS, help="pad: shift by whole pixels; resized: random resized crop")
     g.add_argument("--padding", type=float, help="reach of --crop pad, share of the side")
@@ -183,17 +217,18 @@ def add_augment_flags(parser):
 
 
 def augment_policy(args):
-    """The dataset's default policy with the flags that were given."""
+    """The dataset's default policy, or a preset's, with the flags that were given."""
     given = {}
     for name in Policy.__dataclass_fields__:
         value = getattr(args, name)
         if value is not None:
             given[name] = tuple(value) if isinstance(value, list) else value
     if args.no_augment:
-        if given:
-            raise UserError(f"--no-augment and --{next(iter(given)).replace('_', '-')} contradict each other")
+        if given or args.augment:
+            raise UserError(f"--no-augment and --{'augment' if args.augment else next(iter(given)).replace('_', '-')} contradict each other")
         return Policy()
-    return Policy(**{**DATASETS[args.dataset].policy.__dict__, **given})
+    base = PRESETS[args.augment] if args.augment else DATASETS[args.dataset].policy
+    return Policy(**{**base.__dict__, **given})
 
 
 def add_model_flags(parser, model):

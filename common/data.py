@@ -1,5 +1,7 @@
-"""Datasets and their splits.  Needs augment.py, distributed.py, images.py and splitting.py of `common`, torch and numpy
-(scikit-learn for digits, torchvision for CIFAR).
+"""Datasets and their splits.
+
+Needs augment.py, dermatology.py, distributed.py, images.py, splitting.py and tables.py of `common`, torch and numpy
+(scikit-learn for digits, torchvision for CIFAR, h5py for ISIC 2024, opencv-python-headless for hair removal).
 
     splits = load_splits("imagefolder", "data/cifar10")              # .train .val .test .classes .domain
 
@@ -15,12 +17,16 @@ from typing import NamedTuple
 import numpy as np
 
 from common import distributed
-from common.augment import Policy
-from common.images import IMAGE_SUFFIXES, TASK, DataError, ImageDataset, available_cpus, images_below, to_uint8  # noqa: F401
-from common.splitting import split_off
+from common.augment import PRESETS, Policy
+from common.dermatology import BINARY, STREAM_NEGATIVES, add_positives, fixed_test, read_ham10000, read_isic2017, read_isic2024
+from common.images import (
+    IMAGE_SUFFIXES, TASK, DataError, ImageDataset, available_cpus, images_below, opencv, remove_hair, to_uint8,  # noqa: F401
+)  # fmt: skip
+from common.splitting import check_groups, limit, split_fold, split_off, stratified_rows, without_rows
+from common.tables import counted, note, read_csv
 
 DIGITS_TEST_SHARE = 0.4  # of scikit-learn's 1,797 digits, which come without a split
-STREAM_VAL, STREAM_LIMIT, STREAM_DIGITS_TEST = 1001, 1002, 1003  # of the counter-based generator
+STREAM_VAL, STREAM_LIMIT, STREAM_DIGITS_TEST, STREAM_FOLDS = 1001, 1002, 1003, 1006  # of the counter-based generator
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CROP_AND_FLIP = Policy(crop="pad", padding=0.125, hflip=0.5)
 
@@ -44,7 +50,19 @@ DATASETS = {
     "cifar100": DatasetInfo("natural", 32, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), CROP_AND_FLIP),
     "imagefolder": DatasetInfo("custom", 32, *IMAGENET, CROP_AND_FLIP),
     "medmnist": DatasetInfo("medical", 28, (0.5,) * 3, (0.5,) * 3, Policy("pad", 0.125)),  # no flips: sides matter
+    "csv": DatasetInfo("custom", 224, *IMAGENET, CROP_AND_FLIP, 0.15),
+    "ham10000": DatasetInfo("medical", 224, *IMAGENET, PRESETS["derm"], 0.15),
+    "isic2017": DatasetInfo("medical", 224, *IMAGENET, PRESETS["derm"]),
+    "isic2024": DatasetInfo("medical", 224, *IMAGENET, PRESETS["derm"], 0.2),
 }
+# options of `load_splits` that one dataset has
+OWN_OPTIONS = {
+    "csv": ("table", "image_column", "label_column", "group_column", "split_column"),
+    "ham10000": ("binary",),
+    "isic2017": ("binary",),
+    "isic2024": ("binary", "negatives", "extra_train"),  # it is binary anyway
+}
+WITHOUT_TEST = ("csv", "isic2024")  # the first may have one
 
 
 @dataclass
@@ -74,47 +92,162 @@ class Splits:
 
 
 def load_splits(name, root=None, *, val_split=None, split_seed=0, limit_train=None, splits=("train", "val", "test"),
-                classes=None, download=False, on_bad_image="error", decode_size=512, window=None):
+                classes=None, download=False, on_bad_image="error", decode_size=512, window=None, hair_removal=False,
+                folds=None, fold=None, include_list=None, **own):
     """Read a dataset's splits; see DATASETS for the names.
 
     root: the folder (medmnist: the .npz, or a folder with one); val_split: share of train that becomes val where the
-    dataset has none of its own (by default DATASETS'); split_seed: fixes val and limit_train (that many of train,
-    classes in proportion); splits: those wanted, the others are None; classes: the names a checkpoint knows, in its
-    order, for an outside test set; window: see `to_uint8`.  Raises DataError.
+    dataset has none of its own (by default DATASETS'); split_seed: fixes val, folds, negatives and limit_train (that
+    many of train, classes in proportion); splits: those wanted, the others are None; classes: the names a checkpoint
+    knows, in its order, for an outside test set; window: see `to_uint8`; hair_removal: see `remove_hair`; folds, fold:
+    see `_divide`; include_list: a file of ids or file names, a line each, train keeps only these; own: see OWN_OPTIONS
+    and the readers.  Patients and lesions are never cut, where the dataset has groups.  Raises DataError.
     """
     if name not in DATASETS:
         raise DataError(f"unknown dataset {name!r}: choose one of {', '.join(DATASETS)}")
     if window is not None and not -math.inf < window[0] < window[1] < math.inf:
         raise DataError(f"--window {window[0]:g} {window[1]:g}: LOW must be below HIGH")
+    _check_options(name, own, folds, fold)
+    if hair_removal:
+        opencv()  # refuses where it is missing
+    if classes is not None and list(classes) == BINARY and "binary" in OWN_OPTIONS.get(name, ()):
+        own["binary"] = True
+    negatives, extra_train = own.pop("negatives", None), own.pop("extra_train", None)
+    wanted = set(splits) | ({"train", "val"} if folds and set(splits) - {"test"} else set())  # folds are cut from both
     if name == "digits":
         parts, found = _digits()
     elif name in ("cifar10", "cifar100"):
         parts, found = _cifar(name, root, download)
     elif name == "medmnist":
         parts, found = _medmnist(root, window)
+    elif name == "imagefolder":
+        parts, found = _imagefolder(root, wanted, classes, decode_size, window)
     else:
-        parts, found = _imagefolder(root, splits, classes, decode_size, window)
+        decoding = {"decode_size": decode_size, "window": window, "on_bad_image": on_bad_image}
+        if name == "csv":
+            parts, found = read_csv(root, **decoding, **own)
+        elif name == "ham10000":
+            parts, found = read_ham10000(root, **decoding, **own)
+        elif name == "isic2017":
+            parts, found = read_isic2017(root, splits=wanted, **decoding, **own)
+        else:
+            parts, found = read_isic2024(root, **decoding)
     if classes is not None and list(classes) != list(found):
         parts = {k: _with_classes(v, found, list(classes), name) for k, v in parts.items()}
         found = classes
     if on_bad_image == "skip":
         parts = {k: _without_bad_images(v) for k, v in parts.items()}
+    known = {i for part in parts.values() for i in part.ids} if extra_train else None
+    parts = _divide(name, parts, val_split, split_seed, folds, fold, negatives)
     result = Splits(name, DATASETS[name].domain, list(found), **parts)
-    if result.val is not None and val_split is not None:
-        raise DataError(f"--val-split {val_split}: {name} has a val split of its own ({len(result.val)} images)")
-    if result.train is not None and result.val is None:
-        share = DATASETS[name].val_split if val_split is None else val_split
-        count = round(len(result.train) * share)
-        if not 0 < count < len(result.train):
-            raise DataError(f"--val-split {share:g} of {len(result.train)} images leaves train or val empty")
-        result.train, result.val = split_off(result.train, count, split_seed, STREAM_VAL)
+    if "train" in splits and extra_train:
+        result.train = add_positives(result.train, extra_train, known)
+    if "train" in splits and include_list:
+        result.train = _only_listed(result.train, include_list)
+    for split in {"train", "val", "test"} - set(splits):
+        setattr(result, split, None)
+    if classes is None and (name in OWN_OPTIONS or folds or include_list):
+        _check_classes(result)
     if limit_train is not None and result.train is not None:
         if not 1 <= limit_train <= len(result.train):
             raise DataError(f"--limit-train {limit_train} is not in 1 to {len(result.train)}, the images of train")
-        result.train = split_off(result.train, limit_train, split_seed, STREAM_LIMIT)[1]
-    for split in {"train", "val", "test"} - set(splits):
-        setattr(result, split, None)
+        result.train = limit(result.train, limit_train, split_seed, STREAM_LIMIT)
+    if hair_removal:
+        for part in filter(None, (result.train, result.val, result.test)):
+            part.hair_removal = True
+            if part.images is not None:  # small images that lie decoded in memory
+                part.images = np.stack([remove_hair(part.read(i)) for i in range(len(part))])
     return result
+
+
+def _check_options(name, own, folds, fold):
+    for option in own:
+        if option not in OWN_OPTIONS.get(name, ()):
+            having = ", ".join(k for k, v in OWN_OPTIONS.items() if option in v)
+            raise DataError(f"--{option.replace('_', '-')} with --dataset {name}: it is for {having or 'none'}")
+    if (folds is None) != (fold is None):
+        raise DataError("--folds K and --fold I belong together: which of the folds?")
+    if folds is not None and (folds < 2 or not 0 <= fold < folds):
+        raise DataError(f"--folds {folds} --fold {fold}: there must be two folds at least, numbered from 0 to K - 1")
+
+
+def _divide(name, parts, val_split, split_seed, folds, fold, negatives):
+    """The dataset's own parts -> train, val and test.
+
+    With folds, fold number `fold` is val and the others are train, with the dataset's own test; where it has none the
+    fold is test, and val is split off the others.  Without folds such a dataset has one fixed test, see `fixed_test`.
+    """
+    if "train" not in parts:
+        return parts
+    parts, as_test = dict(parts), name in WITHOUT_TEST and "test" not in parts
+    if as_test and not folds:
+        parts.update(fixed_test(parts["train"]))
+    elif folds:
+        if val_split is not None and not as_test:
+            raise DataError(f"--val-split {val_split:g} and --folds contradict each other: fold {fold} is val")
+        pool = parts["train"] if as_test or "val" not in parts else parts["train"].joined(parts["val"])
+        parts["train"], parts["test" if as_test else "val"] = split_fold(pool, folds, fold, split_seed, STREAM_FOLDS)
+    elif "val" in parts and val_split is not None:
+        raise DataError(f"--val-split {val_split}: {name} has a val split of its own ({len(parts['val'])} images)")
+    if negatives:
+        parts["train"] = _fewer_negatives(parts["train"], negatives, split_seed)
+    if "val" not in parts:
+        share, images = DATASETS[name].val_split if val_split is None else val_split, len(parts["train"])
+        count = round(images * share)
+        if 0 < count < images:
+            parts["train"], parts["val"] = split_off(parts["train"], count, split_seed, STREAM_VAL)
+        if not 0 < count < images or not len(parts["train"]) or not len(parts["val"]):
+            raise DataError(f"--val-split {share:g} of {images} images leaves train or val empty")
+    check_groups(parts)
+    return parts
+
+
+def _fewer_negatives(dataset, count, seed):
+    """All positives and `count` negatives (label 0), chosen by a hash of (seed, key)."""
+    negative = np.flatnonzero(dataset.labels == 0)
+    if count > len(negative):
+        raise DataError(f"--negatives {count}: train and val have {len(negative)}")
+    kept = stratified_rows(dataset.labels[negative], dataset.keys[negative], count, seed, STREAM_NEGATIVES)
+    return without_rows(dataset, np.delete(negative, kept))
+
+
+def _only_listed(train, path):
+    """Train's samples of which a file names the id or the file's name, a line each."""
+    try:
+        with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
+            names = [line.strip() for line in file if line.strip()]
+    except OSError as error:
+        raise DataError(f"cannot read --include-list {path}: {error.strerror}") from None
+    rows = {i: [row] for row, i in enumerate(train.ids)}
+    by_file = {}
+    for row, i in enumerate(train.ids):
+        file = os.path.basename(str(train.paths[row]) if train.paths is not None else i)
+        for name in {file, os.path.splitext(file)[0], os.path.basename(i)}:
+            by_file.setdefault(name, []).append(row)
+    kept, unknown = set(), []
+    for name in names:
+        found = rows.get(name) or by_file.get(name) or []
+        if len(found) > 1:
+            raise DataError(f"{path}: {name!r} is the name of {len(found)} images of train: write their ids, as {train.ids[found[0]]}")
+        kept.update(found)
+        if not found:
+            unknown.append(name)
+    if not kept:
+        raise DataError(f"--include-list {path} leaves train empty: none of its {len(names)} names is in train, as {train.ids[0]}")
+    if unknown:
+        note(counted(unknown, f"names of {path} are not in train"))
+    return train.subset(np.array(sorted(kept)))
+
+
+def _check_classes(result):
+    """Refuse a split that lacks a class: its metrics would mean nothing."""
+    for split in ("train", "val", "test"):
+        part = getattr(result, split)
+        present = set() if part is None else set(part.labels.tolist())
+        for label, name in enumerate(result.classes if part is not None else []):
+            if label not in present:
+                raise DataError(f"{split} has no image of the class {name!r} ({len(part)} images): take another --split-seed, fewer folds, "
+                                "or a larger --val-split or dataset")  # fmt: skip
 
 
 def _with_classes(dataset, found, classes, name):

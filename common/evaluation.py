@@ -11,7 +11,7 @@ import torch
 
 from common import distributed, metrics
 from common.augment import Augmenter, Policy
-from common.cli import atomic_write, read_json, write_json
+from common.cli import atomic_write, read_json, split_flags, write_json
 from common.cli import data_root as find_data_root
 from common.data import load_splits
 from common.images import TASK
@@ -123,7 +123,9 @@ def throughput(rows):
 def write_predictions(folder, split, dataset, logits, classes):
     """predictions_<split>.npz and confusion_<split>_label.npy."""
     with atomic_write(os.path.join(folder, f"predictions_{split}.npz")) as temporary, open(temporary, "wb") as file:
-        np.savez(file, ids=np.array(dataset.ids), labels=dataset.labels, logits=logits.astype(np.float32), classes=np.array(classes))
+        groups = {} if dataset.groups is None else {"groups": dataset.groups}
+        logits = logits.astype(np.float32)
+        np.savez(file, ids=np.array(dataset.ids), labels=dataset.labels, logits=logits, classes=np.array(classes), **groups)
     with atomic_write(os.path.join(folder, f"confusion_{split}_{TASK}.npy")) as temporary, open(temporary, "wb") as file:
         np.save(file, metrics.confusion_matrix(logits, dataset.labels))
 
@@ -140,17 +142,19 @@ def evaluate_checkpoint(path, split="test", device="auto", batch_size=128, data_
 def splits_of(checkpoint, dataset=None, data_root=None, split="test", **reading):
     """Splits that hold `split` of a checkpoint's own dataset, or of another with the checkpoint's classes.
 
-    reading: on_bad_image, decode_size, window, as in `load_splits`.
+    reading: keywords of `load_splits` that win over the checkpoint's flags.
     """
     flags = checkpoint["flags"]
     own = dataset in (None, flags["dataset"])
     divided = own and split != "test"  # train and val are the run's own division
+    options = split_flags(flags)
+    if not own:  # how images are read stays; which samples there are is another dataset's own matter
+        options = {k: v for k, v in options.items() if k in ("split_seed", "decode_size", "window", "hair_removal")}
+    if split != "train":  # what changes train alone may be gone by now
+        options = {k: v for k, v in options.items() if k not in ("limit_train", "include_list", "extra_train")}
     result = load_splits(
         dataset or flags["dataset"], find_data_root(data_root or (flags["data_root"] if own else None)),
-        classes=checkpoint["classes"],
-        splits=("train", "val", "test") if divided else (split,), val_split=flags["val_split"] if divided else None,
-        split_seed=flags["split_seed"], limit_train=flags["limit_train"] or None if divided else None,
-        **{"decode_size": flags["decode_size"], "window": flags["window"], **reading},
+        classes=checkpoint["classes"], splits=("train", "val", "test") if divided else (split,), **{**options, **reading},
     )  # fmt: skip
     if not divided:
         result.train, result.val, result.test = (getattr(result, k) if k == split else None for k in ("train", "val", "test"))

@@ -4,8 +4,11 @@ Needs augment.py of `common`, torch, numpy and pillow (opencv-python-headless fo
 """
 
 import hashlib
+import importlib
+import io
 import os
 import warnings
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,6 +32,45 @@ class DataError(ValueError):
 def available_cpus():
     """Processors that this process may use: a Slurm job has a part of the machine's."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def optional(module, package, why):
+    """A package that one feature needs, imported when it is asked for."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise DataError(f"{why} needs the package {package}: pip install {package}") from None
+
+
+# --------------------------------------------------------------------------------------------------------------- HDF5
+
+_open_files = {}  # (process, path) -> file: a worker that was forked opens its own
+
+
+class HDF5Image(NamedTuple):
+    """In the place of a file's path: an image whose encoded bytes lie in an HDF5 file under its id."""
+
+    file: str
+    id: str
+
+    def __str__(self):
+        return f"{self.file}[{self.id}]"
+
+    def open(self):
+        h5py, key = optional("h5py", "h5py", self.file), (os.getpid(), self.file)
+        if key not in _open_files:
+            _open_files[key] = h5py.File(self.file, "r")
+        return io.BytesIO(bytes(_open_files[key][self.id][()]))
+
+
+def hdf5_ids(path):
+    """The ids in an HDF5 file.  Raises DataError."""
+    h5py = optional("h5py", "h5py", path)
+    try:
+        with h5py.File(path, "r") as file:
+            return list(file)
+    except (OSError, RuntimeError) as error:
+        raise DataError(f"cannot read {path}: {error}") from None
 
 
 # ----------------------------------------------------------------------------------------------------------- decoding
@@ -57,13 +99,13 @@ def _is_deep_colour(image):
 
 
 def read_image(path, decode_size=512, window=None):
-    """Decode a file to (H, W, 3) uint8.
+    """Decode a file (its path or an HDF5Image) to (H, W, 3) uint8.
 
     Grey becomes three equal channels, transparent pixels black, EXIF rotation is applied, and what is larger than
     decode_size (longest side, pixels) is shrunk to it.  Raises DataError, which names the file.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path.open() if isinstance(path, HDF5Image) else path) as image:
             if _is_deep_colour(image):
                 raise DataError(f"{path} has 16-bit colour, which --window cannot map: convert it to 8 bits a channel")
             image.draft("RGB", (decode_size, decode_size))  # a JPEG decodes at 1/2, 1/4 or 1/8, never below this size
@@ -86,6 +128,58 @@ def read_image(path, decode_size=512, window=None):
         raise DataError(f"cannot read image {path}: {str(error) or type(error).__name__}") from None
 
 
+# -------------------------------------------------------------------------------------------------------- hair removal
+
+# Chosen by eye on HAM10000: hairs go, the network of pigment in a lesion stays.  Shares of the image's longest side.
+HAIR_WIDTH, HAIR_LENGTH, HAIR_REACH, INPAINT_RADIUS = 0.03, 0.10, 0.005, 0.005
+HAIR_CONTRAST = 10  # grey levels that a hair is darker than what lies around it
+HAIR_ANGLES = 24
+HAIR_SIDE = 256  # pixels: larger images are searched at this longest side, for the time grows with its cube
+
+
+def opencv():
+    cv2 = optional("cv2", "opencv-python-headless", "--hair-removal")
+    cv2.setNumThreads(1)  # images are decoded side by side already
+    return cv2
+
+
+def hair_mask(image):
+    """(H, W, 3) uint8 -> (H, W) uint8, 1 on hairs: dark, thin (black-hat), and straight over some length.
+
+    The last is what tells hair from a lesion's own dark lines, as in DullRazor (Lee et al. 1997, Comput. Biol. Med. 27).
+    """
+    cv2 = opencv()
+    height, breadth = image.shape[:2]
+    side = max(height, breadth)
+    if side > HAIR_SIDE:
+        small = [max(1, round(v * HAIR_SIDE / side)) for v in (breadth, height)]
+        found = hair_mask(cv2.resize(image, small, interpolation=cv2.INTER_AREA))
+        return cv2.resize(found, (breadth, height), interpolation=cv2.INTER_NEAREST)
+    width, length = max(5, round(side * HAIR_WIDTH)) | 1, max(5, round(side * HAIR_LENGTH)) | 1  # pixels, odd
+    disc, square = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (width, width)), np.ones((3, 3), np.uint8)
+    hat = cv2.morphologyEx(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.MORPH_BLACKHAT, disc, borderType=cv2.BORDER_REPLICATE)
+    dark = (hat > HAIR_CONTRAST).astype(np.uint8)
+    padded = cv2.copyMakeBorder(dark, length, length, length, length, cv2.BORDER_CONSTANT, value=0)
+    mask = np.zeros_like(padded)
+    for angle in np.arange(HAIR_ANGLES) * (np.pi / HAIR_ANGLES):
+        reach = np.array([np.cos(angle), np.sin(angle)]) * (length - 1) / 2
+        line, centre = np.zeros((length, length), np.uint8), np.full(2, (length - 1) / 2)
+        ends = [tuple(int(v) for v in np.rint(centre + sign * reach)) for sign in (-1, 1)]
+        cv2.line(line, *ends, 1)
+        mask |= cv2.morphologyEx(padded, cv2.MORPH_OPEN, line)
+    mask = mask[length:-length, length:-length]
+    for _ in range(max(1, round(side * HAIR_REACH))):  # ends that bend
+        mask = cv2.dilate(mask, square) & dark
+    return cv2.dilate(mask, square)  # a hair's soft edge
+
+
+def remove_hair(image):
+    """(H, W, 3) uint8 -> the same with hairs filled from around them (Telea 2004)."""
+    cv2 = opencv()
+    mask = hair_mask(image)
+    return cv2.inpaint(image, mask, max(1, max(image.shape[:2]) * INPAINT_RADIUS), cv2.INPAINT_TELEA) if mask.any() else image
+
+
 # ----------------------------------------------------------------------------------------------------------- datasets
 
 
@@ -93,13 +187,15 @@ class ImageDataset(torch.utils.data.Dataset):
     """Samples of one split.
 
     ids: N strings, stable when other files come or go; labels: (N,) int; images: (N, H, W) or (N, H, W, 3) uint8, or
-    None where paths (N files) are given.
+    None where paths (N files) are given; groups: N strings, or None: whose images they are (patient, lesion);
+    hair_removal: see `remove_hair`, done when a file is decoded.
     """
 
-    def __init__(self, ids, labels, images=None, paths=None, decode_size=512, window=None):
+    def __init__(self, ids, labels, images=None, paths=None, decode_size=512, window=None, groups=None, hair_removal=False):
         self.ids, self.labels, self.images, self.paths = list(ids), np.asarray(labels, np.int64), images, paths
         self.keys = np.array([hash_id(i) for i in self.ids], np.int64)
-        self.decode_size, self.window = decode_size, window
+        self.decode_size, self.window, self.hair_removal = decode_size, window, hair_removal
+        self.groups = None if groups is None else np.asarray(groups, dtype=str)
 
     def __len__(self):
         return len(self.ids)
@@ -107,7 +203,8 @@ class ImageDataset(torch.utils.data.Dataset):
     def read(self, i):
         """(H, W, 3) uint8."""
         if self.images is None:
-            return read_image(self.paths[i], self.decode_size, self.window)
+            image = read_image(self.paths[i], self.decode_size, self.window)
+            return remove_hair(image) if self.hair_removal else image
         image = self.images[i]
         return image if image.ndim == 3 else np.repeat(image[:, :, None], 3, 2)
 
@@ -119,8 +216,17 @@ class ImageDataset(torch.utils.data.Dataset):
         """The samples of these rows, in their order."""
         images = None if self.images is None else self.images[rows]
         paths = None if self.paths is None else [self.paths[i] for i in rows]
+        groups = None if self.groups is None else self.groups[rows]
         ids = [self.ids[i] for i in rows]
-        return ImageDataset(ids, self.labels[rows], images, paths, self.decode_size, self.window)
+        return ImageDataset(ids, self.labels[rows], images, paths, self.decode_size, self.window, groups, self.hair_removal)
+
+    def joined(self, other):
+        """These samples, then those of another dataset of the same kind."""
+        images = None if self.images is None else np.concatenate([self.images, other.images])
+        paths = None if self.paths is None else [*self.paths, *other.paths]
+        groups = None if self.groups is None else np.concatenate([self.groups, other.groups])
+        labels = np.concatenate([self.labels, other.labels])
+        return ImageDataset(self.ids + other.ids, labels, images, paths, self.decode_size, self.window, groups, self.hair_removal)
 
     def fingerprint(self, classes):
         """SHA-256 over ids and class names in order of ids: equal where two runs saw the same samples."""

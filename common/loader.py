@@ -195,6 +195,8 @@ class Loader:
         self.cache = self._workers = None
         with _advice():
             self.cache_kind = choose_cache(dataset, cache, self.device)
+            if self.cache_kind == "off" and shuffle and dataset.hair_removal and not distributed.rank():
+                print("note: images are not cached, so --hair-removal is done again in each epoch: --cache ram does it once", flush=True)
             if self.cache_kind != "off":
                 self.cache = ImageCache(dataset, self.device if self.cache_kind == "device" else "cpu")
 

@@ -64,7 +64,7 @@ class Slurm:
         pairs = [re.findall(r"(?:^| )([A-Za-z/:]+)=(.*?)(?= [A-Za-z/:]+=|$)", line) for line in done.stdout.splitlines() if line]
         return sorted(({k: v.strip() for k, v in reversed(line)} for line in pairs), key=lambda j: j.get("ArrayTaskId", "").zfill(9))
 
-    def wait(self, job, states=ENDED, seconds=60):
+    def wait(self, job, states=ENDED, seconds=180):
         """Wait until the job (each task of an array) is in one of `states`; returns jobs(job)."""
         end, states = time.monotonic() + seconds, [states] if isinstance(states, str) else states
         while True:

@@ -33,7 +33,7 @@ def start(size, script, *args, cwd=None):
     return processes
 
 
-def ends(processes, seconds=200):
+def ends(processes, seconds=600):
     """(exit codes, stdout and stderr of all) of processes that end by themselves."""
     outputs = [process.communicate(timeout=seconds) for process in processes]
     return [process.returncode for process in processes], "".join(o for o, _ in outputs), "".join(e for _, e in outputs)
@@ -203,7 +203,7 @@ def test_torchrun(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "train_teacher.py"),
          *SMALL, "--model", "resnet8", "--epochs", "1", "--cache", "off", "--output", str(tmp_path / "run")],
-        capture_output=True, text=True, timeout=200, env=script_environment(),
+        capture_output=True, text=True, timeout=600, env=script_environment(),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "run" / "results.json").read_text())

@@ -131,7 +131,7 @@ def test_two_processes_write_disjoint_rows(extracted, teacher, tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "extract_embeddings.py"),
          "--checkpoint", str(teacher / "best.pth"), *map(str, SAVE), "--rotation", "20", "--output", str(tmp_path / "e")],
-        capture_output=True, text=True, timeout=200, env={**script_environment(), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=600, env={**script_environment(), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert_equal_stores(extracted, tmp_path / "e")
