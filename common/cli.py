@@ -275,7 +275,7 @@ def config_argv(parser, values, source):
             near = difflib.get_close_matches(dest, actions, 1)
             hint = f": did you mean {near[0]}?" if near else ""
             raise UserError(f"{source} has the unknown key {key!r}{hint}")
-        if dest in NOT_IN_CONFIG or value is None or value is False:
+        if dest in NOT_IN_CONFIG or value is None or value is False or value == []:
             continue
         flag = actions[dest].option_strings[0]
         argv += [flag] if value is True else [flag, *map(str, value if isinstance(value, list) else [value])]

@@ -157,3 +157,10 @@ def test_flags_beside_resume(tmp_path):
     assert (run / "latest.pth").read_bytes() == before
     succeed("train_student.py", "--resume", run, "--epochs", 2, "--workers", 1, "--batch-size", 32)
     assert len(rows(run)) == 2
+
+
+def test_a_run_without_feature_layers_resumes_too(teacher, tmp_path):
+    """Its lists of layers are empty: no flag of the saved ones may stand there without a value."""
+    succeed("distill.py", *SMALL, "--epochs", 1, "--teacher-checkpoint", teacher / "best.pth", "--output", tmp_path / "run")
+    succeed("distill.py", "--resume", tmp_path / "run", "--epochs", 2)
+    assert len(rows(tmp_path / "run")) == 2
