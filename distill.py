@@ -14,6 +14,8 @@ Packages: torch, timm, numpy, pillow, scikit-learn, tqdm (torchvision for CIFAR,
 """
 
 import os
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -22,7 +24,7 @@ from common.augment import Augmenter, Policy
 from common.data import DATASETS, TASK, load_splits
 from common.distributed import data_parallel
 from common.embeddings import Store, StoredTeacher, difference, split_folder
-from common.evaluation import is_chance_level, live_teacher, predict, write_results
+from common.evaluation import distillation_loss, is_chance_level, live_teacher, predict, write_results
 from common.loader import Loader, save_sample_grid
 from common.losses import FEATURE_LOSSES, METHODS, TEACHER_PROJECTORS, DistillationLoss, class_weights, method_weights
 from common.metrics import CLASSIFICATION, FIDELITY, classification, fidelity
@@ -30,7 +32,7 @@ from common.models import build_model
 from common.optimizer import Schedule, Updater, make_optimizer
 from common.training import (
     Interrupts, Precision, Preprocess, Recorder, device_name, file_sha256, load_checkpoint, load_model, select_device,
-    start_weights, use_compile,
+    start_model, start_weights, use_compile,
 )  # fmt: skip
 
 DEFAULT_TEACHER = "runs/teacher/best.pth"
@@ -42,7 +44,8 @@ def build_parser():
     cli.add_data_flags(parser, dataset=None)
     cli.add_augment_flags(parser)
     cli.add_model_flags(parser, model="resnet8")
-    cli.add_training_flags(parser, epochs=32, select=CLASSIFICATION + FIDELITY)
+    cli.add_training_flags(parser, epochs=32, select=(*CLASSIFICATION, *FIDELITY, "distillation_loss"))
+    parser.set_defaults(optimizer=None, select_metric=None)  # the method's, see settle
     g = parser.add_argument_group("teacher")
     g.add_argument("--teacher-checkpoint", metavar="FILE", help=f"a checkpoint of these scripts ({DEFAULT_TEACHER})")
     g.add_argument("--teacher-model", metavar="NAME", help="a model by name, as --model, with --teacher-pretrained or --teacher-weights")
@@ -54,13 +57,13 @@ def build_parser():
     g.add_argument("--allow-weak-teacher", action="store_true", help="go on with a teacher that is no better than chance on val")
     g = parser.add_argument_group("distillation")
     g.add_argument("--method", default="response", choices=list(METHODS), help="published combination; sets the weights below")
-    g.add_argument("--alpha", type=float, help="alpha * cross-entropy + (1 - alpha) * T^2 * KL (0.5)")
+    g.add_argument("--alpha", type=float, help="response, feature: alpha * cross-entropy + (1 - alpha) * T^2 * KL; feature_matching: (1 - alpha) * cross-entropy + alpha * features (0.5)")
     g.add_argument("--temperature", type=float, default=4.0, help="T of the KL")
     g.add_argument("--ce-weight", type=float, help="of the cross-entropy; by default the method's")
     g.add_argument("--kl-weight", type=float, help="of T^2 * KL(teacher || student); by default the method's")
     g.add_argument("--feature-weight", type=float, help="of the feature loss; by default the method's")
     g.add_argument("--feature-loss", default="mse", choices=FEATURE_LOSSES, help="on projected and pooled maps")
-    g.add_argument("--student-layer", nargs="+", default=[], metavar="PATH", help="module paths of the student's features, as layer3 or blocks.5")
+    g.add_argument("--student-layer", nargs="+", default=[], metavar="PATH", help="module paths of the student's features, as layer3, layers.2 or blocks.5")
     g.add_argument("--teacher-layer", nargs="+", default=[], metavar="PATH", help="module paths of the teacher's features, paired in order")
     g.add_argument("--embedding-weight", type=float, help="of the embedding loss; by default the method's")
     g.add_argument("--lambda-feat", type=cli.AMOUNT, default=1.0, help="of the squared error, summed over dimensions, in the embedding loss")
@@ -82,6 +85,32 @@ class Student(torch.nn.Module):
     def forward(self, inputs, taught, labels, batch_labels):
         out = self.model(inputs)
         return out, self.criterion(out, taught, labels, batch_labels)
+
+
+class Source(NamedTuple):
+    """What teaches: a frozen model or what one has left in a store.  Nothing that follows asks which."""
+
+    targets: Callable  # (batch, split) -> {"logits": (B, C), "embedding": (B, D), "features": {layer: (B, C_l, H_l, W_l)}}
+    choose_view: Callable  # batch -> the batch with the views that are shown
+    logits: Callable  # (split, loader) -> (N, C) of the plain images, or None
+    resolution: int  # the teacher's input side in pixels
+    title: str
+    described: dict  # for results.json
+
+
+def settle(args):
+    """The loss's weights {term: float}; defaults that depend on the method are filled in."""
+    weights = method_weights(
+        args.method, args.alpha, ce=args.ce_weight, kl=args.kl_weight, feature=args.feature_weight,
+        embedding=args.embedding_weight,
+    )  # fmt: skip
+    if not weights["feature"] and (args.student_layer or args.teacher_layer):
+        raise cli.UserError(f"--student-layer and --teacher-layer with --method {args.method}: its feature weight is 0")
+    # a squared error summed over hundreds of dimensions diverges with SGD's rate
+    args.optimizer = args.optimizer or ("adamw" if weights["embedding"] else "sgd")
+    # without cross-entropy and KL nothing trains the logits
+    args.select_metric = args.select_metric or ("accuracy" if weights["ce"] or weights["kl"] else "distillation_loss")
+    return weights
 
 
 def teacher_checkpoint(args):
@@ -132,20 +161,22 @@ def open_stores(args):
         if getattr(args, name) not in (None, False, defaults.get(name), meta[name]):
             raise cli.UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: the embeddings were made with {meta[name]}")
         setattr(args, name, meta[name])
+    args.data_root = args.data_root or meta.get("data_root")
     return stores
 
 
-def stored_teacher(args, stores, splits, weights):
-    """(StoredTeacher, dict for results.json)."""
+def stored_source(args, stores, splits, weights):
+    """Source of --teacher-embeddings."""
     if weights["feature"]:
         raise cli.UserError(f"--teacher-embeddings hold no feature maps: --method {args.method} needs a teacher, or --feature-weight 0")
     wanted = [name for name, term in (("embeddings", "embedding"), ("logits", "kl")) if weights[term]]
     datasets = {"train": splits.train, "val": splits.val, "test": splits.test}
     meta = stores["train"].meta
     kept = {key: meta["teacher"][key] for key in ("name", "family", "parameters", "checkpoint", "sha256")}
-    views = args.num_views or meta["num_views"]
-    described = {**kept, "embeddings": args.teacher_embeddings, "num_views": views, "resolution": meta["resolution"]}
-    return StoredTeacher(stores, datasets, wanted, args.num_views, args.seed), described
+    stored = StoredTeacher(stores, datasets, wanted, args.num_views, args.seed)
+    described = {**kept, "embeddings": args.teacher_embeddings, "num_views": stored.num_views, "resolution": meta["resolution"]}
+    title = f"teacher {kept['name']}: {kept['parameters']:,} parameters, {meta['resolution']} px, {stored.num_views} stored views"
+    return Source(stored.targets, stored.choose_view, lambda split, loader: stored.logits(split), meta["resolution"], title, described)
 
 
 def load_teacher(args, path, checkpoint, classes, resolution, info):
@@ -164,6 +195,40 @@ def load_teacher(args, path, checkpoint, classes, resolution, info):
         sha = file_sha256(path)
     described = {"name": teacher.name, "family": teacher.family, "parameters": teacher.num_parameters, "checkpoint": path, "sha256": sha}
     return teacher, preprocess, described
+
+
+def live_source(args, path, checkpoint, splits, resolution, augment, precision, interrupts):
+    """Source of a teacher that is run."""
+    teacher, preprocess, described = load_teacher(args, path, checkpoint, splits.classes, resolution, DATASETS[args.dataset])
+    teacher.set_feature_layers(args.teacher_layer)
+    teacher.to(precision.device).to(memory_format=torch.channels_last)
+    targets = live_teacher(teacher, preprocess, augment, precision)
+    if use_compile(args.compile, precision.device):
+        teacher.compile()
+    title = f"teacher {described['name']}: {described['parameters']:,} parameters, {preprocess.resolution} px"
+    return Source(lambda batch, split="train": targets(batch), lambda batch: batch,
+                  lambda split, loader: predict(teacher, loader, preprocess, precision, interrupts), preprocess.resolution, title, described)  # fmt: skip
+
+
+def judge_teacher(source, logits, splits, args):
+    """Note the teacher's val metrics and refuse one at chance level; returns a line for the log."""
+    if logits is None:
+        return f"{source.title}; its logits are not stored, so it is not judged"
+    source.described["val"] = classification(logits, splits.val.labels)
+    check_teacher(source.described["val"]["balanced_accuracy"], len(splits.classes), splits.val.labels, args.allow_weak_teacher)
+    return f"{source.title}, val accuracy {source.described['val']['accuracy']:.4f}"
+
+
+def make_loss(args, weights, model, source, train, shown, classes):
+    """DistillationLoss with its projectors, made from a dry batch before the optimizer sees the parameters."""
+    class_weight = class_weights(args.class_weights, train.dataset.labels, len(classes))
+    embedding = {"shared_dim": args.shared_dim, "teacher": args.teacher_projector,
+                 "lambda_feat": args.lambda_feat, "lambda_cos": args.lambda_cos}  # fmt: skip
+    criterion = DistillationLoss(weights, args.temperature, args.feature_loss, args.label_smoothing, class_weight, embedding)
+    dry = source.choose_view(next(train.batches()))
+    with torch.no_grad():
+        criterion.build(model.eval()({"image": shown(dry)}), source.targets(dry))
+    return criterion
 
 
 def check_teacher(balanced_accuracy, num_classes, labels, allow_weak):
@@ -189,12 +254,7 @@ def main(args):
     run = cli.RunFolder(args.output, bool(args.resume), args.overwrite)
     device = select_device(args.device)
     precision = Precision(args.amp, device)
-    weights = method_weights(
-        args.method, args.alpha, ce=args.ce_weight, kl=args.kl_weight, feature=args.feature_weight,
-        embedding=args.embedding_weight,
-    )  # fmt: skip
-    if not weights["feature"] and (args.student_layer or args.teacher_layer):
-        raise cli.UserError(f"--student-layer and --teacher-layer with --method {args.method}: its feature weight is 0")
+    weights = settle(args)
 
     # data: the teacher's dataset where none is named
     stores = open_stores(args)
@@ -205,37 +265,23 @@ def main(args):
     policy = stores["train"].policy if stores else cli.augment_policy(args)
     augment = Augmenter(policy, stores["train"].seed if stores else args.seed)
     splits = load_splits(args.dataset, cli.data_root(args.data_root), download=args.download, **cli.split_flags(vars(args)))
-    train = Loader(splits.train, args.batch_size, device, True, args.seed, args.cache, args.workers, args.accumulation_steps)
+    balanced = len(splits.classes) if args.sampler == "balanced" else 0
+    train = Loader(splits.train, args.batch_size, device, True, args.seed, args.cache, args.workers, args.accumulation_steps, balanced)
     val = Loader(splits.val, args.batch_size, device, cache=args.cache, workers=args.workers)
 
     # teacher and student; the student starts from the weights that train_student.py has for this seed
     if stores:
-        stored, described = stored_teacher(args, stores, splits, weights)
+        source = stored_source(args, stores, splits, weights)
     else:
-        teacher, teacher_preprocess, described = load_teacher(args, teacher_path, checkpoint, splits.classes, resolution, info)
-    torch.manual_seed(args.seed)
-    model = build_model(args.model, len(splits.classes), resolution, args.patch_size, args.pretrained)
-    weights_from = start_weights(model, args.weights, args.init_checkpoint)
+        source = live_source(args, teacher_path, checkpoint, splits, resolution, augment, precision, interrupts)
+    model, weights_from = start_model(args, len(splits.classes), resolution)
     preprocess = Preprocess(resolution, model.mean or info.mean, model.std or info.std)
-    model.set_pooling(args.pooling)
-    if weights["feature"]:
-        model.set_feature_layers(args.student_layer)
-        teacher.set_feature_layers(args.teacher_layer)
+    model.set_pooling(args.pooling or model.pooling)
+    model.set_feature_layers(args.student_layer)
     model.to(device).to(memory_format=torch.channels_last)
-    if stores:
-        targets, choose_view = stored.targets, stored.choose_view
-    else:
-        teacher.to(device).to(memory_format=torch.channels_last)
-        targets, choose_view = live_teacher(teacher, teacher_preprocess, augment, precision), lambda batch: batch
 
-    # loss: a dry batch makes the projectors before the optimizer sees the parameters
-    class_weight = class_weights(args.class_weights, splits.train.labels, len(splits.classes))
-    criterion = DistillationLoss(weights, args.temperature, args.feature_loss, args.label_smoothing, class_weight, {
-        "shared_dim": args.shared_dim, "teacher": args.teacher_projector, "lambda_feat": args.lambda_feat, "lambda_cos": args.lambda_cos,
-    })  # fmt: skip
-    dry = choose_view(next(train.batches()))
-    with torch.no_grad():
-        criterion.build(model.eval()({"image": preprocess(augment(dry, resolution))}), targets(dry))
+    # loss, optimizer
+    criterion = make_loss(args, weights, model, source, train, lambda batch: preprocess(augment(batch, resolution)), splits.classes)
     optimizer = make_optimizer(
         args.optimizer, [model], args.lr, args.weight_decay, args.momentum, args.nesterov, criterion,
         args.projector_weight_decay,
@@ -246,28 +292,14 @@ def main(args):
     )  # fmt: skip
     if use_compile(args.compile, device):
         model.compile()
-        if not stores:
-            teacher.compile()
     parallel = data_parallel(Student(model, criterion), device, unused=not weights["ce"] and not weights["kl"])
     updater = Updater(
         model, optimizer, schedule, precision, args.clip_grad, args.ema, args.accumulation_steps, parallel
     )
 
     # the teacher is judged before it teaches; val images are plain, so its logits there are computed once
-    def teacher_on(split, loader):
-        return stored.logits(split) if stores else predict(teacher, loader, teacher_preprocess, precision, interrupts)
-
-    teacher_logits = {"val": teacher_on("val", val)}
-    side = described["resolution"] if stores else teacher_preprocess.resolution
-    line = f"teacher {described['name']}: {described['parameters']:,} parameters, {side} px"
-    if stores:
-        line += f", {stored.num_views} stored views"
-    if teacher_logits["val"] is None:
-        run.log(f"{line}; its logits are not stored, so it is not judged")
-    else:
-        described["val"] = classification(teacher_logits["val"], splits.val.labels)
-        run.log(f"{line}, val accuracy {described['val']['accuracy']:.4f}")
-        check_teacher(described["val"]["balanced_accuracy"], len(splits.classes), splits.val.labels, args.allow_weak_teacher)
+    teacher_logits = {"val": source.logits("val", val)}
+    run.log(judge_teacher(source, teacher_logits["val"], splits, args))
     for note in differences(checkpoint, args):
         run.log(note)
 
@@ -276,7 +308,7 @@ def main(args):
         run, updater, interrupts, epochs=args.epochs, metric=args.select_metric, patience=args.patience,
         save_every=args.save_every, loss=criterion,
         content={"role": "distill", "classes": splits.classes, "preprocess": preprocess.to_dict(),
-                 "augment": policy.to_dict(), "flags": vars(args), "teacher": described},
+                 "augment": policy.to_dict(), "flags": vars(args), "teacher": source.described},
     )  # fmt: skip
     saved = load_checkpoint(run.path("latest.pth")) if args.resume else {"rows": 0, "log_bytes": 0}
     if args.resume:
@@ -288,15 +320,15 @@ def main(args):
     if weights_from:
         run.log(weights_from)
     if args.save_samples:
-        batch = choose_view(next(train.batches(1)))
-        save_sample_grid(args.save_samples, [augment(batch, side), augment(batch, resolution)])
+        batch = source.choose_view(next(train.batches(1)))
+        save_sample_grid(args.save_samples, [augment(batch, source.resolution), augment(batch, resolution)])
 
     with recorder.saving_when_interrupted():
         for _ in recorder.epochs():
             model.train()
             for batch in recorder.batches(train):
-                batch = choose_view(batch)
-                taught = targets(batch)  # {"logits": (B, C), ...}, of the same views at the teacher's resolution
+                batch = source.choose_view(batch)
+                taught = source.targets(batch)  # {"logits": (B, C), ...}, of the same views at the teacher's resolution
                 images = preprocess(augment(batch, resolution))  # (B, 3, R, R)
                 labels = batch["targets"][TASK]  # (B,)
                 with precision.autocast():
@@ -304,17 +336,24 @@ def main(args):
                 updater(loss)
                 right = (out["logits"].argmax(1) == labels).float().mean()
                 recorder.meter.add(loss=loss, accuracy=right, **criterion.terms)
-            logits = predict(updater.evaluated_model, val, preprocess, precision, interrupts)  # (N, C)
+            student = updater.evaluated_model
+            logits = predict(student, val, preprocess, precision, interrupts)  # (N, C)
             values = classification(logits, splits.val.labels)
             if teacher_logits["val"] is not None:
                 values.update(fidelity(logits, teacher_logits["val"], splits.val.labels))
+            if args.select_metric == "distillation_loss":
+                on_val = lambda batch: source.targets(batch, "val")  # noqa: E731
+                values["distillation_loss"] = distillation_loss(student, criterion, on_val, val, preprocess, precision, interrupts)
+            warning = criterion.collapsed(recorder.train_means)
             recorder.end_epoch(values)
+            if warning:
+                run.log(f"warning: {warning}")
 
         test = Loader(splits.test, args.batch_size, device, cache=args.cache, workers=args.workers)
-        teacher_logits["test"] = teacher_on("test", test)
+        teacher_logits["test"] = source.logits("test", test)
         write_results(
             run, splits, {"val": val, "test": test}, recorder, preprocess, precision, script="distill.py",
-            method=args.method, teacher=described,
+            method=args.method, teacher=source.described,
             teacher_logits=None if teacher_logits["val"] is None else teacher_logits,
         )  # fmt: skip
 

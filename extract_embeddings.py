@@ -105,7 +105,8 @@ def load_teacher(args, checkpoint, classes, info):
         start_weights(model, args.weights)
         preprocess = Preprocess(resolution, model.mean or info.mean, model.std or info.std)
         sha = file_sha256(args.weights) if args.weights else None
-    model.set_pooling(args.pooling)
+    if args.pooling:
+        model.set_pooling(args.pooling)
     model.with_tokens = args.save_tokens
     weights = "checkpoint" if checkpoint else "hub" if args.pretrained else "file" if args.weights else f"random, seed {args.seed}"
     described = {"name": model.name, "family": model.family, "parameters": model.num_parameters, "checkpoint": args.checkpoint,
@@ -172,10 +173,10 @@ def main(args):
         model.compile()
     targets = live_teacher(model, preprocess, Augmenter(policy, args.seed), precision)
     names = {"embeddings": "embedding", **({"logits": "logits"} if args.save_logits else {}), **({"tokens": "tokens"} if args.save_tokens else {})}
-    sides = {"resolution": preprocess.resolution, "pooling": args.pooling, "num_views": args.num_views, "seed": args.seed,
+    sides = {"resolution": preprocess.resolution, "pooling": model.pooling, "num_views": args.num_views, "seed": args.seed,
              "policy": policy.to_dict(), "amp": precision.name, "batch_size": args.batch_size, "teacher": described}  # fmt: skip
     data = {"dataset": args.dataset, "classes": splits.classes, **{name: getattr(args, name) for name in cli.STORED_FLAGS},
-            "environment": cli.environment(device_name(device))}  # fmt: skip
+            "data_root": args.data_root, "environment": cli.environment(device_name(device))}  # fmt: skip
     with torch.no_grad():
         dry = model({"image": torch.zeros(1, 3, preprocess.resolution, preprocess.resolution, device=device)})
     shapes = {name: (args.num_views, *dry[key].shape[1:]) for name, key in names.items()}

@@ -23,10 +23,9 @@ from common.images import TASK
 from common.loader import Loader, save_sample_grid
 from common.losses import class_weights, cross_entropy
 from common.metrics import classification
-from common.models import build_model
 from common.optimizer import Schedule, Updater, make_optimizer
 from common.training import (
-    Interrupts, Precision, Preprocess, Recorder, device_name, load_checkpoint, select_device, start_weights, use_compile,
+    Interrupts, Precision, Preprocess, Recorder, device_name, load_checkpoint, select_device, start_model, use_compile,
 )  # fmt: skip
 
 
@@ -52,13 +51,12 @@ def main(args):
     policy = cli.augment_policy(args)
     augment = Augmenter(policy, args.seed)
     splits = load_splits(args.dataset, cli.data_root(args.data_root), download=args.download, **cli.split_flags(vars(args)))
-    train = Loader(splits.train, args.batch_size, device, True, args.seed, args.cache, args.workers, args.accumulation_steps)
+    balanced = len(splits.classes) if args.sampler == "balanced" else 0
+    train = Loader(splits.train, args.batch_size, device, True, args.seed, args.cache, args.workers, args.accumulation_steps, balanced)
     val = Loader(splits.val, args.batch_size, device, cache=args.cache, workers=args.workers)
 
     # model, optimizer
-    torch.manual_seed(args.seed)
-    model = build_model(args.model, len(splits.classes), resolution, args.patch_size, args.pretrained)
-    weights_from = start_weights(model, args.weights, args.init_checkpoint)
+    model, weights_from = start_model(args, len(splits.classes), resolution)
     preprocess = Preprocess(resolution, model.mean or info.mean, model.std or info.std)
     model.to(device).to(memory_format=torch.channels_last)
     optimizer = make_optimizer(

@@ -238,6 +238,8 @@ def add_model_flags(parser, model):
     g.add_argument("--pretrained", action="store_true", help="start from the hub's weights")
     g.add_argument("--weights", metavar="FILE", help="start from a foreign state dict (.pth or .safetensors), strictly")
     g.add_argument("--init-checkpoint", metavar="FILE", help="start from a checkpoint of these scripts; new head where classes differ")
+    g.add_argument("--freeze-backbone", action="store_true", help="train the head alone, of a model that starts from weights")
+    g.add_argument("--dropout", type=number(float, 0, 0.99), default=0.0, help="share of the head's input that is dropped in training")
 
 
 def add_training_flags(parser, epochs, select=CLASSIFICATION):
@@ -254,6 +256,7 @@ def add_training_flags(parser, epochs, select=CLASSIFICATION):
     g.add_argument("--gamma", type=SHARE, default=0.1, help="factor of multistep and plateau")
     g.add_argument("--plateau-patience", type=POSITIVE, default=5, help="epochs without gain before plateau lowers the rate")
     g.add_argument("--warmup-epochs", type=AMOUNT, default=0, help="linear warm-up, epochs")
+    g.add_argument("--sampler", default="shuffle", choices=("shuffle", "balanced"), help="each image once an epoch, or each class equally often")
     g.add_argument("--class-weights", default="none", metavar="WEIGHTS", help="of the cross-entropy: none, balanced (by 1 / count in train) or numbers W0,W1,...")
     g.add_argument("--label-smoothing", type=SHARE, default=0.0, help="of the cross-entropy; a smoothed teacher teaches worse")
     g.add_argument("--accumulation-steps", type=POSITIVE, default=1, metavar="N", help="run each batch in N parts, for less memory; the batch size stays")
@@ -296,8 +299,10 @@ def check(args):
     """Refuse values that argparse cannot judge one by one."""
     if getattr(args, "window", None) and not args.window[0] < args.window[1]:
         raise UserError(f"--window {args.window[0]:g} {args.window[1]:g}: LOW must be below HIGH")
-    if getattr(args, "nesterov", False) and args.optimizer != "sgd":
+    if getattr(args, "nesterov", False) and args.optimizer not in ("sgd", None):
         raise UserError(f"--nesterov and --optimizer {args.optimizer} contradict each other: it is sgd's")
+    if getattr(args, "freeze_backbone", False) and not (args.pretrained or args.weights or args.init_checkpoint):
+        raise UserError("--freeze-backbone needs --pretrained, --weights or --init-checkpoint: random features teach a head nothing")
     return args
 
 

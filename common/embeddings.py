@@ -41,7 +41,7 @@ def shard_rows(count, shard):
 
 def difference(ours, theirs):
     """The first key in which two meta dicts differ, in words, or None."""
-    for key in sorted({*ours, *theirs} - {"environment"}):
+    for key in sorted({*ours, *theirs} - {"environment", "data_root"}):
         if ours.get(key) != theirs.get(key):
             return f"{key}: {shown(theirs.get(key))}, not {shown(ours.get(key))}"
     return None
@@ -274,10 +274,11 @@ class StoredTeacher:
         start = uniform(self.seed, 0, STREAM_VIEW, batch["key"])[:, 0] * self.num_views
         return {**batch, "view": (start.long() + batch["view"]) % self.num_views}
 
-    def targets(self, batch):
-        """{"embedding": (B, D), "logits": (B, C), ...} float32 on the batch's device, of view batch["view"] of train."""
-        rows, views, device = self.rows["train"][batch["index"].numpy()], batch["view"].numpy(), batch["image"].device
-        return {self.KEYS[name]: torch.from_numpy(self.store.read(name, rows, views)).to(device, non_blocking=True) for name in self.wanted}
+    def targets(self, batch, split="train"):
+        """{"embedding": (B, D), "logits": (B, C), ...} float32 on the batch's device, of view batch["view"] of a split."""
+        rows, views, device = self.rows[split][batch["index"].numpy()], batch["view"].numpy(), batch["image"].device
+        store = self.stores[split]
+        return {self.KEYS[name]: torch.from_numpy(store.read(name, rows, views)).to(device, non_blocking=True) for name in self.wanted}
 
     def logits(self, split):
         """(N, C) float32 of the plain images of a split, or None where they are not stored."""

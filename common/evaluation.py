@@ -47,6 +47,35 @@ def predict(model, loader, preprocess, precision, interrupts=None):
     return logits
 
 
+@torch.no_grad()
+def distillation_loss(model, criterion, targets, loader, preprocess, precision, interrupts=None):
+    """Mean loss of a split's plain images without its cross-entropy: what a run without labels is judged by.
+
+    criterion: losses.DistillationLoss; targets: of the teacher, for batches of this split.
+    """
+    was_training, augment, total, count = model.training, Augmenter(Policy(), 0), 0.0, 0
+    model.eval()
+    distributed.broadcast(model.buffers())
+    for batch in loader.batches():
+        with precision.autocast():
+            out = model({"image": preprocess(augment(batch, preprocess.resolution))})
+        valid = batch["valid"]
+        loss = criterion(_rows(out, valid), _rows(targets(batch), valid), None)
+        total, count = total + loss * valid, count + valid
+        if interrupts is not None and distributed.size() == 1:
+            interrupts.check()
+    model.train(was_training)
+    parts = distributed.gather((float(total), count))
+    if interrupts is not None:
+        interrupts.check()
+    return sum(part[0] for part in parts) / sum(part[1] for part in parts)
+
+
+def _rows(out, count):
+    """The first `count` samples of a model's output."""
+    return {k: _rows(v, count) if isinstance(v, dict) else v[:count] for k, v in out.items()}
+
+
 def live_teacher(teacher, preprocess, augment, precision):
     """`targets(batch) -> dict`: the frozen teacher's outputs on its own input, made from the raw batch.
 

@@ -22,6 +22,9 @@ from common.augment import uniform
 from common.images import TASK, DataError, available_cpus
 
 
+REPEAT_STRIDE = 1_000_003  # views between an image's repeats in an epoch: a prime, so that stored views differ too
+
+
 def pad_images(images):
     """List of (3, H, W) uint8 -> (B, 3, H_max, W_max), each in the top left corner, and their sizes (B, 2)."""
     sizes = torch.tensor([image.shape[1:] for image in images])
@@ -164,6 +167,30 @@ def _advice():
         raise DataError(f"{error} (--on-bad-image skip leaves such images out)") from None
 
 
+def balanced_order(labels, num_classes, generator):
+    """As many rows as there are labels (N,), each class equally often, in random order.
+
+    A class is gone through in random order before an image of it comes again.  Raises DataError for an empty class.
+    """
+    classes, count = [], len(labels)
+    for c in range(num_classes):
+        members = (labels == c).nonzero()[:, 0]
+        if not len(members):
+            raise DataError(f"--sampler balanced: class number {c} has no image in train")
+        wanted = count * (c + 1) // num_classes - count * c // num_classes
+        rounds = -(-wanted // len(members))
+        classes.append(torch.cat([members[torch.randperm(len(members), generator=generator)] for _ in range(rounds)])[:wanted])
+    order = torch.cat(classes)
+    return order[torch.randperm(count, generator=generator)]
+
+
+def repeats(order):
+    """How often each row of `order` (N,) stood in it before: (N,) int64."""
+    by_row = order.argsort(stable=True)
+    first = torch.searchsorted(order[by_row], order[by_row])
+    return torch.empty_like(order).scatter_(0, by_row, torch.arange(len(order)) - first)
+
+
 def _train_batch(wanted, count, accumulate):
     """The batch size in training, over all processes: `wanted`, or what `count` images give if they are fewer."""
     parts = distributed.size() * accumulate
@@ -180,13 +207,16 @@ class Loader:
     shuffle: an order of (seed, epoch), dropping the last short batch, for training; else in order, the last batch
     filled up by repeating its last row (`valid` rows count), so that every batch has one shape.
 
+    balanced: number of classes, which then come equally often in training, see `balanced_order`; 0: images do.
+
     Several processes: in training each gets an equal share of every batch, else every size-th batch.  accumulate:
     parts into which a process's share is cut, yielded one after another.
     """
 
-    def __init__(self, dataset, batch_size, device, shuffle=False, seed=0, cache="auto", workers=None, accumulate=1):
+    def __init__(self, dataset, batch_size, device, shuffle=False, seed=0, cache="auto", workers=None, accumulate=1,
+                 balanced=0):  # fmt: skip
         self.dataset, self.device, self.shuffle, self.seed = dataset, torch.device(device), shuffle, seed
-        self.accumulate = accumulate
+        self.accumulate, self.balanced = accumulate, balanced
         self.batch_size = _train_batch(batch_size, len(dataset), accumulate) if shuffle else batch_size
         self.keys = torch.from_numpy(dataset.keys)
         self.labels = torch.from_numpy(dataset.labels).to(self.device)
@@ -208,35 +238,43 @@ class Loader:
         """Lists of rows, a batch of all processes each."""
         if self.shuffle:
             seed = int(uniform(self.seed, epoch, 0, torch.zeros(1, dtype=torch.int64))[0, 0] * 2**53)
-            order = torch.randperm(len(self.dataset), generator=torch.Generator().manual_seed(seed))
+            generator = torch.Generator().manual_seed(seed)
+            if self.balanced:
+                order = balanced_order(torch.from_numpy(self.dataset.labels), self.balanced, generator)
+            else:
+                order = torch.randperm(len(self.dataset), generator=generator)
         else:
             order = torch.arange(len(self) * self.batch_size).clamp(max=len(self.dataset) - 1)
         return [order[i * self.batch_size : (i + 1) * self.batch_size] for i in range(len(self))]
 
     def batches(self, epoch=0, start=0):
-        """Yield batches from number `start` on.  In training the view is the epoch (from 1), else 0, the plain image.
+        """Yield batches from number `start` on.  In training the view is the epoch (from 1), else 0, the plain image;
+        an image that comes again in an epoch gets another view.
 
         A batch: `index`, `key`, `view` (B,) and `size` (B, 2) on the CPU; `image` (B, 3, H, W) uint8 and `targets`
         {task: (B,)} on the device; `valid`, the rows that count; `batch_targets`, as targets, of the whole batch where
         this is a process's share or a part of it; `last_part`, whether it completes the batch.
         """
         rank, size = distributed.rank(), distributed.size()
-        batches = list(enumerate(self.rows(epoch)))[start:]
+        batches = self.rows(epoch)
+        again = repeats(torch.cat(batches)).split(self.batch_size) if self.balanced else [torch.zeros_like(rows) for rows in batches]
+        batches = list(zip(range(len(batches)), batches, again))[start:]
         if self.shuffle:
             count = size * self.accumulate
             own = slice(rank * self.accumulate, (rank + 1) * self.accumulate)
-            parts = [(step, batch, part) for step, batch in batches for part in (batch.chunk(count) if count > 1 else [batch])[own]]
+            parts = [(step, rows, *part) for step, rows, again in batches
+                     for part in (list(zip(rows.chunk(count), again.chunk(count))) if count > 1 else [(rows, again)])[own]]  # fmt: skip
         else:
-            parts = [(step, batch, batch) for step, batch in batches[rank::size]]
-        rows = [part for _, _, part in parts]
+            parts = [(step, rows, rows, again) for step, rows, again in batches[rank::size]]
+        rows = [part[2] for part in parts]
         images = self._cached(rows) if self.cache else self._loaded(rows)
-        for number, ((step, whole, index), (image, size)) in enumerate(zip(parts, images), 1):
+        for number, ((step, whole, index, again), (image, size)) in enumerate(zip(parts, images), 1):
             targets = {TASK: self.labels[index.to(self.device, non_blocking=True)]}
             pinned = image.pin_memory() if self.device.type == "cuda" and not image.is_cuda else image
             yield {
                 "index": index,
                 "key": self.keys[index],
-                "view": torch.full_like(index, epoch if self.shuffle else 0),
+                "view": again * REPEAT_STRIDE + (epoch if self.shuffle else 0),
                 "size": size,
                 "image": pinned.to(self.device, non_blocking=True),
                 "targets": targets,

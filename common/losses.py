@@ -14,10 +14,14 @@ from torch import nn
 METHODS = {
     "response": {"ce": 0.5, "kl": 0.5, "feature": 0.0, "embedding": 0.0},  # Hinton et al. 2015, arXiv:1503.02531
     "feature": {"ce": 0.5, "kl": 0.5, "feature": 1.0, "embedding": 0.0},  # the same and a hint, Romero et al. 2015, arXiv:1412.6550
+    # with labels, intermediate maps of Swins and ViTs in place of logits
+    "feature_matching": {"ce": 0.5, "kl": 0.0, "feature": 0.5, "embedding": 0.0},
     # stored or live embeddings in a shared space, with labels; --ce-weight 0 without
     "embedding": {"ce": 1.0, "kl": 0.0, "feature": 0.0, "embedding": 1.0},
 }
+ALPHA = {"response": ("ce", "kl"), "feature": ("ce", "kl"), "feature_matching": ("feature", "ce")}  # alpha weighs the first, 1 - alpha the second
 FEATURE_LOSSES = ("mse", "cosine")
+COLLAPSED = 0.01  # share of the variance below which a projected space counts as one point
 TEACHER_PROJECTORS = ("identity", "frozen-orthogonal", "learned")
 
 
@@ -145,20 +149,21 @@ class EmbeddingProjectors(nn.Module):
 def method_weights(method, alpha=None, **overrides):
     """Weights {term: float} of a method.
 
-    alpha: weighs cross-entropy, 1 - alpha the KL (methods response and feature; 0.5 where it is None).
+    alpha: weighs cross-entropy, 1 - alpha the KL (response, feature), or the features, 1 - alpha cross-entropy
+    (feature_matching); 0.5 where it is None.
     overrides: ce, kl, feature, embedding: a number each, or None for the method's own.  Raises LossError.
     """
     weights = dict(METHODS[method])
     given = {name: value for name, value in overrides.items() if value is not None}
     if alpha is not None:
-        if method not in ("response", "feature"):
+        if method not in ALPHA:
             raise LossError(f"--alpha with --method {method}: it has no such weight, give --ce-weight and the others")
-        clash = [name for name in ("ce", "kl") if name in given]
+        clash = [name for name in ALPHA[method] if name in given]
         if clash:
             raise LossError(f"--alpha and --{clash[0]}-weight both set the weight of {clash[0]}: give one of them")
         if not 0 <= alpha <= 1:
             raise LossError(f"--alpha {alpha} is not in 0 to 1")
-        weights.update(ce=alpha, kl=1 - alpha)
+        weights.update(zip(ALPHA[method], (alpha, 1 - alpha)))
     weights.update(given)
     wrong = [name for name, value in weights.items() if not 0 <= value < math.inf]
     if wrong:
@@ -176,7 +181,7 @@ class DistillationLoss(nn.Module):
 
     `build(student, teacher)` once, on outputs of a dry batch and before optimizer, EMA and DDP see the parameters,
     makes a 1x1 projector from the student's width to the teacher's for each pair of features.
-    `loss(student, teacher, labels)`: model outputs (`logits` (B, C), `features` {layer: (B, C_l, H_l, W_l)}, paired in
+    `loss(student, teacher, labels)` (labels None: without cross-entropy): model outputs (`logits` (B, C), `features` {layer: (B, C_l, H_l, W_l)}, paired in
     order) and (B,) int64 labels -> scalar; `loss.terms` holds each term's value, unweighted and detached.
     The mean over equal parts of a batch (processes, accumulation) is the loss of the batch; `batch_labels`, those of
     the whole batch, make it so for class weights.  A term that compares samples must gather the parts first.
@@ -203,6 +208,8 @@ class DistillationLoss(nn.Module):
             widths = (out["embedding"].shape[1] for out in (student, teacher))
             self.embedding_projectors = EmbeddingProjectors(*widths, self.embedding["shared_dim"], self.embedding["teacher"])
             self.embedding_projectors.to(student["embedding"].device)
+            self.embedded(student["embedding"], teacher["embedding"])
+            self.first_variance = float(self.terms["teacher_variance"])
         if "feature" not in self.weights:
             return
         students, teachers = (list(out.get("features", {}).values()) for out in (student, teacher))
@@ -217,6 +224,8 @@ class DistillationLoss(nn.Module):
     def forward(self, student, teacher, labels, batch_labels=None):
         loss, self.terms = 0.0, {}
         for name, weight in self.weights.items():
+            if name == "ce" and labels is None:
+                continue
             if name == "ce":
                 term = cross_entropy(student["logits"], labels, self.label_smoothing, self.class_weights, batch_labels)
             elif name == "kl":
@@ -236,6 +245,18 @@ class DistillationLoss(nn.Module):
         for who, values in (("student", student), ("teacher", teacher)):
             self.terms[f"{who}_variance"] = values.detach().var(0, correction=0).mean()
         return embedding_loss(student, teacher, self.embedding["lambda_feat"], self.embedding["lambda_cos"])
+
+    def collapsed(self, means):
+        """A warning where the shared space has lost its variance, else None; means: {term: its mean over an epoch}."""
+        if self.embedding_projectors is None or not self.first_variance:
+            return None
+        teacher, student = means["teacher_variance"], means["student_variance"]
+        if teacher < COLLAPSED * self.first_variance:
+            return (f"the learned projectors collapse: the teacher's variance in the shared space fell from {self.first_variance:.3g} to "
+                    f"{teacher:.3g}, so all images look alike there; --teacher-projector identity or frozen-orthogonal cannot")  # fmt: skip
+        if student < COLLAPSED * teacher:
+            return f"the student's embedding hardly differs between images (variance {student:.3g}, the teacher's {teacher:.3g}): it follows nothing yet"
+        return None
 
     def feature(self, student, teacher):
         """Mean of the feature loss over the pairs of layers, the student's maps projected to the teacher's width."""

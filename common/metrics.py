@@ -10,7 +10,7 @@ from sklearn import metrics as sk
 CLASSIFICATION = ("accuracy", "balanced_accuracy", "macro_f1", "auc", "average_precision", "pauc",
                   "sensitivity_at_90_specificity", "top5_accuracy", "loss", "ece")  # fmt: skip
 FIDELITY = ("agreement", "teacher_right_kept", "teacher_kl")
-LOWER_IS_BETTER = {"loss", "ece", "teacher_kl"}
+LOWER_IS_BETTER = {"loss", "ece", "teacher_kl", "distillation_loss"}
 
 
 def log_softmax(logits):

@@ -200,6 +200,16 @@ class _Keep:
         self.kept[self.layer] = output
 
 
+class _Dropout:
+    """A forward pre-hook: dropout of a layer's input; an object, as _Keep."""
+
+    def __init__(self, probability):
+        self.probability = probability
+
+    def __call__(self, module, inputs):
+        return (F.dropout(inputs[0], self.probability, module.training), *inputs[1:])
+
+
 class ImageModel(nn.Module):
     """A backbone (ours, timm's or Hugging Face's) behind `model(batch) -> dict`, see the head of this file.
 
@@ -211,7 +221,7 @@ class ImageModel(nn.Module):
         super().__init__()
         self.backbone, self.build_args, self.mean, self.std = backbone, build_args, mean, std
         self.feature_layers, self._indices, self._hooks, self._hooked = [], None, [], {}
-        self.pooling, self.with_tokens = None, False
+        self.pooling, self.with_tokens, self.frozen = None, False, False
         self._side = build_args["img_size"]  # in pixels, see set_resolution
 
     def forward(self, batch):
@@ -254,7 +264,36 @@ class ImageModel(nn.Module):
             raise ModelError(f"--pooling cls: {self.name} has no class token")
         if pooling == "map" and getattr(backbone, "attn_pool", None) is None:
             raise ModelError(f"--pooling map: {self.name} has no attention pooling")
-        self.pooling = pooling
+        self.pooling = self.build_args["pooling"] = pooling
+
+    @property
+    def classifiers(self):
+        """The layers that make the logits: one, but two in timm's distilled DeiTs."""
+        if hasattr(self.backbone, "get_classifier"):
+            found = self.backbone.get_classifier()
+        else:
+            found = getattr(self.backbone, "fc", None) or self.backbone.head
+        return list(found) if isinstance(found, (tuple, list)) else [found]
+
+    def set_dropout(self, probability):
+        """Drop that share of the head's input in training.  Once, before compiling."""
+        for layer in self.classifiers if probability else ():
+            layer.register_forward_pre_hook(_Dropout(probability))
+
+    def freeze_backbone(self):
+        """Train the head alone: all else gets no gradient and stays in eval mode, BatchNorm's statistics too."""
+        self.requires_grad_(False)
+        for layer in self.classifiers:
+            layer.requires_grad_(True)
+        self.frozen = True
+
+    def train(self, mode=True):
+        super().train(mode)
+        if self.frozen:
+            self.backbone.eval()
+            for layer in self.classifiers:
+                layer.train(mode)
+        return self
 
     def set_feature_layers(self, layers):
         """Return the maps of these module paths from now on.  Call before compiling: later hooks never fire."""
@@ -356,12 +395,18 @@ SMALL_MODELS = {
 }
 
 
-def build_model(name, num_classes, img_size=32, patch_size=None, pretrained=False, hf_config=None):
+def build_model(name, num_classes, img_size=32, patch_size=None, pretrained=False, hf_config=None, pooling=None):
     """Build an ImageModel; see the head of this file for names.
 
     img_size: input side in pixels; patch_size: of our ViTs (4 where None); pretrained: hub weights, with a new head;
-    hf_config: dict, set when an `hf:` model is rebuilt from a checkpoint.  Raises ModelError.
+    hf_config: dict, set when an `hf:` model is rebuilt from a checkpoint; pooling: see `set_pooling`.  Raises ModelError.
     """
+    model = _build(name, num_classes, img_size, patch_size, pretrained, hf_config)
+    model.set_pooling(pooling)
+    return model
+
+
+def _build(name, num_classes, img_size, patch_size, pretrained, hf_config):
     build_args = {"name": name, "num_classes": num_classes, "img_size": img_size}
     if name in SMALL_MODELS:
         if pretrained:

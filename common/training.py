@@ -203,6 +203,17 @@ def load_model(checkpoint, device="cpu", resolution=None, path="the checkpoint")
     return model.to(device).to(memory_format=torch.channels_last).eval(), preprocess
 
 
+def start_model(args, num_classes, resolution):
+    """(new model on the CPU, line for the log or None) by --model and the flags beside it, from the weights of --seed."""
+    torch.manual_seed(args.seed)
+    model = build_model(args.model, num_classes, resolution, args.patch_size, args.pretrained)
+    note = start_weights(model, args.weights, args.init_checkpoint)
+    model.set_dropout(args.dropout)
+    if args.freeze_backbone:
+        model.freeze_backbone()
+    return model, note
+
+
 def start_weights(model, weights=None, init_checkpoint=None):
     """Load --weights FILE or --init-checkpoint FILE into a new model; returns a line for the log, or None."""
     if weights and init_checkpoint:
