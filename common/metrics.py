@@ -115,7 +115,7 @@ def bootstrap(logits, labels, groups=None, repeats=1000, seed=0,
     labels, rng = np.asarray(labels), np.random.default_rng(seed)
     _, group = np.unique(np.arange(len(labels)) if groups is None else np.asarray(groups), return_inverse=True)
     count, values = group.max() + 1, {name: [] for name in names}
-    step = max(1, 2**22 // len(labels))  # resamples at a time: 16 MB of weights
+    step = max(1, 2**21 // len(labels))  # resamples at a time: 8 MB of weights, and about ten arrays of up to twice that
     for start in range(0, repeats, step):
         drawn = [np.bincount(rng.integers(count, size=count), minlength=count) for _ in range(min(step, repeats - start))]
         for name, found in weighted(logits, labels, np.array(drawn, np.int32).T[group], names).items():

@@ -414,7 +414,7 @@ def test_weights_are_the_resamples(case):
 
 
 def test_bootstrap_in_parts():
-    """More samples than fit at a time (2**22 weights) are the same draws."""
+    """More samples than fit at a time (2**21 weights) are the same draws."""
     logits, labels = make(300_000, 2)
     rng = np.random.default_rng(0)
     values = [np.mean((logits.argmax(1) == labels)[rng.integers(300_000, size=300_000)]) for _ in range(20)]
