@@ -18,7 +18,7 @@ import torch
 
 from common import cli, metrics
 from common.data import DATASETS
-from common.evaluation import predict, splits_of, write_predictions
+from common.evaluation import brackets, predict, splits_of, uncertainty, write_predictions
 from common.loader import Loader
 from common.models import multiply_adds
 from common.training import (
@@ -97,13 +97,17 @@ def judge(path, loader, args, resolution, device, precision):
 
 
 def print_table(columns):
-    """columns: {title: {row: value}}; one line a row."""
-    rows = list(dict.fromkeys(row for column in columns.values() for row in column))
-    width = max(map(len, rows))
-    print(" " * width, *(f"{title:>14}" for title in columns))
-    for row in rows:
-        cells = [column.get(row) for column in columns.values()]
-        print(f"{row:{width}}", *(f"{shown(cell):>14}" for cell in cells))
+    """columns: {title: what `main` found}; one line a metric, with its interval, and one a class's recall, of up to 20 classes."""
+    hidden, cells = ("checkpoint", "sha256", "intervals", "class_recalls"), {}
+    for title, found in columns.items():
+        recalls = {f"recall {name}": recall for name, recall in found["class_recalls"].items() if len(found["class_recalls"]) <= 20}
+        for row, value in {**{key: value for key, value in found.items() if key not in hidden}, **recalls}.items():
+            interval = found["intervals"].get(row)
+            cells.setdefault(row, {})[title] = f"{shown(value):>14} {brackets(interval) if interval else '':14}"
+    width = max(map(len, cells))
+    cells = {"": {title: f"{title:>14}{' ' * 15}" for title in columns}, **cells}
+    for row, of in cells.items():
+        print(f"{row:{width}} {' '.join(of.get(title, ' ' * 29) for title in columns)}".rstrip())
 
 
 def shown(value):
@@ -136,13 +140,15 @@ def main(args):
         "peak_memory_mb": peak_memory_mb(device), "batch_size": args.batch_size, "amp": precision.name,
         "environment": cli.environment(device_name(device)),
     }  # fmt: skip
+    for judged, found in ((student, logits), (teacher, teacher_logits)):  # after the peak of memory was read
+        if judged:
+            judged.update(uncertainty(found, dataset, splits.classes))
     os.makedirs(args.output, exist_ok=True)
     cli.write_json(os.path.join(args.output, "evaluation.json"), result)
     write_predictions(args.output, args.split, dataset, logits, splits.classes)
     print(f"{splits}; {args.split} split, {device_name(device)}, batch {args.batch_size}, peak memory {result['peak_memory_mb']:,.0f} MB")
-    hidden = ("checkpoint", "sha256")
     table = {"student" if teacher else "model": student, **({"teacher": teacher} if teacher else {})}
-    print_table({title: {k: v for k, v in column.items() if k not in hidden} for title, column in table.items()})
+    print_table(table)
     print(os.path.join(args.output, "evaluation.json"))
 
 

@@ -105,10 +105,12 @@ def write_results(run, splits, loaders, recorder, preprocess, precision, *, scri
                   teacher_logits=None):
     """Judge best and last weights on val and test, once, at the end; write results.json, predictions, confusions.
 
+    Intervals and recalls of the classes are of the best weights alone.
+
     loaders: {"val", "test": Loader}; teacher: dict for results.json; teacher_logits: {"val", "test": (N, C)}.
     Returns the results.
     """
-    model, writes = recorder.updater.evaluated_model, distributed.rank() == 0
+    model, writes, best_logits = recorder.updater.evaluated_model, distributed.rank() == 0, {}
     config = read_json(run.path("config.json")) if writes else {}
     results = {
         "role": recorder.content["role"], "script": script, "method": method, **config, "dataset": splits.describe(),
@@ -128,6 +130,7 @@ def write_results(run, splits, loaders, recorder, preprocess, precision, *, scri
                 results[prefix + split].update(metrics.fidelity(logits, teacher_logits[split], loader.dataset.labels))
             if not prefix and writes:
                 write_predictions(run.folder, split, loader.dataset, logits, splits.classes)
+                best_logits[split] = logits
     if not writes:
         return results
     results.update(
@@ -136,11 +139,32 @@ def write_results(run, splits, loaders, recorder, preprocess, precision, *, scri
         processes=distributed.size(), throughput=throughput(run.rows), peak_memory_mb=peak_memory_mb(precision.device),
         wall_time_s=round(recorder.seconds, 1),
     )  # fmt: skip
+    # after the peak of memory was read, and while no other process waits
+    found = {split: uncertainty(logits, loaders[split].dataset, splits.classes) for split, logits in best_logits.items()}
+    results.update({key: {split: of[key] for split, of in found.items()} for key in ("intervals", "class_recalls")})
     write_json(run.path("results.json"), results)
-    test, last = results["test"], results["final_test"]
-    run.log(f"test accuracy {test['accuracy']:.4f}, balanced {test['balanced_accuracy']:.4f} (best epoch {recorder.best_epoch}); "
-            f"last epoch {last['accuracy']:.4f}; {run.path('results.json')}")  # fmt: skip
+    test, metric = results["test"], recorder.metric
+    names = {"accuracy": "accuracy", "balanced_accuracy": "balanced"}
+    interval = results["intervals"]["test"].get(metric)
+    figures = [f"{names.get(name, name)} {test[name]:.4f}" + (f" {brackets(interval)}" if interval and name == metric else "")
+               for name in dict.fromkeys([*names, *([metric] if interval else [])])]  # fmt: skip
+    run.log(f"test {', '.join(figures)} (best epoch {recorder.best_epoch}); last epoch {results['final_test']['accuracy']:.4f}; "
+            f"{run.path('results.json')}")  # fmt: skip
     return results
+
+
+def uncertainty(logits, dataset, classes):
+    """What stands beside a split's metrics: {"intervals": {metric: [low, high] or None}, "class_recalls": {class: recall or None}}.
+
+    The intervals are of 95 %, by resampling lesions or patients where the dataset has groups, else images.
+    """
+    recalls = metrics.class_recalls(logits, dataset.labels)
+    return {"intervals": metrics.bootstrap(logits, dataset.labels, dataset.groups), "class_recalls": dict(zip(classes, recalls))}
+
+
+def brackets(interval):
+    """[0.887, 0.917]"""
+    return f"[{interval[0]:.3f}, {interval[1]:.3f}]"
 
 
 def throughput(rows):

@@ -60,15 +60,23 @@ def ranking(scores, labels, names=("auc", "average_precision", "pauc", "sensitiv
     classes that have both kinds.  Samples are ranked by log-odds, as by probability but without its ties near 1.
     None where no class has both kinds or the scores hold NaN.
     """
-    labels, log_probabilities = np.asarray(labels), log_softmax(scores)
-    if np.isnan(log_probabilities).any():
+    log_odds, classes, broken = ranked_scores(scores, np.asarray(labels))
+    if broken.any():
         return dict.fromkeys(names)
     functions = {"auc": sk.roc_auc_score, "average_precision": sk.average_precision_score, "pauc": partial_auc,
                  "sensitivity_at_90_specificity": sensitivity_at_specificity}  # fmt: skip
+    return {name: float(np.mean([functions[name](labels == c, log_odds[:, c]) for c in classes])) if classes else None for name in names}
+
+
+def ranked_scores(scores, labels):
+    """What `ranking` ranks: log-odds (N, C), the classes that have both kinds, and which rows hold NaN (N,) bool."""
+    log_probabilities = log_softmax(scores)
+    broken = np.isnan(log_probabilities).any(1)
+    log_probabilities[broken] = 0
     log_odds = np.nan_to_num(class_log_odds(log_probabilities))  # of a probability of exactly 0 or 1: inf
     classes = [1] if log_odds.shape[1] == 2 else range(log_odds.shape[1])
     classes = [c for c in classes if 0 < np.count_nonzero(labels == c) < len(labels)]
-    return {name: float(np.mean([functions[name](labels == c, log_odds[:, c]) for c in classes])) if classes else None for name in names}
+    return log_odds, classes, broken
 
 
 def partial_auc(positive, scores, min_tpr=0.8):
@@ -98,27 +106,82 @@ def class_recalls(logits, labels):
 
 
 def bootstrap(logits, labels, groups=None, repeats=1000, seed=0,
-              names=("balanced_accuracy", "auc", "average_precision", "pauc")):  # fmt: skip
+              names=("accuracy", "balanced_accuracy", "auc", "average_precision", "pauc")):  # fmt: skip
     """95 % percentile intervals {name: [low, high] or None} over resamples with replacement (Efron 1979).
 
     groups (N,): lesions or patients, drawn whole, since their images are not independent; None: samples.  Resamples
-    without a metric (a class is absent) do not count; None where fewer than half count.
+    without a metric (a class is absent) do not count; None where fewer than half count.  names: see `weighted`.
     """
-    logits, labels, rng = np.asarray(logits), np.asarray(labels), np.random.default_rng(seed)
+    labels, rng = np.asarray(labels), np.random.default_rng(seed)
     _, group = np.unique(np.arange(len(labels)) if groups is None else np.asarray(groups), return_inverse=True)
-    members = np.split(np.argsort(group, kind="stable"), np.cumsum(np.bincount(group))[:-1])  # rows of each group
-    predicted, log_probabilities = logits.argmax(1), log_softmax(logits)
-    ranked, values = [name for name in names if name != "balanced_accuracy"], {name: [] for name in names}
-    for _ in range(repeats):
-        rows = np.concatenate([members[i] for i in rng.integers(len(members), size=len(members))])
-        found = ranking(log_probabilities[rows], labels[rows], ranked)
-        if "balanced_accuracy" in names:
-            found["balanced_accuracy"] = np.mean([np.mean(predicted[rows][labels[rows] == c] == c) for c in np.unique(labels[rows])])
-        for name, value in finite_or_none(found).items():
-            if value is not None:
-                values[name].append(value)
+    count, values = group.max() + 1, {name: [] for name in names}
+    step = max(1, 2**21 // len(labels))  # resamples at a time: 8 MB of weights, and about ten arrays of up to twice that
+    for start in range(0, repeats, step):
+        drawn = [np.bincount(rng.integers(count, size=count), minlength=count) for _ in range(min(step, repeats - start))]
+        for name, found in weighted(logits, labels, np.array(drawn, np.int32).T[group], names).items():
+            values[name].extend(found[np.isfinite(found)])
     return {name: [float(v) for v in np.percentile(found, (2.5, 97.5))] if len(found) >= repeats / 2 else None
             for name, found in values.items()}  # fmt: skip
+
+
+def weighted(logits, labels, weights, names):
+    """Metrics of R weightings of the samples at once: {name: (R,) float64, NaN where undefined}.
+
+    weights (N, R) int32: how often each sample occurs; names: accuracy, balanced_accuracy and those of `ranking`.
+    Equal to `classification` of the samples repeated that often.  Each class is sorted once for all R.
+    """
+    labels, right = np.asarray(labels), np.asarray(logits).argmax(1) == labels
+    values = {name: [] for name in names if name not in ("accuracy", "balanced_accuracy")}
+    with np.errstate(invalid="ignore", divide="ignore"):  # 0 / 0: no such sample is drawn
+        order = np.argsort(labels, kind="stable")
+        starts = np.flatnonzero(np.diff(labels[order], prepend=-1))  # of each class that occurs
+        there, hits = (np.add.reduceat(w[order], starts, axis=0) for w in (weights, weights * right[:, None]))
+        result = {"accuracy": hits.sum(0) / there.sum(0), "balanced_accuracy": np.nanmean(hits / there, axis=0)}
+        log_odds, classes, broken = ranked_scores(log_softmax(logits), labels)  # rounded as `classification` does: the same ties
+        for c in classes if values else ():
+            for name, value in curve_metrics(*roc_counts(labels == c, log_odds[:, c], weights), values).items():
+                values[name].append(value)
+        for name, found in values.items():
+            mean = np.nansum(found, axis=0) / np.isfinite(found).sum(0) if found else np.full(weights.shape[1], np.nan)
+            result[name] = np.where(weights[broken].any(0), np.nan, mean)
+    return {name: result[name] for name in names}
+
+
+def roc_counts(positive, scores, weights):
+    """Positives and negatives above falling thresholds: two (S, R) float64 from 0 to all of them; weights (N, R) int32.
+
+    Only thresholds at which the curve can bend: negatives between two positives' scores are one horizontal step.
+    """
+    order = np.argsort(-scores, kind="stable")
+    falling, is_positive = scores[order], positive[order]
+    new = np.append(True, falling[1:] != falling[:-1])
+    tie = np.cumsum(new) - 1
+    mixed = (np.bincount(tie, is_positive) > 0)[tie]  # equal scores of which one is a positive's
+    first = new & (mixed | np.append(True, mixed[:-1]))
+    step = (np.cumsum(first) - 1)[is_positive]  # of each positive
+    all_of = np.add.reduceat(weights[order], np.flatnonzero(first), axis=0)
+    positives, starts = np.zeros_like(all_of), np.flatnonzero(np.diff(step, prepend=-1))
+    positives[step[starts]] = np.add.reduceat(weights[order[is_positive]], starts, axis=0)
+    zero = np.zeros((1, weights.shape[1]))
+    return tuple(np.cumsum(np.concatenate([zero, counts]), axis=0) for counts in (positives, all_of - positives))
+
+
+def curve_metrics(tps, fps, names, min_tpr=0.8, specificity=0.9):
+    """`ranking`'s metrics of one class from `roc_counts`: {name: (R,)}, NaN where a kind is absent."""
+    tpr, fpr = tps / tps[-1], fps / fps[-1]
+    up, right, result = np.diff(tpr, axis=0), np.diff(fpr, axis=0), {}
+    undefined = 0 * fpr[-1]  # NaN without negatives, else 0
+    if "auc" in names:
+        result["auc"] = (right * (tpr[1:] + tpr[:-1])).sum(0) / 2
+    if "average_precision" in names:
+        result["average_precision"] = (up * tps[1:] / np.maximum(tps[1:] + fps[1:], 1)).sum(0) + undefined
+    if "pauc" in names:  # what is right of the curve and above the line
+        low = np.maximum(tpr[:-1], min_tpr)
+        left = fpr[:-1] + right * (low - tpr[:-1]) / np.where(up > 0, up, 1)  # false-positive rate where the step passes `low`
+        result["pauc"] = (np.maximum(tpr[1:] - low, 0) * (1 - (left + fpr[1:]) / 2)).sum(0)
+    if "sensitivity_at_90_specificity" in names:
+        result["sensitivity_at_90_specificity"] = np.where(fpr <= 1 - specificity + 1e-12, tpr, 0).max(0) + undefined
+    return result
 
 
 def class_log_odds(log_probabilities):

@@ -11,7 +11,7 @@ from sklearn import metrics as sk
 from common.evaluation import is_chance_level
 from common.metrics import (
     CLASSIFICATION, FIDELITY, LOWER_IS_BETTER, better, bootstrap, class_recalls, classification, confusion_matrix,
-    expected_calibration_error, fidelity, log_softmax, partial_auc, ranking,
+    expected_calibration_error, fidelity, log_softmax, partial_auc, ranking, weighted,
 )  # fmt: skip
 
 
@@ -356,6 +356,81 @@ def test_bootstrap_resamples_groups():
         assert naive[name][1] - naive[name][0] < 0.5 * (high - low)
     assert bootstrap(logits, labels, repeats=50) == bootstrap(logits, labels, repeats=50)
     assert bootstrap(logits, np.zeros(300, int), repeats=50)["auc"] is None
+
+
+RESAMPLED = ("accuracy", "balanced_accuracy", "auc", "average_precision", "pauc", "sensitivity_at_90_specificity")
+
+
+def cases_to_resample():
+    """{name: (logits, labels, groups)}"""
+    rng = np.random.default_rng(1)
+    logits, labels = two_classes(count=150, share=0.2)
+    seven, of_seven = make(200, 7, seed=2)
+    tied = np.round(rng.normal(size=(120, 2)), 0) + 0.5  # a handful of different scores
+    rare, of_rare = make(40, 4, seed=4)
+    certain = np.where(rng.random((60, 3)) < 0.2, -np.inf, 40 * np.round(rng.normal(size=(60, 3)), 0))
+    certain[:, 0] = np.maximum(certain[:, 0], -80)  # a class of probability 0 is a score; a row of nothing else is broken
+    return {
+        "two": (logits, labels, None), "seven": (seven, of_seven, None), "groups": (seven, of_seven, rng.integers(60, size=200)),
+        "half precision": (seven.astype(np.float16), of_seven, None), "ties": (tied, rng.integers(2, size=120), None),
+        "all tied": (np.zeros((50, 3)), rng.integers(3, size=50), None),
+        "ties of seven": (np.round(seven), of_seven, np.array([f"p{i}" for i in rng.integers(90, size=200)])),
+        "more positives": (logits, 1 - labels, None), "a class absent": (rare, np.where(of_rare == 2, 0, of_rare), None),
+        "one kind": (logits, np.ones(150, int), None), "few": (np.eye(3)[[0, 1, 1, 2]], np.array([0, 1, 2, 0]), None),
+        "groups of one class": (logits, labels, labels * 3 + np.arange(150) % 3), "probabilities of 0": (certain, rng.integers(3, size=60), None),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("case", cases_to_resample())
+def test_weights_are_the_resamples(case):
+    """One pass over weights gives what scikit-learn gives for each resample written out."""
+    logits, labels, groups = cases_to_resample()[case]
+    rng, groups = np.random.default_rng(0), np.arange(len(labels)) if groups is None else groups
+    names = np.unique(groups)
+    resamples = []
+    for _ in range(40):
+        drawn = names[rng.integers(len(names), size=len(names))]
+        resamples.append(np.concatenate([np.flatnonzero(groups == name) for name in drawn]))
+    weights = np.stack([np.bincount(rows, minlength=len(labels)) for rows in resamples], 1).astype(np.int32)
+    expected = []
+    for rows in resamples:
+        got = ranking(log_softmax(logits)[rows], labels[rows])
+        got["accuracy"] = sk.accuracy_score(labels[rows], logits[rows].argmax(1))
+        kinds = np.unique(labels[rows])
+        got["balanced_accuracy"] = sk.recall_score(labels[rows], logits[rows].argmax(1), average="macro", labels=kinds, zero_division=0)
+        expected.append(got)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = weighted(logits, labels, weights, RESAMPLED)
+        intervals = bootstrap(logits, labels, groups, repeats=40, names=RESAMPLED)
+    for name in RESAMPLED:
+        values = np.array([row[name] for row in expected], float)  # None is NaN
+        np.testing.assert_allclose(found[name], values, rtol=0, atol=1e-12, err_msg=name)
+        values = values[np.isfinite(values)]
+        assert (intervals[name] is None) == (len(values) < 20)
+        if len(values) >= 20:  # the same draws
+            np.testing.assert_allclose(intervals[name], np.percentile(values, (2.5, 97.5)), rtol=0, atol=1e-12)
+    assert {*intervals} == {*RESAMPLED}
+
+
+def test_bootstrap_in_parts():
+    """More samples than fit at a time (2**21 weights) are the same draws."""
+    logits, labels = make(300_000, 2)
+    rng = np.random.default_rng(0)
+    values = [np.mean((logits.argmax(1) == labels)[rng.integers(300_000, size=300_000)]) for _ in range(20)]
+    got = bootstrap(logits, labels, repeats=20, names=("accuracy",))["accuracy"]
+    assert got == pytest.approx(list(np.percentile(values, (2.5, 97.5))), abs=1e-12)
+
+
+def test_bootstrap_of_overflowed_logits():
+    """A row without scores spoils the ranking of the resamples that hold it: 63 of 100; the accuracies stay."""
+    logits, labels = make(200, 3)
+    logits[5, 1] = np.nan
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = bootstrap(logits, labels, repeats=50)
+    assert found["auc"] is found["pauc"] is found["average_precision"] is None
+    assert found["accuracy"][0] < np.mean(logits.argmax(1) == labels) < found["accuracy"][1]
 
 
 def test_bootstrap_width_is_that_of_theory():

@@ -86,6 +86,15 @@ def test_the_stages_one_after_the_other(tmp_path, teacher):
         matrix = np.load(folder / "confusion_test_label.npy", allow_pickle=False)
         assert matrix.sum() == 719 and np.trace(matrix) == round(accuracy * 719)
         assert np.array_equal(matrix.sum(1), np.bincount(stored["labels"], minlength=10))  # rows are the true classes
+        recalls = results["class_recalls"]["test"]
+        assert list(recalls) == list(stored["classes"]) and list(recalls.values()) == pytest.approx(matrix.diagonal() / matrix.sum(1))
+        assert {*results["class_recalls"]} == {*results["intervals"]} == {"val", "test"}
+        for split, intervals in results["intervals"].items():
+            assert {*intervals} == {"accuracy", "balanced_accuracy", "auc", "average_precision", "pauc"}
+            for metric, (low, high) in intervals.items():
+                assert low < results[split][metric] < high, (split, metric)
+        low, high = results["intervals"]["test"]["accuracy"]
+        assert f"test accuracy {accuracy:.4f} [{low:.3f}, {high:.3f}], balanced " in (folder / "log.txt").read_text()
 
     kd = read(tmp_path / "runs/distill/results.json")
     assert kd["method"] == "response" and kd["teacher"]["name"] == "resnet18"
@@ -98,6 +107,13 @@ def test_the_stages_one_after_the_other(tmp_path, teacher):
         assert judged["student"][key] == pytest.approx(kd["test"][key], abs=1e-6), key
     assert judged["teacher"]["accuracy"] == pytest.approx(read(teacher / "results.json")["test"]["accuracy"])
     assert judged["student"]["multiply_adds"] > 1e6 and judged["student"]["latency_ms"] > 0
+    for key in ("intervals", "class_recalls"):
+        assert judged["student"][key].keys() == kd[key]["test"].keys()
+        for name, value in kd[key]["test"].items():
+            assert judged["student"][key][name] == pytest.approx(value, abs=1e-6), name
+    lines = {line[:31].strip(): line.split() for line in done.stdout.splitlines()}
+    low, high = kd["intervals"]["test"]["auc"]
+    assert lines["auc"][2:4] == [f"[{low:.3f},", f"{high:.3f}]"] and lines["recall 3"][2] == f"{kd['class_recalls']['test']['3']:.4f}"
     assert "multiply_adds" in done.stdout and (tmp_path / "runs/evaluate/confusion_test_label.npy").exists()
 
     succeed("report.py", "runs", "--reevaluate", cwd=tmp_path)
