@@ -291,6 +291,18 @@ def test_kept_images_beside_isic2024(filtered, generated, tmp_path, capsys):
             load_splits("isic2024", str(tmp_path), extra_train=str(generated), include_list=str(tmp_path / "l.txt"))
 
 
+@pytest.mark.parametrize("name", ["digits", "medmnist"])
+def test_datasets_in_memory_take_a_list(tmp_path, name):
+    digits, root = load_splits("digits"), None
+    if name == "medmnist":
+        root = str(tmp_path / "x.npz")
+        np.savez(root, **{f"{split}_{what}": value for split in ("train", "val", "test") for what, value in
+                          (("images", getattr(digits, split).images), ("labels", getattr(digits, split).labels[:, None]))})  # fmt: skip
+    train = load_splits(name, root).train
+    (tmp_path / "l.txt").write_text("\n".join([train.ids[-1], *(i.split("/")[1] for i in train.ids[:99])]))
+    assert load_splits(name, root, include_list=str(tmp_path / "l.txt")).train.ids == [*train.ids[:99], train.ids[-1]]
+
+
 def test_names_with_odd_bytes(real, tmp_path):
     for i, name in enumerate(["a b.png", "ü,\".png", b"\xff.png".decode("utf-8", "surrogateescape")]):
         save(tmp_path / "g" / name, load_splits("digits").test.read(i))
