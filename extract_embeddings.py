@@ -5,9 +5,13 @@
         --resolution 224 --pooling cls --save-tokens
     python extract_embeddings.py --checkpoint runs/teacher/best.pth --shard 0/4    # of four jobs; then, when all are done:
     python extract_embeddings.py --merge 4
+    python extract_embeddings.py --model vgg16 --pretrained --images GENERATED --reference REAL --keep-fraction 0.5 --output DIR
 
 Writes OUTPUT/{train,val,test}_embeddings/: embeddings.npy (N, V, D), logits.npy, tokens.npy, ids.npy, labels.npy,
-meta.json.  The same command goes on where an interrupted one stopped.
+meta.json.  The same command goes on where an interrupted one stopped.  Of a folder of unlabelled images (--images) it writes
+OUTPUT/images_embeddings/.  --reference REAL, what this script stored of real images with the same model, ranks those images,
+or those of train, by the distance to the nearest real one: OUTPUT/kept.txt names the nearest, for the --include-list of any
+script, OUTPUT/distances.csv all.
 Needs from common: augment.py, cli.py, data.py, dermatology.py, distributed.py, embeddings.py, evaluation.py, images.py, loader.py,
 metrics.py, models.py, splitting.py, tables.py, training.py.
 Packages: torch, timm, numpy, pillow, scikit-learn, tqdm (torchvision for CIFAR, transformers for hf: names).
@@ -15,17 +19,20 @@ Packages: torch, timm, numpy, pillow, scikit-learn, tqdm (torchvision for CIFAR,
 
 import argparse
 import collections
+import csv
+import os
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from common import cli, distributed
 from common.augment import Augmenter
-from common.data import DATASETS, load_splits
-from common.embeddings import DTYPES, Writer, merge, split_folder
+from common.data import DATASETS, Splits, load_folder, load_splits
+from common.embeddings import DTYPES, Store, Writer, difference, merge, model_of, nearest, split_folder
 from common.evaluation import live_teacher
 from common.loader import Loader
 from common.models import build_model
@@ -35,6 +42,9 @@ from common.training import (
 )  # fmt: skip
 
 SPLITS = ("train", "val", "test")
+PLAIN = "csv"  # whose resolution, normalization and views --images takes where neither checkpoint nor reference says them
+NOT_OF_IMAGES = ("dataset", "data_root", "download", "val_split", "folds", "fold", "split_seed", "include_list", "extra_train", "binary", "negatives",
+                 "table", "image_column", "label_column", "group_column", "split_column", "splits")  # fmt: skip
 FLUSH_SECONDS = 30  # what a machine that dies may lose
 
 
@@ -56,6 +66,11 @@ def build_parser():
     parser.add_argument("--pretrained", action="store_true", help="the hub's weights for --model")
     parser.add_argument("--weights", metavar="FILE", help="a foreign state dict for --model, strictly; without weights they are random")
     parser.add_argument("--splits", nargs="+", default=list(SPLITS), choices=SPLITS, help="parts of the dataset, each with all its images")
+    parser.add_argument("--images", metavar="FOLDER", help="in place of a dataset, the unlabelled images anywhere below a folder")
+    parser.add_argument("--reference", metavar="DIR", help="rank the images, or those of train, by the distance to the nearest of these real ones: "
+                        "what this script stored with the same model (its train, else its images)")  # fmt: skip
+    parser.add_argument("--keep-fraction", type=cli.number(float, 0, 1, above=True), metavar="F", help="with --reference: the share of the "
+                        "images, the nearest, that kept.txt names")  # fmt: skip
     parser.add_argument("--num-views", type=cli.POSITIVE, default=1, help="views of each image; the first is the plain image")
     parser.add_argument("--pooling", choices=("cls", "mean", "map"), help="what is the embedding: class token, mean of the tokens, the model's attention pooling; by default what its head takes")  # fmt: skip
     parser.add_argument("--save-logits", action="store_true", help="store the logits too, for --method response")
@@ -73,6 +88,34 @@ def build_parser():
     return parser
 
 
+def check_flags(args):
+    """Refuse what --images, --reference and --keep-fraction contradict."""
+    given = [name for name in NOT_OF_IMAGES if getattr(args, name) not in (None, False, list(SPLITS))]
+    if args.images and given:
+        raise cli.UserError(f"--{given[0].replace('_', '-')} and --images contradict each other: a folder's images are no dataset")
+    if args.images and args.save_logits and not args.checkpoint and not args.merge:
+        raise cli.UserError("--save-logits and --images need --checkpoint: the head of a model by name knows no classes")
+    if bool(args.reference) != (args.keep_fraction is not None):
+        raise cli.UserError("--reference DIR and --keep-fraction F belong together: which real images, and how many are kept?")
+    if args.reference and (args.merge or args.shard[1] > 1):
+        raise cli.UserError("--reference ranks whole splits: extract the shards, --merge them, then run it without --shard")
+    if args.reference and not args.images and "train" not in args.splits:
+        raise cli.UserError("--reference ranks the images of train: it must be among --splits")
+
+
+def open_reference(args, split):
+    """The Store of --reference, or None; what is not given of how images are read is its own.  Raises UserError."""
+    if not args.reference:
+        return None
+    folders = [split_folder(args.reference, "train"), args.reference, split_folder(args.reference, "images")]
+    store = Store(next((f for f in folders if os.path.exists(os.path.join(f, "meta.json"))), folders[0]))
+    if os.path.realpath(store.folder) == os.path.realpath(split_folder(args.output, split)):
+        raise cli.UserError(f"--reference {args.reference} is what this command writes: name another --output")
+    args.resolution = args.resolution or store.meta["resolution"]
+    args.hair_removal = args.hair_removal or bool(store.meta.get("hair_removal"))
+    return store
+
+
 def settle(args):
     """The checkpoint, or None; fills in --dataset, --data-root, --val-split and --split-seed from it."""
     if bool(args.checkpoint) == bool(args.model):
@@ -83,6 +126,10 @@ def settle(args):
         raise cli.UserError("--limit-train: a store holds all images of a split, so that any student finds its own")
     checkpoint = load_checkpoint(args.checkpoint) if args.checkpoint else None
     flags = checkpoint["flags"] if checkpoint else {"dataset": "digits", "data_root": None}
+    if args.images:
+        args.hair_removal = args.hair_removal or bool(flags.get("hair_removal"))
+        args.split_seed = 0
+        return checkpoint
     args.dataset = args.dataset or flags["dataset"]
     if args.dataset == flags["dataset"]:
         args.data_root = args.data_root or flags["data_root"]
@@ -93,6 +140,20 @@ def settle(args):
     return checkpoint
 
 
+def read_data(args, checkpoint, reference):
+    """(Splits, the name of the dataset whose defaults hold); --images are its `images`, in place of splits."""
+    if not args.images:
+        return load_splits(args.dataset, cli.data_root(args.data_root), download=args.download, **cli.split_flags(vars(args))), args.dataset
+    splits = Splits("images", "custom", [])
+    splits.images = load_folder(args.images, args.decode_size, args.window, args.on_bad_image, args.hair_removal)
+    base = None
+    if checkpoint:
+        splits.classes, base = checkpoint["classes"], checkpoint["flags"]["dataset"]
+    elif reference:
+        splits.classes, base = reference.meta["classes"], reference.meta["dataset"]
+    return splits, base or PLAIN
+
+
 def load_teacher(args, checkpoint, classes, info):
     """(model, Preprocess, what meta.json says of them)."""
     if checkpoint:
@@ -101,7 +162,7 @@ def load_teacher(args, checkpoint, classes, info):
     else:
         resolution = args.resolution or info.resolution
         torch.manual_seed(args.seed)
-        model = build_model(args.model, len(classes), resolution, args.patch_size, args.pretrained)
+        model = build_model(args.model, max(1, len(classes)), resolution, args.patch_size, args.pretrained)
         start_weights(model, args.weights)
         preprocess = Preprocess(resolution, model.mean or info.mean, model.std or info.std)
         sha = file_sha256(args.weights) if args.weights else None
@@ -154,9 +215,26 @@ def extract(writer, dataset, targets, names, args, device, interrupts, title):
     return len(todo) / max(time.time() - started, 1e-9)
 
 
+def rank(args, store, reference):
+    """Write kept.txt, ids of the nearest first, and distances.csv, all in that order."""
+    distances, rows = nearest(store, reference, select_device(args.device))
+    order = np.argsort(distances, kind="stable")
+    kept = max(1, round(args.keep_fraction * len(order)))
+    path, table = (os.path.join(args.output, name) for name in ("kept.txt", "distances.csv"))
+    with cli.atomic_write(table) as temporary, open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        writer = csv.writer(file)
+        writer.writerow(["id", "distance", "nearest"])
+        writer.writerows([store.ids[i], f"{distances[i]:.6g}", reference.ids[rows[i]]] for i in order)
+    with cli.atomic_write(path) as temporary, open(temporary, "w", encoding="utf-8", errors="surrogateescape") as file:
+        file.writelines(f"{store.ids[i]}\n" for i in order[:kept])
+    print(f"{path}: {kept} of {len(order)} images, at most {distances[order[kept - 1]]:.4g} from the nearest of {len(reference)} in {reference.folder}", flush=True)
+
+
 def main(args):
+    check_flags(args)
+    names_of_splits = ["images"] if args.images else args.splits
     if args.merge:
-        for split in args.splits:
+        for split in names_of_splits:
             merge(split_folder(args.output, split), args.merge)
             print(f"{split_folder(args.output, split)}: {args.merge} shards joined")
         return
@@ -164,9 +242,11 @@ def main(args):
     device = select_device(args.device)
     precision = Precision(args.amp, device)
     checkpoint = settle(args)
-    info = DATASETS[args.dataset]
-    policy = cli.augment_policy(args)
-    splits = load_splits(args.dataset, cli.data_root(args.data_root), download=args.download, **cli.split_flags(vars(args)))
+    ranked = "images" if args.images else "train"
+    reference = open_reference(args, ranked)
+    splits, base = read_data(args, checkpoint, reference)
+    args.dataset = base
+    info, policy = DATASETS[base], cli.augment_policy(args)
     model, preprocess, described = load_teacher(args, checkpoint, splits.classes, info)
     model.to(device).to(memory_format=torch.channels_last)
     if use_compile(args.compile, device):
@@ -175,14 +255,19 @@ def main(args):
     names = {"embeddings": "embedding", **({"logits": "logits"} if args.save_logits else {}), **({"tokens": "tokens"} if args.save_tokens else {})}
     sides = {"resolution": preprocess.resolution, "pooling": model.pooling, "num_views": args.num_views, "seed": args.seed,
              "policy": policy.to_dict(), "amp": precision.name, "batch_size": args.batch_size, "teacher": described}  # fmt: skip
+    differs = reference and difference(model_of(sides), model_of(reference.meta))
+    if differs:
+        raise cli.UserError(f"--reference {args.reference} was made by another model ({differs}): distances would mean nothing")
     data = {"dataset": args.dataset, "classes": splits.classes, **{name: getattr(args, name) for name in cli.STORED_FLAGS},
             "data_root": args.data_root, "environment": cli.environment(device_name(device))}  # fmt: skip
+    if args.images:  # folders of generated images often hold the same names: their bytes tell them apart
+        data.update(dataset=None, bytes=sum(os.path.getsize(path) for path in splits.images.paths))
     with torch.no_grad():
         dry = model({"image": torch.zeros(1, 3, preprocess.resolution, preprocess.resolution, device=device)})
     shapes = {name: (args.num_views, *dry[key].shape[1:]) for name, key in names.items()}
-    for split in args.splits:
+    for split in names_of_splits:
         dataset, folder = getattr(splits, split), split_folder(args.output, split)
-        meta = {**sides, **data, "split": split, "sha256": dataset.fingerprint(splits.classes)}
+        meta = {**sides, **data, "split": split, "sha256": dataset.fingerprint([""] if args.images else splits.classes)}
         writer = open_writer(folder, meta, dataset, shapes, args)
         title = f"{folder}{f', shard {args.shard[0]} of {args.shard[1]}' if args.shard[1] > 1 else ''}"
         if writer.complete:
@@ -195,6 +280,8 @@ def main(args):
         size = sum(array.nbytes for array in writer.arrays.values())
         say(f"{title}: {writer.stop - writer.start} images, {', '.join(f'{n} {s}' for n, s in shapes.items())}, {args.dtype}, "
             f"{size / 1e6:,.1f} MB, {rate:,.0f} images/s")  # fmt: skip
+    if reference and distributed.rank() == 0:
+        rank(args, Store(split_folder(args.output, ranked)), reference)
 
 
 def open_writer(folder, meta, dataset, shapes, args):

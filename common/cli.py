@@ -162,7 +162,8 @@ def add_data_flags(parser, dataset="digits", batch_size=32):
     g.add_argument("--resolution", type=POSITIVE, help="input side in pixels; by default the dataset's (CIFAR and image folders 32, MedMNIST 28, digits 8, csv and skin lesions 224)")
     g.add_argument("--batch-size", type=POSITIVE, default=batch_size, help="images a step, over all processes and accumulation steps")
     add_reading_flags(g)
-    g.add_argument("--include-list", metavar="FILE.txt", help="ids or file names, one a line: train keeps only these")
+    g.add_argument("--include-list", metavar="FILE.txt", help="images one a line, by id, file name or end of path: train keeps only these; with "
+                   "--extra-train it judges only the extra images")  # fmt: skip
     g.add_argument("--hair-removal", action="store_true", help="fill hairs (dark, thin, long) from what is around them, at decoding")
     g.add_argument("--binary", action="store_true", help="benign against malignant (HAM10000: mel, bcc, akiec; ISIC 2017: melanoma)")
     g.add_argument("--negatives", type=POSITIVE, metavar="N", help="of ISIC 2024: keep N negatives of train and val; test keeps all")

@@ -100,8 +100,9 @@ def load_splits(name, root=None, *, val_split=None, split_seed=0, limit_train=No
     dataset has none of its own (by default DATASETS'); split_seed: fixes val, folds, negatives and limit_train (that
     many of train, classes in proportion); splits: those wanted, the others are None; classes: the names a checkpoint
     knows, in its order, for an outside test set; window: see `to_uint8`; hair_removal: see `remove_hair`; folds, fold:
-    see `_divide`; include_list: a file of ids or file names, a line each, train keeps only these; own: see OWN_OPTIONS
-    and the readers.  Patients and lesions are never cut, where the dataset has groups.  Raises DataError.
+    see `_divide`; include_list: a file of images' names, a line each, train keeps only these, or, beside extra_train,
+    all of its own and of the extra images these: see `_only_listed`; own: see OWN_OPTIONS and the readers.  Patients
+    and lesions are never cut, where the dataset has groups.  Raises DataError.
     """
     if name not in DATASETS:
         raise DataError(f"unknown dataset {name!r}: choose one of {', '.join(DATASETS)}")
@@ -140,10 +141,12 @@ def load_splits(name, root=None, *, val_split=None, split_seed=0, limit_train=No
     known = {i for part in parts.values() for i in part.ids} if extra_train else None
     parts = _divide(name, parts, val_split, split_seed, folds, fold, negatives)
     result = Splits(name, DATASETS[name].domain, list(found), **parts)
+    judged = 0  # the first row of train that include_list judges
     if "train" in splits and extra_train:
+        judged = len(result.train)
         result.train = add_positives(result.train, extra_train, known)
     if "train" in splits and include_list:
-        result.train = _only_listed(result.train, include_list)
+        result.train = _only_listed(result.train, include_list, judged)
     for split in {"train", "val", "test"} - set(splits):
         setattr(result, split, None)
     if classes is None and (name in OWN_OPTIONS or folds or include_list):
@@ -158,6 +161,23 @@ def load_splits(name, root=None, *, val_split=None, split_seed=0, limit_train=No
             if part.images is not None:  # small images that lie decoded in memory
                 part.images = np.stack([remove_hair(part.read(i)) for i in range(len(part))])
     return result
+
+
+def load_folder(folder, decode_size=512, window=None, on_bad_image="error", hair_removal=False):
+    """The images anywhere below a folder, unlabelled (label -1), as ImageDataset; an id is the path below the folder.
+
+    Keywords as in `load_splits`.  Raises DataError.
+    """
+    if hair_removal:
+        opencv()
+    if not os.path.isdir(folder):
+        raise DataError(f"--images {folder} is no folder")
+    paths = images_below(folder)
+    if not paths:
+        raise DataError(f"--images {folder} holds no images ({', '.join(IMAGE_SUFFIXES)})")
+    ids = [os.path.relpath(p, folder).replace(os.sep, "/") for p in paths]
+    dataset = ImageDataset(ids, [-1] * len(ids), paths=paths, decode_size=decode_size, window=window, hair_removal=hair_removal)
+    return _without_bad_images(dataset) if on_bad_image == "skip" else dataset
 
 
 def _check_options(name, own, folds, fold):
@@ -211,32 +231,38 @@ def _fewer_negatives(dataset, count, seed):
     return without_rows(dataset, np.delete(negative, kept))
 
 
-def _only_listed(train, path):
-    """Train's samples of which a file names the id or the file's name, a line each."""
+def _only_listed(train, path, first=0):
+    """Train's samples before row `first`, and of the others those that a file names, a line each.
+
+    A name is an id, or else the path in --extra-train (of "extra/a/x.png" a/x.png), or else what one image alone has: the
+    end of its id's path, its file's name, or that without its ending.  Raises DataError.
+    """
     try:
         with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
             names = [line.strip() for line in file if line.strip()]
     except OSError as error:
         raise DataError(f"cannot read --include-list {path}: {error.strerror}") from None
-    rows = {i: [row] for row, i in enumerate(train.ids)}
-    by_file = {}
-    for row, i in enumerate(train.ids):
-        file = os.path.basename(str(train.paths[row]) if train.paths is not None else i)
-        for name in {file, os.path.splitext(file)[0], os.path.basename(i)}:
-            by_file.setdefault(name, []).append(row)
-    kept, unknown = set(), []
+    places = ({}, {}, {})
+    for row in range(first, len(train)):
+        i = train.ids[row]
+        parts, file = i.split("/"), os.path.basename(str(train.paths[row]) if train.paths is not None else i)
+        ends = {"/".join(parts[k:]) for k in range(1, len(parts))} | {file, os.path.splitext(file)[0]}
+        for place, keys in zip(places, ((i,), ("/".join(parts[1:]),) if first else (), ends)):
+            for key in keys:
+                place.setdefault(key, []).append(row)
+    kept, unknown, where = set(), [], "train" if not first else "the extra images"
     for name in names:
-        found = rows.get(name) or by_file.get(name) or []
+        found = next((place[name] for place in places if name in place), [])
         if len(found) > 1:
-            raise DataError(f"{path}: {name!r} is the name of {len(found)} images of train: write their ids, as {train.ids[found[0]]}")
+            raise DataError(f"{path}: {name!r} is the name of {len(found)} images of {where}: write their ids, as {train.ids[found[0]]}")
         kept.update(found)
         if not found:
             unknown.append(name)
     if not kept:
-        raise DataError(f"--include-list {path} leaves train empty: none of its {len(names)} names is in train, as {train.ids[0]}")
+        raise DataError(f"--include-list {path} leaves {where} empty: none of its {len(names)} names is in {where}, as {train.ids[first]}")
     if unknown:
-        note(counted(unknown, f"names of {path} are not in train"))
-    return train.subset(np.array(sorted(kept)))
+        note(counted(unknown, f"names of {path} are not in {where}"))
+    return train.subset(np.array([*range(first), *sorted(kept)]))
 
 
 def _check_classes(result):
@@ -387,6 +413,8 @@ def _without_bad_images(dataset):
     with ThreadPoolExecutor(available_cpus()) as pool:
         complaints = list(pool.map(complaint, range(len(dataset))))
     bad = [text for text in complaints if text]
+    if len(bad) == len(complaints):
+        raise DataError(f"all {len(bad)} images are broken, as {bad[0]}")
     for text in bad:
         print(f"skipped: {text}", flush=True)
     good = np.array([i for i, text in enumerate(complaints) if not text], int)

@@ -222,12 +222,17 @@ class Store:
     def __len__(self):
         return len(self.ids)
 
-    def rows(self, ids):
-        """Rows (N,) int64 of these sample ids.  Raises UserError, which counts and names those that are not there."""
+    def find(self, ids):
+        """Rows (N,) int64 of these sample ids, -1 where one is not there."""
         ids = np.asarray(ids)
         places = np.searchsorted(self.ids, ids, sorter=self._order).clip(max=len(self.ids) - 1)
         rows = self._order[places]
-        missing = ids[self.ids[rows] != ids]
+        return np.where(self.ids[rows] == ids, rows, -1)
+
+    def rows(self, ids):
+        """Rows (N,) int64 of these sample ids.  Raises UserError, which counts and names those that are not there."""
+        rows = self.find(ids)
+        missing = np.asarray(ids)[rows < 0]
         if len(missing):
             raise UserError(f"{self.folder} lacks {len(missing)} of {len(ids)} images, the first is {missing[0]}: it was made from other data")
         return rows
@@ -245,6 +250,57 @@ class Store:
             bad = np.asarray(rows)[~np.isfinite(values).reshape(len(values), -1).all(1)][0]
             raise UserError(f"{self.folder}/{name}.npy holds NaN or infinity at {self.ids[bad]}: extract it again")
         return values
+
+
+CANDIDATES = 4  # reference images whose distances are computed exactly
+SAME = 0.01  # of its norm: how far an image may lie from itself, extracted in another batch or precision
+
+
+def model_of(meta):
+    """What the embeddings of two stores must share to be compared."""
+    teacher = meta["teacher"]
+    own = {"name": teacher["name"], "weights": teacher["weights"], "sha256": teacher["sha256"], "pooling": meta["pooling"], **teacher["preprocess"]}
+    if teacher["weights"].startswith("random"):  # these depend on the size of the head, whose weights are drawn among them
+        own["parameters"] = teacher["parameters"]
+    return own
+
+
+def nearest(store, reference, device="cpu", chunk=4096):
+    """(distances (N,) float32, rows (N,) int64): of each image's plain view to the nearest one of `reference`, Euclidean.
+
+    An image that is itself in the reference (its id is there, at nearly its own embedding: other folders may use the
+    same names) is not its own neighbour.  `chunk` rows of both are held at a time.  Raises UserError.
+    """
+
+    def plain(of, rows):
+        return torch.from_numpy(of.read("embeddings", rows, np.zeros(len(rows), int))).to(device)
+
+    ids, count = reference.find(store.ids), len(reference)
+    centre = plain(reference, np.arange(min(chunk, count))).mean(0)  # near the origin float32 is more exact
+    distances, rows = [], []
+    for start in range(0, len(store), chunk):
+        own = plain(store, np.arange(start, min(start + chunk, len(store))))
+        twins = torch.from_numpy(ids[start : start + chunk]).to(device)
+        there = plain(reference, ids[start : start + chunk].clip(0))
+        twins[(own - there).norm(dim=1) > SAME * own.norm(dim=1)] = -1
+        values = own.new_full((len(own), CANDIDATES), torch.inf)
+        places = torch.zeros_like(values, dtype=torch.int64)
+        for first in range(0, count, chunk):
+            others = plain(reference, np.arange(first, min(first + chunk, count))) - centre
+            squared = others.square().sum(1) - 2 * (own - centre) @ others.T  # (B, R), less what a row has in common
+            here = torch.nonzero((twins >= first) & (twins < first + len(others)))[:, 0]
+            squared[here, twins[here] - first] = torch.inf
+            best, order = squared.topk(min(CANDIDATES, len(others)), largest=False)
+            values, places = torch.cat([values, best], 1), torch.cat([places, order + first], 1)
+            values, order = values.topk(CANDIDATES, largest=False)
+            places = places.gather(1, order)
+        exact = torch.stack([(own - plain(reference, column)).norm(dim=1) for column in places.T.cpu().numpy()], 1)
+        best, order = exact.masked_fill(values.isinf(), torch.inf).min(1)
+        if best.isinf().any():
+            raise UserError(f"{reference.folder} holds no image but {store.ids[start + int(best.isinf().nonzero()[0])]} itself")
+        distances.append(best.cpu().numpy())
+        rows.append(places.gather(1, order[:, None])[:, 0].cpu().numpy())
+    return np.concatenate(distances), np.concatenate(rows)
 
 
 STREAM_VIEW = 2001  # of the counter-based generator

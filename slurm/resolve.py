@@ -140,7 +140,7 @@ def named_paths(parser, args, checkpoint_data):
 def data_of_checkpoint(args, default_teacher):
     """The data folder that distill.py and evaluate.py take from a checkpoint where none is given, or None."""
     path = getattr(args, "checkpoint", None) or getattr(args, "teacher_checkpoint", None) or default_teacher
-    if args.data_root or not path or not os.path.isfile(path):
+    if args.data_root or getattr(args, "images", None) or not path or not os.path.isfile(path):
         return None
     flags = load_checkpoint(path).get("flags") or {}
     return flags.get("data_root") if args.dataset in (None, flags.get("dataset")) else None
