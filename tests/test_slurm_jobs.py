@@ -332,6 +332,20 @@ def test_array_of_seeds(slurm, project, submit):  # noqa: F811
     assert any(not torch.equal(first[name], second[name]) for name in first)
 
 
+def test_array_of_shards(slurm, project, submit):  # noqa: F811
+    """Three jobs extract a third each; merged they are what one process extracts."""
+    flags = ["--model", "resnet8", "--num-views", 2, "--device", "cpu", "--output"]
+    job = submit("extract_embeddings", *flags, "stored", options=["--array=0-2"])
+    slurm.wait(job)
+    assert slurm.exit_code(job) == 0, slurm.log(job)
+    for more in (["stored", "--merge", 3], ["whole"]):
+        done = run_script("extract_embeddings.py", *flags, *more, cwd=project, root=project)
+        assert done.returncode == 0, done.stderr
+    for split in ("train", "val", "test"):
+        merged, whole = (np.load(project / name / f"{split}_embeddings" / "embeddings.npy") for name in ("stored", "whole"))
+        assert merged.shape[1:] == (2, 512) and np.array_equal(merged, whole)
+
+
 def test_sweep(slurm, project, submit):  # noqa: F811
     """Each point in its folder; the one that fails is named with the command that runs it again; the best is found."""
     (project / "grid.json").write_text(json.dumps([
