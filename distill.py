@@ -22,17 +22,16 @@ import torch
 from common import cli
 from common.augment import Augmenter, Policy
 from common.data import DATASETS, TASK, load_splits
-from common.distributed import data_parallel
 from common.embeddings import Store, StoredTeacher, difference, split_folder
 from common.evaluation import distillation_loss, is_chance_level, live_teacher, predict, write_results
 from common.loader import Loader, save_sample_grid
 from common.losses import FEATURE_LOSSES, METHODS, TEACHER_PROJECTORS, DistillationLoss, class_weights, method_weights
 from common.metrics import CLASSIFICATION, FIDELITY, classification, fidelity
 from common.models import build_model
-from common.optimizer import Schedule, Updater, make_optimizer
+from common.optimizer import make_updater
 from common.training import (
-    Interrupts, Precision, Preprocess, Recorder, device_name, file_sha256, load_checkpoint, load_model, select_device,
-    start_model, start_weights, use_compile,
+    Interrupts, Precision, Preprocess, Recorder, file_sha256, load_checkpoint, load_model, select_device, start_model, start_weights,
+    use_compile,
 )  # fmt: skip
 
 DEFAULT_TEACHER = "runs/teacher/best.pth"
@@ -282,20 +281,9 @@ def main(args):
 
     # loss, optimizer
     criterion = make_loss(args, weights, model, source, train, lambda batch: preprocess(augment(batch, resolution)), splits.classes)
-    optimizer = make_optimizer(
-        args.optimizer, [model], args.lr, args.weight_decay, args.momentum, args.nesterov, criterion,
-        args.projector_weight_decay,
-    )  # fmt: skip
-    schedule = Schedule(
-        args.schedule, optimizer.defaults["lr"], args.epochs, len(train), args.warmup_epochs, args.milestones,
-        args.gamma, args.plateau_patience,
-    )  # fmt: skip
     if use_compile(args.compile, device):
         model.compile()
-    parallel = data_parallel(Student(model, criterion), device, unused=not weights["ce"] and not weights["kl"])
-    updater = Updater(
-        model, optimizer, schedule, precision, args.clip_grad, args.ema, args.accumulation_steps, parallel
-    )
+    updater = make_updater(args, model, precision, len(train), criterion, Student(model, criterion), not weights["ce"] and not weights["kl"])
 
     # the teacher is judged before it teaches; val images are plain, so its logits there are computed once
     teacher_logits = {"val": source.logits("val", val)}
@@ -310,10 +298,7 @@ def main(args):
         content={"role": "distill", "classes": splits.classes, "preprocess": preprocess.to_dict(),
                  "augment": policy.to_dict(), "flags": vars(args), "teacher": source.described},
     )  # fmt: skip
-    saved = load_checkpoint(run.path("latest.pth")) if args.resume else {"rows": 0, "log_bytes": 0}
-    if args.resume:
-        recorder.restore(saved)
-    run.open(vars(args), cli.environment(device_name(device)), saved["rows"], saved["log_bytes"])
+    recorder.open(args)
     run.log(f"{args.model}: {model.num_parameters:,} parameters, {resolution} px, {device}, {precision.name}")
     run.log(f"{splits}, {train.cache_kind} cache")
     run.log(f"{args.method}: " + " + ".join(f"{value:g} * {name}" for name, value in criterion.weights.items()))
@@ -332,7 +317,7 @@ def main(args):
                 images = preprocess(augment(batch, resolution))  # (B, 3, R, R)
                 labels = batch["targets"][TASK]  # (B,)
                 with precision.autocast():
-                    out, loss = parallel({"image": images}, taught, labels, batch["batch_targets"][TASK])
+                    out, loss = updater.parallel({"image": images}, taught, labels, batch["batch_targets"][TASK])
                 updater(loss)
                 right = (out["logits"].argmax(1) == labels).float().mean()
                 recorder.meter.add(loss=loss, accuracy=right, **criterion.terms)

@@ -17,16 +17,13 @@ import torch
 from common import cli
 from common.augment import Augmenter
 from common.data import DATASETS, load_splits
-from common.distributed import data_parallel
 from common.evaluation import predict, write_results
 from common.images import TASK
 from common.loader import Loader, save_sample_grid
 from common.losses import class_weights, cross_entropy
 from common.metrics import classification
-from common.optimizer import Schedule, Updater, make_optimizer
-from common.training import (
-    Interrupts, Precision, Preprocess, Recorder, device_name, load_checkpoint, select_device, start_model, use_compile,
-)  # fmt: skip
+from common.optimizer import make_updater
+from common.training import Interrupts, Precision, Preprocess, Recorder, select_device, start_model, use_compile
 
 
 def build_parser():
@@ -61,19 +58,9 @@ def main(args):
     model, weights_from = start_model(args, len(splits.classes), resolution)
     preprocess = Preprocess(resolution, model.mean or info.mean, model.std or info.std)
     model.to(device).to(memory_format=torch.channels_last)
-    optimizer = make_optimizer(
-        args.optimizer, [model], args.lr, args.weight_decay, args.momentum, args.nesterov
-    )
-    schedule = Schedule(
-        args.schedule, optimizer.defaults["lr"], args.epochs, len(train), args.warmup_epochs, args.milestones,
-        args.gamma, args.plateau_patience,
-    )  # fmt: skip
     if use_compile(args.compile, device):
         model.compile()
-    parallel = data_parallel(model, device)
-    updater = Updater(
-        model, optimizer, schedule, precision, args.clip_grad, args.ema, args.accumulation_steps, parallel
-    )
+    updater = make_updater(args, model, precision, len(train))
     weights = class_weights(args.class_weights, splits.train.labels, len(splits.classes))
 
     # run folder
@@ -83,10 +70,7 @@ def main(args):
         content={"role": "student", "classes": splits.classes, "preprocess": preprocess.to_dict(),
                  "augment": policy.to_dict(), "flags": vars(args)},
     )  # fmt: skip
-    saved = load_checkpoint(run.path("latest.pth")) if args.resume else {"rows": 0, "log_bytes": 0}
-    if args.resume:
-        recorder.restore(saved)
-    run.open(vars(args), cli.environment(device_name(device)), saved["rows"], saved["log_bytes"])
+    recorder.open(args)
     run.log(f"{args.model}: {model.num_parameters:,} parameters, {resolution} px, {device}, {precision.name}")
     run.log(f"{splits}, {train.cache_kind} cache")
     if weights_from:
@@ -101,7 +85,7 @@ def main(args):
                 images = preprocess(augment(batch, resolution))  # (B, 3, R, R)
                 labels = batch["targets"][TASK]  # (B,)
                 with precision.autocast():
-                    logits = parallel({"image": images})["logits"]  # (B, C)
+                    logits = updater.parallel({"image": images})["logits"]  # (B, C)
                     loss = cross_entropy(logits, labels, args.label_smoothing, weights, batch["batch_targets"][TASK])
                 updater(loss)
                 recorder.meter.add(loss=loss, accuracy=(logits.argmax(1) == labels).float().mean())

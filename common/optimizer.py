@@ -1,5 +1,7 @@
-"""Optimizer, learning rate and the step that uses them.  Needs cli.py, distributed.py,
-metrics.py of `common` and torch."""
+"""Optimizer, learning rate and the step that uses them.
+
+Needs cli.py, distributed.py and metrics.py of `common` (and what these need) and torch.
+"""
 
 import math
 
@@ -184,3 +186,15 @@ class Updater:
         self.lr = self.schedule(max(0, self.steps - 1))  # of the last step: an epoch may have no step left to set it
 
 
+def make_updater(args, model, precision, steps, projectors=None, module=None, unused=False):
+    """Updater by --optimizer, --schedule and the flags beside them; its `parallel` is what the forward pass goes through.
+
+    steps: an epoch; projectors: of the loss, trained too; module: what holds model and projectors, for DDP, if it is not
+    the model; unused: whether some parameters get no gradient.
+    """
+    optimizer = make_optimizer(args.optimizer, [model], args.lr, args.weight_decay, args.momentum, args.nesterov, projectors,
+                               getattr(args, "projector_weight_decay", 0.0))  # fmt: skip
+    schedule = Schedule(args.schedule, optimizer.defaults["lr"], args.epochs, steps, args.warmup_epochs, args.milestones,
+                        args.gamma, args.plateau_patience)  # fmt: skip
+    parallel = distributed.data_parallel(module or model, precision.device, unused=unused)
+    return Updater(model, optimizer, schedule, precision, args.clip_grad, args.ema, args.accumulation_steps, parallel)

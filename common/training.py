@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from common import distributed
 from common.augment import normalize
-from common.cli import UserError, atomic_write
+from common.cli import UserError, atomic_write, environment
 from common.metrics import better
 from common.models import build_model, load_weights
 
@@ -286,6 +286,13 @@ class Recorder:
         self.epoch, self.step = 1, 0  # `step` batches of `epoch` are done
         self.best, self.best_epoch, self.stopped_early = None, 0, False
         self.started, self.seconds_before = time.time(), 0.0
+
+    def open(self, args):
+        """Make the run folder, or go on with what --resume names."""
+        saved = load_checkpoint(self.run.path("latest.pth")) if args.resume else {"rows": 0, "log_bytes": 0}
+        if args.resume:
+            self.restore(saved)
+        self.run.open(vars(args), environment(device_name(self.updater.precision.device)), saved["rows"], saved["log_bytes"])
 
     @property
     def seconds(self):
