@@ -326,9 +326,9 @@ def main(argv):
         parser.add_argument("--points", action="store_true", help="list a sweep's points instead of one job's records")
         parser.add_argument("--write", action="store_true", help="write each point's flags to OUTPUT/POINT.json")
         parser.add_argument("--only", metavar="LIST", help="these points, as 0,2-4")
-        parser.add_argument("script")
-        parser.add_argument("grid")
-        parser.add_argument("rest", nargs=argparse.REMAINDER)
+        parser.add_argument("script", help="a script that trains, as train_student.py")
+        parser.add_argument("grid", help="GRID.json of --sweep")
+        parser.add_argument("rest", nargs=argparse.REMAINDER, help="the script's other flags")
         args = parser.parse_args(argv)
         print("\n".join(points(args.script, args.grid, args.rest, args.write, args.only)))
     elif argv[:1] == ["--check"]:

@@ -5,18 +5,13 @@ import json
 import pytest
 from conftest import SMALL, run_script, succeed
 
+import train_student
 from common import cli
 
 
 @pytest.fixture
 def parser():
-    parser = cli.Parser("")
-    cli.add_run_flags(parser, output="runs/student")
-    cli.add_data_flags(parser)
-    cli.add_augment_flags(parser)
-    cli.add_model_flags(parser, model="resnet8")
-    cli.add_training_flags(parser, epochs=3)
-    return parser
+    return train_student.build_parser()
 
 
 @pytest.fixture
@@ -36,7 +31,7 @@ def test_a_grid_is_crossed_the_last_axis_varying_fastest(flags):
     seen = [flags(grid, i, "--seed", "4") for i in range(8)]
     expected = [(lr, b, n) for lr in (0.1, 1e-4) for b in (8, 16) for n in (True, False)]
     assert [(a.lr, a.batch_size, a.nesterov) for a in seen] == expected
-    assert all(a.seed == 4 and a.epochs == 3 for a in seen)
+    assert all(a.seed == 4 and a.epochs == 32 for a in seen)
     assert len({a.output for a in seen}) == 8
     assert seen[0].output == "runs/student/lr-0.1_batch-size-8_nesterov-true"
     assert seen[7].output == "runs/student/lr-0.0001_batch-size-16_nesterov-false"
