@@ -107,8 +107,9 @@ def open_reference(args, split):
     """The Store of --reference, or None; what is not given of how images are read is its own.  Raises UserError."""
     if not args.reference:
         return None
-    folders = [split_folder(args.reference, "train"), args.reference, split_folder(args.reference, "images")]
-    store = Store(next((f for f in folders if os.path.exists(os.path.join(f, "meta.json"))), folders[0]))
+    inside = [split_folder(args.reference, name) for name in ("train", "images")]
+    own = os.path.exists(os.path.join(args.reference, "meta.json"))
+    store = Store(args.reference if own else next((folder for folder in inside if os.path.isdir(folder)), inside[0]))
     if os.path.realpath(store.folder) == os.path.realpath(split_folder(args.output, split)):
         raise cli.UserError(f"--reference {args.reference} is what this command writes: name another --output")
     args.resolution = args.resolution or store.meta["resolution"]
