@@ -227,7 +227,8 @@ def rank(args, store, reference):
         writer.writerows([store.ids[i], f"{distances[i]:.6g}", reference.ids[rows[i]]] for i in order)
     with cli.atomic_write(path) as temporary, open(temporary, "w", encoding="utf-8", errors="surrogateescape") as file:
         file.writelines(f"{store.ids[i]}\n" for i in order[:kept])
-    print(f"{path}: {kept} of {len(order)} images, at most {distances[order[kept - 1]]:.4g} from the nearest of {len(reference)} in {reference.folder}", flush=True)
+    furthest = distances[order[kept - 1]]
+    print(f"{path}: {kept} of {len(order)} images, at most {furthest:.4g} from the nearest of {len(reference)} in {reference.folder}", flush=True)
 
 
 def main(args):
