@@ -21,18 +21,28 @@ import torch
 
 from common import cli
 from common.augment import Augmenter, Policy
-from common.data import DATASETS, TASK, load_splits
+from common.data import DATASETS, load_splits
 from common.embeddings import Store, StoredTeacher, difference, split_folder
 from common.evaluation import distillation_loss, is_chance_level, live_teacher, predict, write_results
+from common.images import TASK
 from common.loader import Loader, save_sample_grid
 from common.losses import FEATURE_LOSSES, METHODS, TEACHER_PROJECTORS, DistillationLoss, class_weights, method_weights
 from common.metrics import CLASSIFICATION, FIDELITY, classification, fidelity
 from common.models import build_model
 from common.optimizer import make_updater
 from common.training import (
-    Interrupts, Precision, Preprocess, Recorder, file_sha256, load_checkpoint, load_model, select_device, start_model, start_weights,
+    Interrupts,
+    Precision,
+    Preprocess,
+    Recorder,
+    file_sha256,
+    load_checkpoint,
+    load_model,
+    select_device,
+    start_model,
+    start_weights,
     use_compile,
-)  # fmt: skip
+)
 
 DEFAULT_TEACHER = "runs/teacher/best.pth"
 
@@ -56,7 +66,8 @@ def build_parser():
     g.add_argument("--allow-weak-teacher", action="store_true", help="go on with a teacher that is no better than chance on val")
     g = parser.add_argument_group("distillation")
     g.add_argument("--method", default="response", choices=list(METHODS), help="published combination; sets the weights below")
-    g.add_argument("--alpha", type=float, help="response, feature: alpha * cross-entropy + (1 - alpha) * T^2 * KL; feature_matching: (1 - alpha) * cross-entropy + alpha * features (0.5)")
+    g.add_argument("--alpha", type=float, help="response, feature: alpha * cross-entropy + (1 - alpha) * T^2 * KL; feature_matching: "
+                   "(1 - alpha) * cross-entropy + alpha * features (0.5)")  # fmt: skip
     g.add_argument("--temperature", type=float, default=4.0, help="T of the KL")
     g.add_argument("--ce-weight", type=float, help="of the cross-entropy; by default the method's")
     g.add_argument("--kl-weight", type=float, help="of T^2 * KL(teacher || student); by default the method's")
@@ -189,7 +200,8 @@ def load_teacher(args, path, checkpoint, classes, resolution, info):
     else:
         if checkpoint["classes"] != classes:
             raise cli.UserError(f"teacher and data have different classes: {path} knows {len(checkpoint['classes'])} "
-                                f"({', '.join(checkpoint['classes'][:4])}, ...), {args.dataset} has {len(classes)} ({', '.join(classes[:4])}, ...)")  # fmt: skip
+                                f"({', '.join(checkpoint['classes'][:4])}, ...), {args.dataset} has {len(classes)} "
+                                f"({', '.join(classes[:4])}, ...)")  # fmt: skip
         teacher, preprocess = load_model(checkpoint, resolution=args.teacher_resolution, path=path)
         sha = file_sha256(path)
     described = {"name": teacher.name, "family": teacher.family, "parameters": teacher.num_parameters, "checkpoint": path, "sha256": sha}

@@ -22,8 +22,14 @@ from common.evaluation import brackets, predict, splits_of, uncertainty, write_p
 from common.loader import Loader
 from common.models import multiply_adds
 from common.training import (
-    Precision, device_name, file_sha256, load_checkpoint, load_model, peak_memory_mb, select_device,
-)  # fmt: skip
+    Precision,
+    device_name,
+    file_sha256,
+    load_checkpoint,
+    load_model,
+    peak_memory_mb,
+    select_device,
+)
 
 
 def build_parser():

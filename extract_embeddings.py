@@ -37,9 +37,18 @@ from common.evaluation import live_teacher
 from common.loader import Loader
 from common.models import build_model
 from common.training import (
-    Interrupted, Interrupts, Precision, Preprocess, device_name, file_sha256, load_checkpoint, load_model, select_device, start_weights,
+    Interrupted,
+    Interrupts,
+    Precision,
+    Preprocess,
+    device_name,
+    file_sha256,
+    load_checkpoint,
+    load_model,
+    select_device,
+    start_weights,
     use_compile,
-)  # fmt: skip
+)
 
 SPLITS = ("train", "val", "test")
 PLAIN = "csv"  # whose resolution, normalization and views --images takes where neither checkpoint nor reference says them
@@ -72,7 +81,9 @@ def build_parser():
     parser.add_argument("--keep-fraction", type=cli.number(float, 0, 1, above=True), metavar="F", help="with --reference: the share of the "
                         "images, the nearest, that kept.txt names")  # fmt: skip
     parser.add_argument("--num-views", type=cli.POSITIVE, default=1, help="views of each image; the first is the plain image")
-    parser.add_argument("--pooling", choices=("cls", "mean", "map"), help="what is the embedding: class token, mean of the tokens, the model's attention pooling; by default what its head takes")  # fmt: skip
+    parser.add_argument("--pooling", choices=("cls", "mean", "map"),
+                        help="what is the embedding: class token, mean of the tokens, the model's attention pooling; "
+                        "by default what its head takes")  # fmt: skip
     parser.add_argument("--save-logits", action="store_true", help="store the logits too, for --method response")
     parser.add_argument("--save-tokens", action="store_true", help="store the grid's tokens too")
     parser.add_argument("--dtype", default="float16", choices=DTYPES, help="of the stored values")

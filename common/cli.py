@@ -158,8 +158,10 @@ def add_data_flags(parser, dataset="digits", batch_size=32):
     g.add_argument("--fold", type=NATURAL, metavar="I", help="fold I (0 to K - 1) is val; where the dataset has no test (ISIC 2024, csv without split "
                    "column) it is test, and val is split off the rest")  # fmt: skip
     g.add_argument("--split-seed", type=NATURAL, default=0, help="fixes the val split, the folds, --negatives and --limit-train")
-    g.add_argument("--limit-train", type=NATURAL, metavar="N", help="train on N images, classes in proportion; 0 is all (the default, but 100 for students on digits)")
-    g.add_argument("--resolution", type=POSITIVE, help="input side in pixels; by default the dataset's (CIFAR and image folders 32, MedMNIST 28, digits 8, csv and skin lesions 224)")
+    g.add_argument("--limit-train", type=NATURAL, metavar="N", help="train on N images, classes in proportion; 0 is all "
+                   "(the default, but 100 for students on digits)")  # fmt: skip
+    g.add_argument("--resolution", type=POSITIVE, help="input side in pixels; by default the dataset's (CIFAR and image "
+                   "folders 32, MedMNIST 28, digits 8, csv and skin lesions 224)")  # fmt: skip
     g.add_argument("--batch-size", type=POSITIVE, default=batch_size, help="images a step, over all processes and accumulation steps")
     add_reading_flags(g)
     g.add_argument("--include-list", metavar="FILE.txt", help="images one a line, by id, file name or end of path: train keeps only these; with "
@@ -258,11 +260,13 @@ def add_training_flags(parser, epochs, select=CLASSIFICATION):
     g.add_argument("--plateau-patience", type=POSITIVE, default=5, help="epochs without gain before plateau lowers the rate")
     g.add_argument("--warmup-epochs", type=AMOUNT, default=0, help="linear warm-up, epochs")
     g.add_argument("--sampler", default="shuffle", choices=("shuffle", "balanced"), help="each image once an epoch, or each class equally often")
-    g.add_argument("--class-weights", default="none", metavar="WEIGHTS", help="of the cross-entropy: none, balanced (by 1 / count in train) or numbers W0,W1,...")
+    g.add_argument("--class-weights", default="none", metavar="WEIGHTS",
+                   help="of the cross-entropy: none, balanced (by 1 / count in train) or numbers W0,W1,...")  # fmt: skip
     g.add_argument("--label-smoothing", type=SHARE, default=0.0, help="of the cross-entropy; a smoothed teacher teaches worse")
     g.add_argument("--accumulation-steps", type=POSITIVE, default=1, metavar="N", help="run each batch in N parts, for less memory; the batch size stays")
     g.add_argument("--clip-grad", type=AMOUNT, default=0.0, help="largest gradient norm; 0 is off")
-    g.add_argument("--ema", type=number(float, 0, 0.999999), default=0.0, metavar="DECAY", help="evaluate and keep an average of the weights, as 0.999; 0 is off")
+    g.add_argument("--ema", type=number(float, 0, 0.999999), default=0.0, metavar="DECAY",
+                   help="evaluate and keep an average of the weights, as 0.999; 0 is off")  # fmt: skip
     g.add_argument("--patience", type=NATURAL, default=0, help="stop after this many epochs without gain in --select-metric; 0 is off")
     g.add_argument("--select-metric", default="accuracy", choices=select, metavar="METRIC", help=f"val metric that chooses the best epoch: {', '.join(select)}")
     g.add_argument("--amp", default="auto", choices=("auto", "off", "bf16", "fp16"), help="mixed precision; auto: on a GPU")

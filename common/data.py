@@ -20,8 +20,15 @@ from common import distributed
 from common.augment import PRESETS, Policy
 from common.dermatology import BINARY, STREAM_NEGATIVES, add_positives, fixed_test, read_ham10000, read_isic2017, read_isic2024
 from common.images import (
-    IMAGE_SUFFIXES, TASK, DataError, ImageDataset, available_cpus, images_below, opencv, remove_hair, to_uint8,  # noqa: F401
-)  # fmt: skip
+    IMAGE_SUFFIXES,
+    DataError,
+    ImageDataset,
+    available_cpus,
+    images_below,
+    opencv,
+    remove_hair,
+    to_uint8,
+)
 from common.splitting import check_groups, limit, split_fold, split_off, stratified_rows, without_rows
 from common.tables import counted, note, read_csv
 

@@ -21,7 +21,6 @@ from common import distributed
 from common.augment import uniform
 from common.images import TASK, DataError, available_cpus
 
-
 REPEAT_STRIDE = 1_000_003  # views between an image's repeats in an epoch: a prime, so that stored views differ too
 
 

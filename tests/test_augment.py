@@ -14,7 +14,14 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 
 from common.augment import (
-    Augmenter, Policy, PolicyError, _mix, hash_id, render, sample_parameters, uniform,
+    Augmenter,
+    Policy,
+    PolicyError,
+    _mix,
+    hash_id,
+    render,
+    sample_parameters,
+    uniform,
 )  # fmt: skip
 
 BILINEAR = InterpolationMode.BILINEAR

@@ -59,8 +59,8 @@ def train_20_steps(accumulate, weighted):
     """A ResNet-8 with frozen BatchNorm, taught through a projector, in float64: 20 steps on digits."""
     from common.augment import Augmenter
     from common.data import DATASETS, load_splits
-    from common.images import TASK
     from common.distributed import data_parallel
+    from common.images import TASK
     from common.loader import Loader
     from common.losses import DistillationLoss, class_weights
     from common.models import build_model

@@ -7,8 +7,19 @@ import pytest
 import torch
 
 from common.losses import (
-    METHODS, DistillationLoss, EmbeddingProjectors, LossError, class_weights, cross_entropy, embedding_loss, feature_cosine,
-    feature_mse, method_weights, orthogonal, same_size, temperature_kl,
+    METHODS,
+    DistillationLoss,
+    EmbeddingProjectors,
+    LossError,
+    class_weights,
+    cross_entropy,
+    embedding_loss,
+    feature_cosine,
+    feature_mse,
+    method_weights,
+    orthogonal,
+    same_size,
+    temperature_kl,
 )  # fmt: skip
 from common.models import build_model
 

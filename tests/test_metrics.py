@@ -10,8 +10,20 @@ from sklearn import metrics as sk
 
 from common.evaluation import is_chance_level
 from common.metrics import (
-    CLASSIFICATION, FIDELITY, LOWER_IS_BETTER, better, bootstrap, class_recalls, classification, confusion_matrix,
-    expected_calibration_error, fidelity, log_softmax, partial_auc, ranking, weighted,
+    CLASSIFICATION,
+    FIDELITY,
+    LOWER_IS_BETTER,
+    better,
+    bootstrap,
+    class_recalls,
+    classification,
+    confusion_matrix,
+    expected_calibration_error,
+    fidelity,
+    log_softmax,
+    partial_auc,
+    ranking,
+    weighted,
 )  # fmt: skip
 
 

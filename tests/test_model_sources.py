@@ -9,7 +9,6 @@ from test_models import SWIN, forward, images, no_network, refusal  # noqa: F401
 
 from common.models import build_model, load_weights
 
-
 # --------------------------------------------------------------------------------------------------------- Hugging Face
 
 
