@@ -342,9 +342,9 @@ def main(args):
                 on_val = lambda batch: source.targets(batch, "val")  # noqa: E731
                 values["distillation_loss"] = distillation_loss(student, criterion, on_val, val, preprocess, precision, interrupts)
             warning = criterion.collapsed(recorder.train_means)
-            recorder.end_epoch(values)
-            if warning:
+            if warning:  # before the epoch is saved, or a resumed run would drop the line
                 run.log(f"warning: {warning}")
+            recorder.end_epoch(values)
 
         test = Loader(splits.test, args.batch_size, device, cache=args.cache, workers=args.workers)
         teacher_logits["test"] = source.logits("test", test)

@@ -16,6 +16,14 @@ sys.path.insert(0, str(ROOT))
 SMALL = ["--dataset", "digits", "--resolution", "8", "--batch-size", "32", "--limit-train", "160", "--device", "cpu"]
 
 
+def shared_archive(name):
+    """The path of a real dataset's archive; the test skips, by its name, where it is absent."""
+    archive = SHARED_DATA / name
+    if not archive.exists():
+        pytest.skip(f"{name} is not here")
+    return archive
+
+
 def script_environment():
     environment = {k: v for k, v in os.environ.items() if k != "DATA_ROOT"}
     return {**environment, "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
@@ -47,9 +55,7 @@ def teacher(tmp_path_factory):
 @pytest.fixture(scope="session")
 def cifar_folder(tmp_path_factory):
     """CIFAR-10 as an image folder: 20 train and 6 test images of each class; skips where the archive is absent."""
-    archive = SHARED_DATA / "cifar10-jpg.tar.gz"
-    if not archive.exists():
-        pytest.skip(f"{archive.name} is not here")
+    archive = shared_archive("cifar10-jpg.tar.gz")
     folder, counts = tmp_path_factory.mktemp("cifar"), {}
     with tarfile.open(archive) as tar:
         for member in tar:

@@ -7,7 +7,7 @@ import tarfile
 import numpy as np
 import pytest
 import torch
-from conftest import SHARED_DATA, run_script, succeed
+from conftest import run_script, shared_archive, succeed
 from PIL import Image, ImageDraw
 
 from common import cli, evaluation, images
@@ -464,9 +464,7 @@ def test_bad_flags_end_in_one_line(tmp_path, args, words):
 
 @pytest.fixture(scope="module")
 def real_ham(tmp_path_factory):
-    archive = SHARED_DATA / "ham10000.tar"
-    if not archive.exists():
-        pytest.skip(f"{archive.name} is not here")
+    archive = shared_archive("ham10000.tar")
     folder = tmp_path_factory.mktemp("ham")
     with tarfile.open(archive) as tar:
         tar.extractall(folder, filter="data")

@@ -8,7 +8,7 @@ import shlex
 import tarfile
 
 import pytest
-from conftest import ROOT, SHARED_DATA, succeed
+from conftest import ROOT, shared_archive, succeed
 
 MALIGNANT = ("mel", "bcc", "akiec")
 
@@ -16,9 +16,7 @@ MALIGNANT = ("mel", "bcc", "akiec")
 @pytest.fixture(scope="module")
 def part(tmp_path_factory):
     """HAM10000's layout with 30 benign and 30 malignant lesions, an image each; skips where the archive is absent."""
-    archive = SHARED_DATA / "ham10000.tar"
-    if not archive.exists():
-        pytest.skip(f"{archive.name} is not here")
+    archive = shared_archive("ham10000.tar")
     folder = tmp_path_factory.mktemp("part")
     (folder / "images").mkdir()
     with tarfile.open(archive) as tar:
