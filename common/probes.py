@@ -109,7 +109,7 @@ def fit(features, labels, num_classes, points, steps, batch_size, seed):
     """Train H linear heads, one for each (lr, weight_decay) of points: (mean (D,), scale (D,), weight (D, H, C), bias (H, C))."""
     features = features.float()
     mean, deviation = features.mean(0), features.std(0, correction=0)
-    scale = deviation.clamp(min=0.01 * float(deviation.square().mean().sqrt()) + 1e-12)  # what hardly varies is not blown up
+    scale = deviation.masked_fill(deviation <= 1e-5 * mean.abs(), math.inf)  # what is constant in train is ignored, not blown up
     rates, decays = (torch.tensor(column, device=features.device)[:, None] for column in zip(*points))  # (H, 1)
     weight = features.new_zeros(features.shape[1], len(points), num_classes)  # convex: zero is as good a start as any
     bias = features.new_zeros(len(points), num_classes)
