@@ -121,7 +121,7 @@ def fit(features, labels, num_classes, points, steps, batch_size, seed):
         rows, order = order[:batch_size].to(features.device), order[batch_size:]
         x = (features[rows] - mean) / scale  # (B, D)
         error = (x @ weight.flatten(1)).view(len(x), *bias.shape).add_(bias).softmax(2)  # (B, H, C)
-        error[torch.arange(len(x)), :, labels[rows]] -= 1  # now the loss's gradient with respect to the logits
+        error[torch.arange(len(x), device=x.device), :, labels[rows]] -= 1  # now the loss's gradient with respect to the logits
         gradients = (x.T @ error.flatten(1)).view_as(weight) / len(x) + decays * weight, error.mean(0)
         rate = rates * (0.5 + 0.5 * math.cos(math.pi * step / steps)) / (1 - 0.9 ** (step + 1))
         for value, (first, second), gradient in zip((weight, bias), moments, gradients):
