@@ -155,6 +155,9 @@ def test_probe_chooses_on_the_held_out_part_and_trains_on_all():
     options = {"lrs": (0.05,), "weight_decays": (0.0, 10.0), "steps": 100}
     assert linear_probe(x, y, rows, x, 2, **options)[1]["weight_decay"] == 0
     assert linear_probe(x, noise, rows, x, 2, **options)[1]["weight_decay"] == 10
+    # they are not trained on: labels that wide features could learn by heart are no better without a penalty
+    wide, guess = torch.randn(80, 200, generator=generator), torch.randint(2, (80,), generator=generator)
+    assert linear_probe(wide, guess, rows[160:240], wide, 2, **options)[1]["weight_decay"] == 10
     # a class that only the held-out images have is known to the head that is reported
     third = torch.where(rows & (x[:, 1] > 0.5), 2, y)
     logits, _ = linear_probe(x, third, rows, x, 3, **{**options, "weight_decays": (0.0,)})
@@ -163,7 +166,7 @@ def test_probe_chooses_on_the_held_out_part_and_trains_on_all():
 
 def test_dead_and_constant_features():
     x = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
-    x[:, 2] = 5.0
+    x[:, 2] = 5 + 1e-6 * torch.randn(60)  # constant but for rounding
     y = (x[:, 0] > 0).long()
     new = x.clone()
     new[:, 2] = torch.randn(60)  # varies in test alone
