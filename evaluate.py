@@ -1,26 +1,32 @@
-"""Judge a checkpoint: metrics, cost, and how it follows its teacher.
+"""Judge a checkpoint, or stored embeddings: metrics, cost, k-NN, a linear probe, and what it keeps of its teacher.
 
     python evaluate.py runs/distill/best.pth
     python evaluate.py runs/distill/best.pth --teacher-checkpoint runs/teacher/best.pth
     python evaluate.py runs/student/best.pth --dataset imagefolder --data-root outside --split test
+    python evaluate.py runs/distill/best.pth --teacher-checkpoint runs/teacher/best.pth --knn --linear-probe
+    python evaluate.py embeddings --knn --linear-probe           # what extract_embeddings.py stored; its plain view is used
 
 A checkpoint knows its model, classes, preprocessing and dataset; flags name another dataset with the same classes.
-Writes evaluation.json, predictions and the confusion matrix, and prints a table.
-Needs from common: augment.py, cli.py, data.py, dermatology.py, distributed.py, evaluation.py, images.py, loader.py,
-metrics.py, models.py, splitting.py, tables.py, training.py.
+k-NN and the probe take the embeddings of all of the run's train split, whatever its --limit-train, and are judged once
+on --split; the probe's learning rate and weight decay are chosen on a fifth of train, whole lesions or patients.
+Writes evaluation.json, predictions and the confusion matrix, and prints a table; `kept` is student / teacher.
+Needs from common: augment.py, cli.py, data.py, dermatology.py, distributed.py, embeddings.py, evaluation.py, images.py,
+loader.py, metrics.py, models.py, probes.py, splitting.py, tables.py, training.py.
 Packages: torch, timm, numpy, pillow, scikit-learn, tqdm (torchvision for CIFAR, transformers for hf: names).
 """
 
 import os
-import time
 
+import numpy as np
 import torch
 
-from common import cli, metrics
-from common.data import DATASETS
-from common.evaluation import brackets, predict, splits_of, uncertainty, write_predictions
+from common import cli, metrics, probes
+from common.data import DATASETS, Splits
+from common.embeddings import open_splits
+from common.evaluation import brackets, cost, outputs, splits_of, uncertainty, write_predictions
 from common.loader import Loader
-from common.models import multiply_adds
+from common.splitting import held_out
+from common.tables import note
 from common.training import (
     Precision,
     device_name,
@@ -31,11 +37,18 @@ from common.training import (
     select_device,
 )
 
+PARAMETERS = 100_000_000  # the mark that a deployable student stays below
+HELD_OUT, STREAM_PROBE = 0.2, 1007  # the share of train on which the probe is chosen, and the stream that draws it
+
 
 def build_parser():
     parser = cli.Parser(__doc__)
-    parser.add_argument("checkpoint", help="best.pth, latest.pth or epoch_N.pth of a run")
+    parser.add_argument("checkpoint", help="best.pth, latest.pth or epoch_N.pth of a run, or a folder of stored embeddings")
     parser.add_argument("--teacher-checkpoint", metavar="FILE", help="compare with this teacher")
+    parser.add_argument("--teacher-embeddings", metavar="DIR", help="compare with what this teacher said, stored")
+    parser.add_argument("--knn", action="store_true", help=f"classify by the {', '.join(map(str, probes.NEIGHBOURS))} nearest images of train")
+    parser.add_argument("--linear-probe", action="store_true", help="train a linear classifier on the embeddings of train")
+    parser.add_argument("--seed", type=cli.NATURAL, default=0, help="fixes the probe's held-out part and order")
     parser.add_argument("--dataset", choices=list(DATASETS), help="dataset; by default the checkpoint's")
     parser.add_argument("--data-root", help="its folder or file; by default the checkpoint's, $DATA_ROOT or data/")
     parser.add_argument("--split", default="test", choices=("train", "val", "test"), help="part of the dataset")
@@ -50,65 +63,85 @@ def build_parser():
     return parser
 
 
-def timed(run, device, at_least=1.0, most=200):
-    """Median seconds of run(), after two warm-up calls."""
-    seconds, began = [], None
-    for i in range(2 + most):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        if i >= 2:
-            began = began or start
-            seconds.append(time.perf_counter() - start)
-            if time.perf_counter() - began > at_least and len(seconds) >= 3:
-                break
-    return sorted(seconds)[len(seconds) // 2]
+def live(path, loaders, batch_size, resolution, device, precision):
+    """(outputs {split: {"logits", "embedding"}}, what it is, what it costs) of a checkpoint on loaders {split: Loader}."""
+    model, preprocess = load_model(load_checkpoint(path), device, resolution, path)
+    found = {split: outputs(model, loader, preprocess, precision) for split, loader in loaders.items()}
+    described = {"checkpoint": path, "sha256": file_sha256(path), "model": model.name, "family": model.family, "resolution": preprocess.resolution}
+    return found, described, cost(model, preprocess.resolution, batch_size, device, precision)
 
 
-def cost(model, resolution, batch_size, device, precision):
-    """Size and speed of a model: parameters, multiply-adds of one image, images/s at batch_size, latency at batch 1."""
-
-    @torch.no_grad()
-    def forward(count):
-        images = torch.rand(count, 3, resolution, resolution, device=device).contiguous(memory_format=torch.channels_last)
-
-        def run():
-            with torch.no_grad(), precision.autocast():
-                model({"image": images})
-
-        return run
-
-    return {
-        "parameters": model.num_parameters,
-        "multiply_adds": multiply_adds(model, resolution),
-        "images_per_second": round(batch_size / timed(forward(batch_size), device), 1),
-        "latency_ms": round(1000 * timed(forward(1), device), 3),
-    }
+def stored(folder, data):
+    """The same of stored embeddings, for the images of data {split: dataset or Store}, which are found by their ids."""
+    stores = open_splits(folder, data)
+    found = {split: stores[split].plain(samples.ids) for split, samples in data.items()}
+    meta = next(iter(stores.values())).meta
+    teacher = meta["teacher"]
+    described = {"checkpoint": folder, "sha256": teacher["sha256"], "model": teacher["name"], "family": teacher["family"], "resolution": meta["resolution"]}
+    return found, described, {"parameters": teacher["parameters"]}
 
 
-def judge(path, loader, args, resolution, device, precision):
-    """(logits, dict) of one checkpoint on a loader."""
-    checkpoint = load_checkpoint(path)
-    model, preprocess = load_model(checkpoint, device, resolution, path)
-    logits = predict(model, loader, preprocess, precision)
-    described = {
-        "checkpoint": path, "sha256": file_sha256(path), "model": model.name, "family": model.family,
-        "resolution": preprocess.resolution, **metrics.classification(logits, loader.dataset.labels),
-        **cost(model, preprocess.resolution, args.batch_size, device, precision),
-    }  # fmt: skip
-    return logits, described
+def read_data(args, wanted):
+    """Splits with those that are wanted: the checkpoint's dataset, or another, or the stores themselves."""
+    if os.path.isdir(args.checkpoint):
+        stores = open_splits(args.checkpoint, wanted)
+        meta = stores[args.split].meta
+        return Splits(meta["dataset"], DATASETS[meta["dataset"]].domain, meta["classes"], **stores)
+    checkpoint, reading = load_checkpoint(args.checkpoint), cli.split_flags(vars(args))
+    splits = splits_of(checkpoint, args.dataset, args.data_root, args.split, **reading)
+    if "train" in wanted:
+        splits.train = splits_of(checkpoint, args.dataset, args.data_root, "train", **{**reading, "limit_train": None}).train
+    return splits
+
+
+def probe(found, train, judged, split, classes, args, device):
+    """{"knn": {k: metrics}, "linear_probe": metrics and the choice} of a model's embeddings; found: as `live` gives it."""
+    result, number = {}, len(classes)
+    x, y, features = (torch.from_numpy(v).to(device) for v in (found["train"]["embedding"], train.labels, found[split]["embedding"]))
+    if args.knn:
+        tiny = torch.finfo(torch.float32).tiny  # a class without a vote: its logarithm stays finite, the loss would say nothing
+        votes = {k: share.clamp(min=tiny).log().cpu().numpy() for k, share in probes.knn(x, y, features, number).items()}
+        result["knn"] = {k: {**metrics.classification(logits, judged.labels), "loss": None} for k, logits in votes.items()}
+    if args.linear_probe:
+        logits, chosen = probes.linear_probe(x, y, torch.from_numpy(held_out(train, HELD_OUT, args.seed, STREAM_PROBE)), features, number, seed=args.seed)
+        result["linear_probe"] = {**metrics.classification(logits.cpu().numpy(), judged.labels), **chosen}
+    return result
+
+
+def check_train(train, judged, classes, knn):
+    """Say, once, what k-NN and the probe cannot do with this train."""
+    cut = [str(k) for k in probes.NEIGHBOURS if k > len(train)]
+    if cut and knn:
+        note(f"train has {len(train)} images: k of {', '.join(cut)} is cut to that")
+    lacking = [classes[c] for c in np.setdiff1d(judged.labels, train.labels)]
+    if lacking:
+        note(f"train has no image of {', '.join(lacking[:5])}, which --split has: k-NN and the probe cannot find it")
+
+
+def scores(found):
+    """{row: accuracy} of the model itself, k-NN and the probe."""
+    own = {name: found[name] for name in ("accuracy", "balanced_accuracy") if name in found}
+    neighbours = {f"knn_{k}": of["accuracy"] for k, of in found.get("knn", {}).items()}
+    return {**own, **neighbours, **({"linear_probe": found["linear_probe"]["accuracy"]} if "linear_probe" in found else {})}
+
+
+def rows_of(found):
+    """{row of the table: value} of what `main` found of a model; recalls of up to 20 classes."""
+    rows = {key: value for key, value in found.items() if key not in ("checkpoint", "sha256") and not isinstance(value, dict)}
+    rows["of 100 M parameters"] = f"{100 * found['parameters'] / PARAMETERS:.1f} %"
+    rows.update(scores(found))
+    rows.update({f"linear_probe {name}": f"{found['linear_probe'][name]:g}" for name in ("lr", "weight_decay") if "linear_probe" in found})
+    rows.update({f"kept {name}": f"{100 * share:.1f} %" for name, share in found.get("kept", {}).items()})
+    recalls = found.get("class_recalls", {})
+    return {**rows, **({f"recall {name}": recall for name, recall in recalls.items()} if len(recalls) <= 20 else {})}
 
 
 def print_table(columns):
-    """columns: {title: what `main` found}; one line a metric, with its interval, and one a class's recall, of up to 20 classes."""
-    hidden, cells = ("checkpoint", "sha256", "intervals", "class_recalls"), {}
+    """columns: {title: what `main` found}; one line a metric, with its interval where there is one."""
+    cells = {}
     for title, found in columns.items():
-        recalls = {f"recall {name}": recall for name, recall in found["class_recalls"].items() if len(found["class_recalls"]) <= 20}
-        for row, value in {**{key: value for key, value in found.items() if key not in hidden}, **recalls}.items():
-            interval = found["intervals"].get(row)
+        for row, value in rows_of(found).items():
+            interval = found.get("intervals", {}).get(row)
             cells.setdefault(row, {})[title] = f"{shown(value):>14} {brackets(interval) if interval else '':14}"
     width = max(map(len, cells))
     cells = {"": {title: f"{title:>14}{' ' * 15}" for title in columns}, **cells}
@@ -122,39 +155,83 @@ def shown(value):
     return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
 
 
+def check_flags(args):
+    contradictions = [
+        (args.teacher_checkpoint and args.teacher_embeddings, "--teacher-checkpoint and --teacher-embeddings contradict each other"),
+        (args.teacher_resolution and not args.teacher_checkpoint, "--teacher-resolution belongs to --teacher-checkpoint FILE"),
+        (args.split == "train" and (args.knn or args.linear_probe), "--split train contradicts --knn and --linear-probe, which learn from train"),
+        (os.path.exists(os.path.join(args.output, "config.json")), f"--output {args.output} holds a run: name a folder of its own"),
+    ]
+    if os.path.isdir(args.checkpoint):
+        contradictions += [
+            (getattr(args, name) is not None, f"--{name.replace('_', '-')} contradicts stored embeddings: {args.checkpoint} holds no images")
+            for name in ("dataset", "data_root", "resolution", "teacher_checkpoint")
+        ]
+    for wrong, text in contradictions:
+        if wrong:
+            raise cli.UserError(text)
+
+
+def check_classes(args, classes):
+    path = args.teacher_checkpoint or args.teacher_embeddings
+    if path:
+        others = open_splits(path, [args.split])[args.split].meta["classes"] if args.teacher_embeddings else load_checkpoint(path)["classes"]
+        if others != classes:
+            raise cli.UserError(f"teacher and student have different classes: {len(others)} ({', '.join(others[:4])}, ...) "
+                                f"and {len(classes)} ({', '.join(classes[:4])}, ...)")  # fmt: skip
+
+
 def main(args):
-    if os.path.exists(os.path.join(args.output, "config.json")):
-        raise cli.UserError(f"--output {args.output} holds a run: name a folder of its own")
+    check_flags(args)
     device = select_device(args.device)
     precision = Precision(args.amp, device)
-    checkpoint = load_checkpoint(args.checkpoint)
-    splits = splits_of(checkpoint, args.dataset, args.data_root, args.split, **cli.split_flags(vars(args)))
-    dataset = getattr(splits, args.split)
-    loader = Loader(dataset, args.batch_size, device, cache=args.cache, workers=args.workers)
-    teacher_logits = teacher = None
-    if args.teacher_checkpoint:
-        classes = load_checkpoint(args.teacher_checkpoint)["classes"]
-        if classes != checkpoint["classes"]:
-            raise cli.UserError(f"teacher and student have different classes: {len(classes)} ({', '.join(classes[:4])}, ...) "
-                                f"and {len(checkpoint['classes'])} ({', '.join(checkpoint['classes'][:4])}, ...)")  # fmt: skip
-        teacher_logits, teacher = judge(args.teacher_checkpoint, loader, args, args.teacher_resolution, device, precision)
-    logits, student = judge(args.checkpoint, loader, args, args.resolution, device, precision)
-    if teacher:
+    wanted = [*(["train"] if args.knn or args.linear_probe else []), args.split]
+    splits = read_data(args, wanted)
+    data, classes = {split: getattr(splits, split) for split in wanted}, splits.classes
+    for split, part in data.items():
+        if part.labels.min() < 0:
+            raise cli.UserError(f"{split} of {args.checkpoint} has images without labels (-1): nothing can be judged, nor k-NN or a probe be built")
+    check_classes(args, classes)
+    dataset = data[args.split]
+    if "train" in wanted:
+        check_train(data["train"], dataset, classes, args.knn)
+    is_live = {"teacher": bool(args.teacher_checkpoint), "student": os.path.isfile(args.checkpoint)}
+    paths = {"teacher": args.teacher_checkpoint or args.teacher_embeddings, "student": args.checkpoint}
+    sides = {"teacher": args.teacher_resolution, "student": args.resolution}
+    loaders = {k: Loader(part, args.batch_size, device, cache=args.cache, workers=args.workers) for k, part in data.items()} if any(is_live.values()) else {}
+    found, judged = {}, {"student": None, "teacher": None}
+    for role, path in paths.items():
+        if not path:
+            continue
+        outs, described, costs = live(path, loaders, args.batch_size, sides[role], device, precision) if is_live[role] else stored(path, data)
+        logits = outs[args.split].get("logits")
+        if logits is None and "train" not in wanted:
+            raise cli.UserError(f"{path} holds no logits of a trained head: give --knn or --linear-probe, which need none")
+        found[role] = outs
+        judged[role] = {**described, **({} if logits is None else metrics.classification(logits, dataset.labels)), **costs}
+    student, teacher = judged["student"], judged["teacher"]
+    logits, teacher_logits = (found.get(role, {}).get(args.split, {}).get("logits") for role in ("student", "teacher"))
+    if logits is not None and teacher_logits is not None:
         student.update(metrics.fidelity(logits, teacher_logits, dataset.labels))
     result = {
         "dataset": splits.describe(), "split": args.split, "student": student, "teacher": teacher,
         "peak_memory_mb": peak_memory_mb(device), "batch_size": args.batch_size, "amp": precision.name,
         "environment": cli.environment(device_name(device)),
     }  # fmt: skip
-    for judged, found in ((student, logits), (teacher, teacher_logits)):  # after the peak of memory was read
-        if judged:
-            judged.update(uncertainty(found, dataset, splits.classes))
+    for role in found:  # after the peak of memory was read
+        if "train" in wanted:
+            judged[role].update(probe(found[role], data["train"], dataset, args.split, classes, args, device))
+        if "logits" in found[role][args.split]:
+            judged[role].update(uncertainty(found[role][args.split]["logits"], dataset, classes))
+    if teacher:
+        reference = scores(teacher)
+        student["kept"] = {name: value / reference[name] for name, value in scores(student).items() if reference.get(name)}
     os.makedirs(args.output, exist_ok=True)
     cli.write_json(os.path.join(args.output, "evaluation.json"), result)
-    write_predictions(args.output, args.split, dataset, logits, splits.classes)
+    if logits is not None:
+        write_predictions(args.output, args.split, dataset, logits, classes)
     print(f"{splits}; {args.split} split, {device_name(device)}, batch {args.batch_size}, peak memory {result['peak_memory_mb']:,.0f} MB")
-    table = {"student" if teacher else "model": student, **({"teacher": teacher} if teacher else {})}
-    print_table(table)
+    print_table({"student" if teacher else "model": student, **({"teacher": teacher} if teacher else {})})
     print(os.path.join(args.output, "evaluation.json"))
 
 

@@ -8,7 +8,7 @@
     python extract_embeddings.py --model vgg16 --pretrained --images GENERATED --reference REAL --keep-fraction 0.5 --output DIR
 
 Writes OUTPUT/{train,val,test}_embeddings/: embeddings.npy (N, V, D), logits.npy, tokens.npy, ids.npy, labels.npy,
-meta.json.  The same command goes on where an interrupted one stopped.  Of a folder of unlabelled images (--images) it writes
+groups.npy (lesions or patients), meta.json.  The same command goes on where an interrupted one stopped.  Of a folder of unlabelled images (--images) it writes
 OUTPUT/images_embeddings/.  --reference REAL, what this script stored of real images with the same model, ranks those images,
 or those of train, by the distance to the nearest real one: OUTPUT/kept.txt names the nearest, for the --include-list of any
 script, OUTPUT/distances.csv all.
@@ -301,7 +301,7 @@ def open_writer(folder, meta, dataset, shapes, args):
     """Rank 0 makes the files, the others open them."""
     if distributed.environment().local_size != distributed.size():
         raise cli.UserError("several nodes cannot write one file safely: give each its own --shard I/N")
-    make = lambda creates: Writer(folder, meta, dataset.ids, dataset.labels, shapes, args.dtype, args.shard, args.overwrite, creates)  # noqa: E731
+    make = lambda creates: Writer(folder, meta, dataset.ids, dataset.labels, shapes, args.dtype, args.shard, args.overwrite, creates, dataset.groups)  # noqa: E731
     writer = make(True) if distributed.rank() == 0 else None
     complete = distributed.gather(writer is not None and writer.complete)[0]
     if writer is None:

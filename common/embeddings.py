@@ -1,7 +1,7 @@
 """Stored outputs of a teacher: a folder for each split that grows, is read by sample id, and explains itself.
 
     <dir>/train_embeddings/  embeddings.npy (N, V, D)   logits.npy (N, V, C)   tokens.npy (N, V, T, D)
-                             ids.npy (N,)   labels.npy (N,)   meta.json
+                             ids.npy (N,)   labels.npy (N,)   groups.npy (N,), of lesions or patients   meta.json
     store = Store("embeddings/train_embeddings")
     rows = store.rows(["a.jpg", "b.jpg"])
     store.read("embeddings", rows, views)                  # (B, D) float32, of view number views[i] of row i
@@ -56,15 +56,16 @@ class Writer:
     """One split, or a shard of it, while it grows.
 
     folder: where; meta: dict of all that makes the values; ids, labels: of the whole split; shapes: {name: shape of a
-    row}, as {"embeddings": (V, D)}; dtype: "float16" or "float32"; shard: (I, N).  What an interrupted extraction of the
+    row}, as {"embeddings": (V, D)}; dtype: "float16" or "float32"; shard: (I, N); groups: as a dataset's.  What an interrupted extraction of the
     same meta has done is kept (`todo` are the rows that are left); another one's is refused unless overwrite is set.
     Several processes of one machine may write disjoint rows.  Raises UserError.
     """
 
-    def __init__(self, folder, meta, ids, labels, shapes, dtype="float16", shard=(0, 1), overwrite=False, creates=True):
+    def __init__(self, folder, meta, ids, labels, shapes, dtype="float16", shard=(0, 1), overwrite=False, creates=True,
+                 groups=None):  # fmt: skip
         self.folder, self.suffix = folder, shard_suffix(shard)
         self.start, self.stop = shard_rows(len(ids), shard)
-        self.ids, self.labels = np.asarray(ids), np.asarray(labels)
+        self.ids, self.labels, self.groups = np.asarray(ids), np.asarray(labels), groups
         self.meta = {**meta, "format": FORMAT, "dtype": dtype, "count": len(ids), "shapes": {k: list(v) for k, v in shapes.items()}}
         self.meta = json.loads(json.dumps(self.meta))  # as it will be read
         self.complete = False
@@ -100,6 +101,10 @@ class Writer:
                 return
         np.save(os.path.join(self.folder, "ids.npy"), self.ids)
         np.save(os.path.join(self.folder, "labels.npy"), self.labels)
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(os.path.join(self.folder, "groups.npy"))  # of what is replaced
+        if self.groups is not None:
+            np.save(os.path.join(self.folder, "groups.npy"), self.groups)
         rows = self.stop - self.start
         for name, shape in self.meta["shapes"].items():
             np.lib.format.open_memmap(self.path(name) + PART, "w+", dtype, (rows, *shape)).flush()
@@ -192,6 +197,20 @@ def merge(folder, count):
         os.remove(path)
 
 
+def open_splits(root, splits):
+    """{split: Store} of the folder that extract_embeddings.py wrote, all by one model.  Raises UserError."""
+    for split in splits:
+        if not os.path.isdir(split_folder(root, split)):
+            raise UserError(f"{root} holds no {split}_embeddings: name a checkpoint (best.pth), or a folder of extract_embeddings.py with this split")
+    stores = {split: Store(split_folder(root, split)) for split in splits}
+    first, *others = ({**model_of(store.meta), "classes": store.meta["classes"]} for store in stores.values())
+    for other in others:
+        differs = difference(first, other)
+        if differs:
+            raise UserError(f"{root} holds splits of different models ({differs}): extract them together")
+    return stores
+
+
 class Store:
     """A complete split, read by sample id; see the head of this file.  Raises UserError where it is not whole."""
 
@@ -208,6 +227,8 @@ class Store:
             raise UserError(f"{folder}/meta.json is of another format than this version's ({FORMAT})")
         self.seed, self.policy, self.num_views = self.meta["seed"], Policy.from_dict(self.meta["policy"]), self.meta["num_views"]
         self.ids, self.labels = (load(os.path.join(folder, f"{name}.npy")) for name in ("ids", "labels"))
+        groups = os.path.join(folder, "groups.npy")
+        self.groups = load(groups) if os.path.exists(groups) else None
         self.arrays = {}
         for name, shape in self.meta["shapes"].items():
             path = os.path.join(folder, f"{name}.npy")
@@ -217,10 +238,16 @@ class Store:
             self.arrays[name] = array
         if len(self.ids) != self.meta["count"] or len(self.labels) != self.meta["count"]:
             raise UserError(f"{folder} has {len(self.ids)} ids and {len(self.labels)} labels for {self.meta['count']} rows")
+        if self.groups is not None and len(self.groups) != len(self.ids):
+            raise UserError(f"{folder} has {len(self.groups)} groups for {len(self.ids)} rows")
         self._order = np.argsort(self.ids, kind="stable")
 
     def __len__(self):
         return len(self.ids)
+
+    def fingerprint(self, classes):
+        """SHA-256 of the dataset's ids and classes, as `ImageDataset.fingerprint`."""
+        return self.meta["sha256"]
 
     def find(self, ids):
         """Rows (N,) int64 of these sample ids, -1 where one is not there."""
@@ -250,6 +277,13 @@ class Store:
             bad = np.asarray(rows)[~np.isfinite(values).reshape(len(values), -1).all(1)][0]
             raise UserError(f"{self.folder}/{name}.npy holds NaN or infinity at {self.ids[bad]}: extract it again")
         return values
+
+
+    def plain(self, ids):
+        """{"embedding": (N, D), "logits": (N, C)} float32 of the plain view of these images; logits only of a trained head."""
+        rows = self.rows(ids)
+        names = ["embeddings", *(["logits"] if "logits" in self.arrays and self.meta["teacher"]["weights"] == "checkpoint" else [])]
+        return {StoredTeacher.KEYS[name]: self.read(name, rows, np.zeros(len(rows), int)) for name in names}
 
 
 CANDIDATES = 4  # reference images whose distances are computed exactly

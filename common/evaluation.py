@@ -1,10 +1,11 @@
-"""Predictions, the frozen teacher, and the results of a run.
+"""Predictions, the frozen teacher, what a model costs, and the results of a run.
 
-Needs the other files of `common` but losses.py and optimizer.py, torch and numpy.
+Needs the other files of `common` but embeddings.py, losses.py, optimizer.py and probes.py, torch and numpy.
 """
 
 import math
 import os
+import time
 
 import numpy as np
 import torch
@@ -16,15 +17,21 @@ from common.cli import data_root as find_data_root
 from common.data import load_splits
 from common.images import TASK
 from common.loader import Loader
+from common.models import multiply_adds
 from common.training import Precision, file_sha256, load_checkpoint, load_model, peak_memory_mb, select_device
 
 INTERVALS = ("accuracy", "balanced_accuracy", "auc", "average_precision", "pauc")
 
 
 def predict(model, loader, preprocess, precision, interrupts=None):
-    """Logits (N, C) float32 numpy of a loader's samples on their plain images, the model in eval mode.
+    """Logits (N, C) float32 numpy of a loader's samples on their plain images, the model in eval mode."""
+    return outputs(model, loader, preprocess, precision, ("logits",), interrupts)["logits"]
 
-    Several processes share the batches; each has the logits of all.
+
+def outputs(model, loader, preprocess, precision, names=("logits", "embedding"), interrupts=None):
+    """{name: (N, ...) float32 numpy}: the model's outputs on a loader's plain images, in eval mode, without augmentation.
+
+    Several processes share the batches; each has the outputs of all.
     """
     was_training, augment, parts, rows = model.training, Augmenter(Policy(), 0), [], []
     model.eval()
@@ -32,20 +39,21 @@ def predict(model, loader, preprocess, precision, interrupts=None):
     with torch.no_grad():
         for batch in loader.batches():
             with precision.autocast():
-                logits = model({"image": preprocess(augment(batch, preprocess.resolution))})["logits"]
-            parts.append(logits[: batch["valid"]].float())
+                out = model({"image": preprocess(augment(batch, preprocess.resolution))})
+            parts.append([out[name][: batch["valid"]].float() for name in names])
             rows.append(batch["index"][: batch["valid"]])
             if interrupts is not None and distributed.size() == 1:
                 interrupts.check()
     model.train(was_training)
-    own = torch.cat(rows).numpy() if rows else None, torch.cat(parts).cpu().numpy() if parts else None
+    own = torch.cat(rows).numpy() if rows else None, [torch.cat(values).cpu().numpy() for values in zip(*parts)]
     gathered = [part for part in distributed.gather(own) if part[0] is not None]
-    logits = np.empty((len(loader.dataset), *gathered[0][1].shape[1:]), np.float32)
+    result = {name: np.empty((len(loader.dataset), *value.shape[1:]), np.float32) for name, value in zip(names, gathered[0][1])}
     for index, values in gathered:
-        logits[index] = values
+        for name, value in zip(names, values):
+            result[name][index] = value
     if interrupts is not None:
         interrupts.check()
-    return logits
+    return result
 
 
 @torch.no_grad()
@@ -173,6 +181,45 @@ def throughput(rows):
     """Training images/s: median over epochs, without the first where there are more."""
     rates = [row["images_per_second"] for row in (rows[1:] or rows) if row["images_per_second"]]
     return round(float(np.median(rates)), 1) if rates else None
+
+
+def timed(run, device, at_least=1.0, most=200):
+    """Median seconds of run(), after two warm-up calls."""
+    seconds, began = [], None
+    for i in range(2 + most):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        if i >= 2:
+            began = began or start
+            seconds.append(time.perf_counter() - start)
+            if time.perf_counter() - began > at_least and len(seconds) >= 3:
+                break
+    return sorted(seconds)[len(seconds) // 2]
+
+
+def cost(model, resolution, batch_size, device, precision):
+    """Size and speed of a model: parameters, multiply-adds of one image, images/s at batch_size, latency at batch 1."""
+
+    @torch.no_grad()
+    def forward(count):
+        images = torch.rand(count, 3, resolution, resolution, device=device).contiguous(memory_format=torch.channels_last)
+
+        def run():
+            with torch.no_grad(), precision.autocast():
+                model({"image": images})
+
+        return run
+
+    return {
+        "parameters": model.num_parameters,
+        "multiply_adds": multiply_adds(model, resolution),
+        "images_per_second": round(batch_size / timed(forward(batch_size), device), 1),
+        "latency_ms": round(1000 * timed(forward(1), device), 3),
+    }
 
 
 def write_predictions(folder, split, dataset, logits, classes):

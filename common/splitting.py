@@ -95,6 +95,17 @@ def split_off(dataset, count, seed, stream):
     return without_rows(dataset, chosen), dataset.subset(chosen)
 
 
+def held_out(data, share, seed, stream):
+    """(N,) bool: the share of a dataset or a Store that `split_off` would choose; it needs their ids, labels and groups."""
+    count, result = round(share * len(data)), np.zeros(len(data), bool)
+    if data.groups is None:
+        keys = np.array([hash_id(i) for i in data.ids], np.int64)
+        result[stratified_rows(data.labels, keys, count, seed, stream)] = True
+    else:
+        result[grouped_rows(data.labels, data.groups, count, seed, stream)] = True
+    return result
+
+
 def split_fold(dataset, folds, fold, seed, stream):
     """(rest, fold's samples)."""
     chosen = np.flatnonzero(fold_of_rows(dataset.labels, dataset.keys, dataset.groups, folds, seed, stream) == fold)
