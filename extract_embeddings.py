@@ -65,7 +65,7 @@ def build_parser():
     parser.add_argument("--patch-size", type=cli.POSITIVE, help="of --model vit_6_192 and vit_tiny, pixels (4)")
     parser.add_argument("--pretrained", action="store_true", help="the hub's weights for --model")
     parser.add_argument("--weights", metavar="FILE", help="a foreign state dict for --model, strictly; without weights they are random")
-    parser.add_argument("--splits", nargs="+", default=list(SPLITS), choices=SPLITS, help="parts of the dataset, each with all its images")
+    parser.add_argument("--splits", nargs="+", choices=SPLITS, help="parts of the dataset, each with all its images; by default all three")
     parser.add_argument("--images", metavar="FOLDER", help="in place of a dataset, the unlabelled images anywhere below a folder")
     parser.add_argument("--reference", metavar="DIR", help="rank the images, or those of train, by the distance to the nearest of these real ones: "
                         "what this script stored with the same model (its train, else its images)")  # fmt: skip
@@ -90,7 +90,7 @@ def build_parser():
 
 def check_flags(args):
     """Refuse what --images, --reference and --keep-fraction contradict."""
-    given = [name for name in NOT_OF_IMAGES if getattr(args, name) not in (None, False, list(SPLITS))]
+    given = [name for name in NOT_OF_IMAGES if getattr(args, name) is not None and getattr(args, name) is not False]
     if args.images and given:
         raise cli.UserError(f"--{given[0].replace('_', '-')} and --images contradict each other: a folder's images are no dataset")
     if args.images and args.save_logits and not args.checkpoint and not args.merge:
@@ -99,7 +99,7 @@ def check_flags(args):
         raise cli.UserError("--reference DIR and --keep-fraction F belong together: which real images, and how many are kept?")
     if args.reference and (args.merge or args.shard[1] > 1):
         raise cli.UserError("--reference ranks whole splits: extract the shards, --merge them, then run it without --shard")
-    if args.reference and not args.images and "train" not in args.splits:
+    if args.reference and "train" not in (args.splits or SPLITS) and not args.images:
         raise cli.UserError("--reference ranks the images of train: it must be among --splits")
 
 
@@ -107,8 +107,9 @@ def open_reference(args, split):
     """The Store of --reference, or None; what is not given of how images are read is its own.  Raises UserError."""
     if not args.reference:
         return None
-    folders = [split_folder(args.reference, "train"), args.reference, split_folder(args.reference, "images")]
-    store = Store(next((f for f in folders if os.path.exists(os.path.join(f, "meta.json"))), folders[0]))
+    inside = [split_folder(args.reference, name) for name in ("train", "images")]
+    own = os.path.exists(os.path.join(args.reference, "meta.json"))
+    store = Store(args.reference if own else next((folder for folder in inside if os.path.isdir(folder)), inside[0]))
     if os.path.realpath(store.folder) == os.path.realpath(split_folder(args.output, split)):
         raise cli.UserError(f"--reference {args.reference} is what this command writes: name another --output")
     args.resolution = args.resolution or store.meta["resolution"]
@@ -227,12 +228,13 @@ def rank(args, store, reference):
         writer.writerows([store.ids[i], f"{distances[i]:.6g}", reference.ids[rows[i]]] for i in order)
     with cli.atomic_write(path) as temporary, open(temporary, "w", encoding="utf-8", errors="surrogateescape") as file:
         file.writelines(f"{store.ids[i]}\n" for i in order[:kept])
-    print(f"{path}: {kept} of {len(order)} images, at most {distances[order[kept - 1]]:.4g} from the nearest of {len(reference)} in {reference.folder}", flush=True)
+    furthest = distances[order[kept - 1]]
+    print(f"{path}: {kept} of {len(order)} images, at most {furthest:.4g} from the nearest of {len(reference)} in {reference.folder}", flush=True)
 
 
 def main(args):
     check_flags(args)
-    names_of_splits = ["images"] if args.images else args.splits
+    names_of_splits = ["images"] if args.images else args.splits or SPLITS
     if args.merge:
         for split in names_of_splits:
             merge(split_folder(args.output, split), args.merge)

@@ -139,14 +139,14 @@ def load_splits(name, root=None, *, val_split=None, split_seed=0, limit_train=No
     if on_bad_image == "skip":
         parts = {k: _without_bad_images(v) for k, v in parts.items()}
     known = {i for part in parts.values() for i in part.ids} if extra_train else None
+    pool = [parts[k] for k in ("train", "val") if k in parts and (k == "train" or folds)]  # what train is chosen from
     parts = _divide(name, parts, val_split, split_seed, folds, fold, negatives)
     result = Splits(name, DATASETS[name].domain, list(found), **parts)
-    judged = 0  # the first row of train that include_list judges
-    if "train" in splits and extra_train:
-        judged = len(result.train)
+    own = len(result.train) if "train" in splits and extra_train else None
+    if own is not None:
         result.train = add_positives(result.train, extra_train, known)
     if "train" in splits and include_list:
-        result.train = _only_listed(result.train, include_list, judged)
+        result.train = _only_listed(result.train, include_list, pool, own)
     for split in {"train", "val", "test"} - set(splits):
         setattr(result, split, None)
     if classes is None and (name in OWN_OPTIONS or folds or include_list):
@@ -231,38 +231,44 @@ def _fewer_negatives(dataset, count, seed):
     return without_rows(dataset, np.delete(negative, kept))
 
 
-def _only_listed(train, path, first=0):
-    """Train's samples before row `first`, and of the others those that a file names, a line each.
+def _only_listed(train, path, pool, own=None):
+    """Train's samples that a file names, a line each; own: the first that many are kept in any case, the others are extra.
 
-    A name is an id, or else the path in --extra-train (of "extra/a/x.png" a/x.png), or else what one image alone has: the
-    end of its id's path, its file's name, or that without its ending.  Raises DataError.
+    A name is an id, or else the path in --extra-train (of "extra/a/x.png" a/x.png), or else what one image alone has, of
+    the extra ones or of `pool`, the datasets that train was chosen from (so that no name means another image where val
+    takes its own): the end of its id's path, its file's name, or that without its ending.  Raises DataError.
     """
     try:
         with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
             names = [line.strip() for line in file if line.strip()]
     except OSError as error:
         raise DataError(f"cannot read --include-list {path}: {error.strerror}") from None
-    places = ({}, {}, {})
-    for row in range(first, len(train)):
-        i = train.ids[row]
-        parts, file = i.split("/"), os.path.basename(str(train.paths[row]) if train.paths is not None else i)
+    if own is not None:
+        images = list(zip(train.ids[own:], train.paths[own:]))
+    else:
+        images = [image for part in pool for image in zip(part.ids, part.ids if part.paths is None else part.paths)]
+    wanted, places = set(names), ({}, {}, {})
+    for i, file in images:
+        parts, file = i.split("/"), os.path.basename(str(file))
         ends = {"/".join(parts[k:]) for k in range(1, len(parts))} | {file, os.path.splitext(file)[0]}
-        for place, keys in zip(places, ((i,), ("/".join(parts[1:]),) if first else (), ends)):
-            for key in keys:
-                place.setdefault(key, []).append(row)
-    kept, unknown, where = set(), [], "train" if not first else "the extra images"
+        for place, keys in zip(places, ({i}, set() if own is None else {i.removeprefix("extra/")}, ends)):
+            for key in keys & wanted:
+                place.setdefault(key, []).append(i)
+    rows = {i: row for row, i in enumerate(train.ids)}
+    kept, unknown, where = set(), [], "train" if own is None else "the extra images"
     for name in names:
         found = next((place[name] for place in places if name in place), [])
         if len(found) > 1:
-            raise DataError(f"{path}: {name!r} is the name of {len(found)} images of {where}: write their ids, as {train.ids[found[0]]}")
-        kept.update(found)
-        if not found:
+            raise DataError(f"{path}: {name!r} is the name of {len(found)} images of {where}: write their ids, as {found[0]}")
+        if found and found[0] in rows:
+            kept.add(rows[found[0]])
+        else:
             unknown.append(name)
     if not kept:
-        raise DataError(f"--include-list {path} leaves {where} empty: none of its {len(names)} names is in {where}, as {train.ids[first]}")
+        raise DataError(f"--include-list {path} leaves {where} empty: none of its {len(names)} names is in {where}, as {train.ids[own or 0]}")
     if unknown:
         note(counted(unknown, f"names of {path} are not in {where}"))
-    return train.subset(np.array([*range(first), *sorted(kept)]))
+    return train.subset(np.array([*range(own or 0), *sorted(kept)]))
 
 
 def _check_classes(result):
