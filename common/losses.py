@@ -136,6 +136,75 @@ def resize_grid(tokens, count):
     return grid.flatten(2).transpose(1, 2)
 
 
+def pairwise_distances(x, eps=1e-12):
+    """Euclidean distances (B, B) of rows (B, D); eps inside the root, for its gradient at 0 is infinite."""
+    squared = x.square().sum(1)
+    return (squared[:, None] + squared[None] - 2 * x @ x.T).clamp(min=0).add(eps).sqrt()
+
+
+def rkd_distance(student, teacher):
+    """Huber loss between the distances of all pairs, each side's divided by the mean of its own positive ones.
+
+    Embeddings (B, D_s), (B, D_t), B of at least 2.  Park et al. 2019, arXiv:1904.05068, equations 3 and 4.
+    """
+    _several(student)
+    with torch.autocast(student.device.type, enabled=False):
+        off = ~torch.eye(len(student), dtype=torch.bool, device=student.device)
+        scaled = []
+        for x in _float32(student, teacher):
+            distances = pairwise_distances(x - x.mean(0))  # shifted: large common parts would cost digits
+            positive = off & (distances.detach() > 1e-5)
+            scaled.append(torch.where(off, distances, 0) / (distances * positive).sum().div(positive.sum().clamp(min=1)).clamp(min=1e-12))
+        return F.smooth_l1_loss(*scaled)
+
+
+def rkd_angle(student, teacher):
+    """Huber loss between the cosines of the angles of all triples; embeddings as in `rkd_distance`, equation 6 there."""
+    _several(student)
+    with torch.autocast(student.device.type, enabled=False):
+        cosines = []
+        for x in _float32(student, teacher):
+            edges = F.normalize(x[None] - x[:, None], dim=2)  # (B, B, D)
+            cosines.append(edges @ edges.transpose(1, 2))  # (B, B, B)
+        return F.smooth_l1_loss(*cosines)
+
+
+def contrastive(student, teacher, temperature=0.07, base_temperature=0.07):
+    """Each student embedding must find its own image's teacher embedding among the batch's, and the other way round.
+
+    Embeddings (B, D) of equal width, scaled to unit length; temperature / base_temperature weighs the sum (as in
+    supervised contrastive learning).  InfoNCE with in-batch negatives in place of the memory bank of CRD, Tian et al.
+    2020, arXiv:1910.10699.
+    """
+    _several(student)
+    with torch.autocast(student.device.type, enabled=False):
+        student, teacher = (F.normalize(x, dim=1) for x in _float32(student, teacher))
+        logits, own = student @ teacher.T / temperature, torch.arange(len(student), device=student.device)
+        return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2 * (temperature / base_temperature)
+
+
+def mmd(student, teacher, scales=(0.25, 0.5, 1.0, 2.0, 4.0)):
+    """Squared maximum mean discrepancy of two samples (B, D) of equal width, biased estimate, mean over Gaussian kernels.
+
+    Bandwidths are multiples of the mean distance between all rows, which gets no gradient: a fixed one tells nothing
+    apart at hundreds of dimensions.  Gretton et al. 2012, JMLR 13.
+    """
+    _several(student)
+    with torch.autocast(student.device.type, enabled=False):
+        both = torch.cat(_float32(student, teacher))
+        both, count = both - both.mean(0).detach(), len(student)
+        squared = pairwise_distances(both).square()
+        off = 2 * count * (2 * count - 1)
+        mean = (pairwise_distances(both.detach()).sum() / off).clamp(min=1e-12)
+        kernel = sum(torch.exp(-squared / (2 * (scale * mean) ** 2)) for scale in scales) / len(scales)
+        return kernel[:count, :count].mean() + kernel[count:, count:].mean() - 2 * kernel[:count, count:].mean()
+
+
+def _several(student):
+    if len(student) < 2:
+        raise LossError("this method compares the images of a batch: --batch-size (of each step's part) must be at least 2")
+
+
 def orthogonal(rows, columns, seed=0):
     """(rows, columns) with orthonormal rows, or columns where there are fewer of them; the same for a seed everywhere."""
     values = torch.randn(max(rows, columns), min(rows, columns), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
