@@ -307,21 +307,21 @@ def normalize(images, mean, std):
 
 
 class Augmenter:
-    """A policy and a seed, applied to raw batches.
+    """A policy and a seed, applied to raw batches; stream: 0 is the view's own, each local crop of it has one of its own.
 
     `augmenter(batch, resolution)` -> (B, 3, R, R) float32 in 0..1.  batch: `image` (B, 3, H, W) uint8 on the model's
     device; `size` (B, 2), `key` (B,), `view` (B,) int64 on the CPU.
     """
 
-    def __init__(self, policy, seed):
-        self.policy, self.seed = policy, seed
+    def __init__(self, policy, seed, stream=0):
+        self.policy, self.seed, self.stream = policy, seed, stream
 
     def __call__(self, batch, resolution):
         made = batch.get("pixels")  # teacher and student of one resolution share the work
         if made is None or made["view"] is not batch["view"]:  # a copy of the batch may have another view
             made = batch["pixels"] = {"view": batch["view"]}
-        key = (self.policy, self.seed, resolution)
+        key = (self.policy, self.seed, self.stream, resolution)
         if key not in made:
-            params = sample_parameters(self.policy, self.seed, batch["view"], batch["key"], batch["size"])
+            params = sample_parameters(self.policy, self.seed, batch["view"], batch["key"], batch["size"], self.stream)
             made[key] = render(batch["image"], batch["size"], params, resolution)
         return made[key]

@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# Weights a published combination sets; --ce-weight, --kl-weight, ... override one by one, 0 leaves a term out.
+TERMS = ("ce", "kl", "feature", "embedding", "cls", "patch")
+# Weights a published combination sets, others are 0; --ce-weight, --kl-weight, ... override one by one, 0 leaves a term out.
 METHODS = {
-    "response": {"ce": 0.5, "kl": 0.5, "feature": 0.0, "embedding": 0.0},  # Hinton et al. 2015, arXiv:1503.02531
-    "feature": {"ce": 0.5, "kl": 0.5, "feature": 1.0, "embedding": 0.0},  # the same and a hint, Romero et al. 2015, arXiv:1412.6550
-    # with labels, intermediate maps of Swins and ViTs in place of logits
-    "feature_matching": {"ce": 0.5, "kl": 0.0, "feature": 0.5, "embedding": 0.0},
-    # stored or live embeddings in a shared space, with labels; --ce-weight 0 without
-    "embedding": {"ce": 1.0, "kl": 0.0, "feature": 0.0, "embedding": 1.0},
+    "response": {"ce": 0.5, "kl": 0.5},  # Hinton et al. 2015, arXiv:1503.02531
+    "feature": {"ce": 0.5, "kl": 0.5, "feature": 1.0},  # the same and a hint, Romero et al. 2015, arXiv:1412.6550
+    "feature_matching": {"ce": 0.5, "feature": 0.5},  # with labels, intermediate maps of Swins and ViTs in place of logits
+    "embedding": {"ce": 1.0, "embedding": 1.0},  # stored or live embeddings in a shared space, with labels; --ce-weight 0 without
+    "tokens": {"cls": 1.0, "patch": 0.5},  # without labels: class token and patch tokens
 }
 ALPHA = {"response": ("ce", "kl"), "feature": ("ce", "kl"), "feature_matching": ("feature", "ce")}  # alpha weighs the first, 1 - alpha the second
 FEATURE_LOSSES = ("mse", "cosine")
@@ -117,6 +117,94 @@ def embedding_loss(student, teacher, lambda_feat=1.0, lambda_cos=1.0):
         return lambda_feat * squared + lambda_cos * (1 - F.cosine_similarity(student, teacher, dim=1)).mean()
 
 
+def normalized_mse(student, teacher):
+    """Mean squared error over all elements of vectors (..., D) of unit length: 2 (1 - cosine) / D on average."""
+    with torch.autocast(student.device.type, enabled=False):
+        student, teacher = _float32(student, teacher)
+        return F.mse_loss(F.normalize(student, dim=-1), F.normalize(teacher, dim=-1))
+
+
+def resize_grid(tokens, count):
+    """Tokens (B, N, D) of a square grid, row by row, as `count` tokens: bilinear, antialiased where it shrinks.  Raises LossError."""
+    if tokens.shape[1] == count:
+        return tokens
+    sides = [math.isqrt(n) for n in (tokens.shape[1], count)]
+    if [side * side for side in sides] != [tokens.shape[1], count]:
+        raise LossError(f"the teacher's {tokens.shape[1]} patch tokens and the student's {count} are no two square grids: change a resolution")
+    grid = _float32(tokens)[0].transpose(1, 2).unflatten(2, (sides[0], sides[0]))
+    grid = F.interpolate(grid, (sides[1], sides[1]), mode="bilinear", align_corners=False, antialias=sides[1] < sides[0])
+    return grid.flatten(2).transpose(1, 2)
+
+
+def pairwise_distances(x, eps=1e-12):
+    """Euclidean distances (B, B) of rows (B, D); eps inside the root, for its gradient at 0 is infinite."""
+    squared = x.square().sum(1)
+    return (squared[:, None] + squared[None] - 2 * x @ x.T).clamp(min=0).add(eps).sqrt()
+
+
+def rkd_distance(student, teacher):
+    """Huber loss between the distances of all pairs, each side's divided by the mean of its own positive ones.
+
+    Embeddings (B, D_s), (B, D_t), B of at least 2.  Park et al. 2019, arXiv:1904.05068, equations 3 and 4.
+    """
+    _several(student)
+    with torch.autocast(student.device.type, enabled=False):
+        off = ~torch.eye(len(student), dtype=torch.bool, device=student.device)
+        scaled = []
+        for x in _float32(student, teacher):
+            distances = pairwise_distances(x - x.mean(0))  # shifted: large common parts would cost digits
+            positive = off & (distances.detach() > 1e-5)
+            scaled.append(torch.where(off, distances, 0) / (distances * positive).sum().div(positive.sum().clamp(min=1)).clamp(min=1e-12))
+        return F.smooth_l1_loss(*scaled)
+
+
+def rkd_angle(student, teacher):
+    """Huber loss between the cosines of the angles of all triples; embeddings as in `rkd_distance`, equation 6 there."""
+    _several(student)
+    with torch.autocast(student.device.type, enabled=False):
+        cosines = []
+        for x in _float32(student, teacher):
+            edges = F.normalize(x[None] - x[:, None], dim=2)  # (B, B, D)
+            cosines.append(edges @ edges.transpose(1, 2))  # (B, B, B)
+        return F.smooth_l1_loss(*cosines)
+
+
+def contrastive(student, teacher, temperature=0.07, base_temperature=0.07):
+    """Each student embedding must find its own image's teacher embedding among the batch's, and the other way round.
+
+    Embeddings (B, D) of equal width, scaled to unit length; temperature / base_temperature weighs the sum (as in
+    supervised contrastive learning).  InfoNCE with in-batch negatives in place of the memory bank of CRD, Tian et al.
+    2020, arXiv:1910.10699.
+    """
+    _several(student)
+    with torch.autocast(student.device.type, enabled=False):
+        student, teacher = (F.normalize(x, dim=1) for x in _float32(student, teacher))
+        logits, own = student @ teacher.T / temperature, torch.arange(len(student), device=student.device)
+        return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2 * (temperature / base_temperature)
+
+
+def mmd(student, teacher, scales=(0.25, 0.5, 1.0, 2.0, 4.0)):
+    """Squared maximum mean discrepancy of two samples (B, D) of equal width, biased estimate, mean over Gaussian kernels.
+
+    Bandwidths are multiples of the mean distance between all rows, which gets no gradient: a fixed one tells nothing
+    apart at hundreds of dimensions.  Gretton et al. 2012, JMLR 13.
+    """
+    _several(student)
+    with torch.autocast(student.device.type, enabled=False):
+        both = torch.cat(_float32(student, teacher))
+        both, count = both - both.mean(0).detach(), len(student)
+        squared = pairwise_distances(both).square()
+        off = 2 * count * (2 * count - 1)
+        mean = (pairwise_distances(both.detach()).sum() / off).clamp(min=1e-12)
+        kernel = sum(torch.exp(-squared / (2 * (scale * mean) ** 2)) for scale in scales) / len(scales)
+        return kernel[:count, :count].mean() + kernel[count:, count:].mean() - 2 * kernel[:count, count:].mean()
+
+
+def _several(student):
+    if len(student) < 2:
+        raise LossError("this method compares the images of a batch: --batch-size (of each step's part) must be at least 2")
+
+
 def orthogonal(rows, columns, seed=0):
     """(rows, columns) with orthonormal rows, or columns where there are fewer of them; the same for a seed everywhere."""
     values = torch.randn(max(rows, columns), min(rows, columns), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -151,9 +239,9 @@ def method_weights(method, alpha=None, **overrides):
 
     alpha: weighs cross-entropy, 1 - alpha the KL (response, feature), or the features, 1 - alpha cross-entropy
     (feature_matching); 0.5 where it is None.
-    overrides: ce, kl, feature, embedding: a number each, or None for the method's own.  Raises LossError.
+    overrides: of TERMS, a number each, or None for the method's own.  Raises LossError.
     """
-    weights = dict(METHODS[method])
+    weights = {**dict.fromkeys(TERMS, 0.0), **METHODS[method]}
     given = {name: value for name, value in overrides.items() if value is not None}
     if alpha is not None:
         if method not in ALPHA:
@@ -176,7 +264,7 @@ def method_weights(method, alpha=None, **overrides):
 class DistillationLoss(nn.Module):
     """Sum of the terms whose weight is not 0; owns the projectors.
 
-    weights: {"ce", "kl", "feature", "embedding": float}; embedding: settings of that term, {"shared_dim", "teacher",
+    weights: {of TERMS: float}; embedding: settings of that term, {"shared_dim", "teacher",
     "lambda_feat", "lambda_cos"}, see EmbeddingProjectors and embedding_loss; temperature: of the KL; feature_loss: "mse" or "cosine".
 
     `build(student, teacher)` once, on outputs of a dry batch and before optimizer, EMA and DDP see the parameters,
@@ -197,6 +285,7 @@ class DistillationLoss(nn.Module):
         self.projectors = nn.ModuleList()
         self.embedding = {"shared_dim": None, "teacher": "identity", "lambda_feat": 1.0, "lambda_cos": 1.0, **(embedding or {})}
         self.embedding_projectors = None
+        self.token_projectors = nn.ModuleDict()
         self.terms = {}
 
     def build(self, student, teacher):
@@ -210,6 +299,11 @@ class DistillationLoss(nn.Module):
             self.embedding_projectors.to(student["embedding"].device)
             self.embedded(student["embedding"], teacher["embedding"])
             self.first_variance = float(self.terms["teacher_variance"])
+        for term, key in (("cls", "embedding"), ("patch", "tokens")):
+            if term in self.weights:
+                self.token_projectors[term] = nn.Linear(student[key].shape[-1], teacher[key].shape[-1]).to(student[key].device)
+        if "patch" in self.weights:
+            resize_grid(teacher["tokens"], student["tokens"].shape[1])  # refuses grids that cannot be aligned
         if "feature" not in self.weights:
             return
         students, teachers = (list(out.get("features", {}).values()) for out in (student, teacher))
@@ -234,9 +328,24 @@ class DistillationLoss(nn.Module):
                 term = self.feature(student["features"], teacher["features"])
             elif name == "embedding":
                 term = self.embedded(student["embedding"], teacher["embedding"])
+            elif name == "cls":
+                term = normalized_mse(self.projected("cls", student["embedding"]), teacher["embedding"])
+            elif name == "patch":
+                tokens = self.projected("patch", student["tokens"])
+                term = normalized_mse(tokens, resize_grid(teacher["tokens"], tokens.shape[1]))
             loss = loss + weight * term
             self.terms[name] = term.detach()
         return loss
+
+    def local(self, student, teachers):
+        """Loss of a local crop's class token (model output) against those of the global crops (list of outputs), weighted."""
+        token = self.projected("cls", student["embedding"])
+        return self.weights["cls"] * torch.stack([normalized_mse(token, teacher["embedding"]) for teacher in teachers]).mean()
+
+    def projected(self, term, student):
+        """The student's class token or patch tokens (..., D_s) in the teacher's width, in float32."""
+        with torch.autocast(student.device.type, enabled=False):
+            return self.token_projectors[term](student.to(self.token_projectors[term].weight.dtype))
 
     def embedded(self, student, teacher):
         """The loss in the shared space; notes the variance there, mean over dimensions: near 0 all images look alike."""
