@@ -5,46 +5,47 @@
         --student-layer layer3
     python distill.py --teacher-model timm:resnet50 --teacher-weights FILE --dataset imagefolder --data-root DIR
     python distill.py --teacher-embeddings embeddings --method embedding     # of extract_embeddings.py: no teacher is run
+    python distill.py --method tokens --teacher-model dinov2_vitb14 --teacher-pretrained --teacher-resolution 196 \\
+        --dataset unlabeled --data-root FOLDER --eval-dataset ham10000 --eval-data-root DIR        # without labels
     python distill.py --resume runs/distill
 
-The teacher is frozen and judged on val before training.  Writes the run folder as train_student.py does.
+The teacher is frozen and judged on val before training.  Writes the run folder as train_student.py does.  Without
+cross-entropy and KL no label is read, the student has no head and val's distillation loss chooses the best epoch.
 Needs from common: augment.py, cli.py, data.py, dermatology.py, distributed.py, embeddings.py, evaluation.py, images.py,
-loader.py, losses.py, metrics.py, models.py, optimizer.py, splitting.py, tables.py, training.py.
-Packages: torch, timm, numpy, pillow, scikit-learn, tqdm (torchvision for CIFAR, transformers for hf: names).
+loader.py, losses.py, metrics.py, models.py, optimizer.py, probes.py, splitting.py, tables.py, teacher.py, training.py.
+Packages: torch, timm, numpy, pillow, scikit-learn, tqdm (torchvision for CIFAR, transformers for hf: names, datasets for
+--hf-dataset).
 """
 
 import os
-from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 
 from common import cli
 from common.augment import Augmenter, Policy
 from common.data import DATASETS, load_splits
-from common.embeddings import Store, StoredTeacher, difference, split_folder
-from common.evaluation import distillation_loss, is_chance_level, live_teacher, predict, write_results
+from common.evaluation import distillation_loss, predict, write_results
 from common.images import TASK
-from common.loader import Loader, save_sample_grid
+from common.loader import Loader, save_sample_grid, several_views
 from common.losses import FEATURE_LOSSES, METHODS, TEACHER_PROJECTORS, DistillationLoss, class_weights, method_weights
 from common.metrics import CLASSIFICATION, FIDELITY, classification, fidelity
-from common.models import build_model
 from common.optimizer import make_updater
+from common.teacher import NEIGHBOURS, Neighbours, differences, judge_teacher, live_source, open_stores, stored_source
 from common.training import (
     Interrupts,
     Precision,
     Preprocess,
     Recorder,
-    file_sha256,
     load_checkpoint,
-    load_model,
     select_device,
     start_model,
-    start_weights,
     use_compile,
 )
 
 DEFAULT_TEACHER = "runs/teacher/best.pth"
+DEFAULTS = {"model": "resnet8", "epochs": 32, "batch_size": 32, "optimizer": "sgd", "warmup_epochs": 0.0, "save_every": 0}
+TOKEN_DEFAULTS = {"model": "vit_small_patch16_224", "epochs": 100, "batch_size": 64, "optimizer": "adamw", "lr": 5e-4, "weight_decay": 0.04,
+                  "save_every": 10}  # fmt: skip
 
 
 def build_parser():
@@ -52,9 +53,9 @@ def build_parser():
     cli.add_run_flags(parser, output="runs/distill")
     cli.add_data_flags(parser, dataset=None)
     cli.add_augment_flags(parser)
-    cli.add_model_flags(parser, model="resnet8")
-    cli.add_training_flags(parser, epochs=32, select=(*CLASSIFICATION, *FIDELITY, "distillation_loss"))
-    parser.set_defaults(optimizer=None, select_metric=None)  # the method's, see settle
+    cli.add_model_flags(parser, model=None)
+    cli.add_training_flags(parser, epochs=None, select=(*CLASSIFICATION, *FIDELITY, "distillation_loss"))
+    parser.set_defaults(**dict.fromkeys(DEFAULTS), select_metric=None)  # the method's, see settle
     g = parser.add_argument_group("teacher")
     g.add_argument("--teacher-checkpoint", metavar="FILE", help=f"a checkpoint of these scripts ({DEFAULT_TEACHER})")
     g.add_argument("--teacher-model", metavar="NAME", help="a model by name, as --model, with --teacher-pretrained or --teacher-weights")
@@ -63,9 +64,12 @@ def build_parser():
     g.add_argument("--teacher-embeddings", metavar="DIR", help="what extract_embeddings.py stored, in place of a teacher; the student sees the stored views")
     g.add_argument("--num-views", type=cli.POSITIVE, metavar="K", help="use the first K stored views; by default all")
     g.add_argument("--teacher-resolution", type=cli.POSITIVE, help="the teacher's input side in pixels; by default the one it was trained at")
+    g.add_argument("--teacher-pooling", choices=("cls", "mean", "map"), help="what is the live teacher's embedding; by default what its head takes")
     g.add_argument("--allow-weak-teacher", action="store_true", help="go on with a teacher that is no better than chance on val")
     g = parser.add_argument_group("distillation")
-    g.add_argument("--method", default="response", choices=list(METHODS), help="published combination; sets the weights below")
+    g.add_argument("--method", default="response", choices=list(METHODS), help="published combination; sets the weights below. Defaults of tokens: "
+                   "vit_small_patch16_224, adamw, learning rate 0.0005, weight decay 0.04, 100 epochs, a tenth of them warm-up (10 at most), batch 64, "
+                   "epoch_N.pth every 10; of the others: resnet8, sgd (embedding: adamw), 32 epochs, batch 32")  # fmt: skip
     g.add_argument("--alpha", type=float, help="response, feature: alpha * cross-entropy + (1 - alpha) * T^2 * KL; feature_matching: "
                    "(1 - alpha) * cross-entropy + alpha * features (0.5)")  # fmt: skip
     g.add_argument("--temperature", type=float, default=4.0, help="T of the KL")
@@ -80,8 +84,23 @@ def build_parser():
     g.add_argument("--lambda-cos", type=cli.AMOUNT, default=1.0, help="of 1 - cosine in the embedding loss")
     g.add_argument("--shared-dim", type=cli.POSITIVE, help="width of the space of the embedding loss; by default the teacher's")
     g.add_argument("--teacher-projector", default="identity", choices=TEACHER_PROJECTORS, help="of the embedding loss; a learned one may collapse")
-    g.add_argument("--pooling", choices=("cls", "mean", "map"), help="what is the student's embedding; by default what its head takes")
+    g.add_argument("--cls-weight", type=float, help="of the class tokens' (or pooled embeddings') squared distance at unit length, summed over dimensions, "
+                   "averaged over images: 2 - 2 cosine; tokens: 1")  # fmt: skip
+    g.add_argument("--patch-weight", type=float, help="of the patch tokens', averaged over tokens too, the teacher's grid resized to "
+                   "the student's; tokens: 0.5")  # fmt: skip
+    g.add_argument("--global-crops", type=cli.POSITIVE, default=1, metavar="G", help="views of each image a step")
+    g.add_argument("--local-crops", type=cli.NATURAL, default=0, metavar="N", help="small crops of each image that the student alone sees; their class tokens "
+                   "are matched to the teacher's of the global crops, with --cls-weight")  # fmt: skip
+    g.add_argument("--local-resolution", type=cli.POSITIVE, help="their side in pixels; by default half of --resolution")
+    g.add_argument("--local-crop-scale", type=float, nargs=2, default=[0.05, 0.25], metavar=("MIN", "MAX"), help="their area, share of the image")
+    g.add_argument("--pooling", choices=("cls", "mean", "map"), help="what is the student's embedding (tokens: what stands for the image); by default what "
+                   "its head takes")  # fmt: skip
     g.add_argument("--projector-weight-decay", type=cli.AMOUNT, default=0.0, help="of the projectors' matrices")
+    g = parser.add_argument_group("k-NN during training")
+    g.add_argument("--eval-dataset", choices=[name for name in DATASETS if name != "unlabeled"], help=f"labelled images: {NEIGHBOURS} neighbours of train "
+                   "classify val, for student and teacher")  # fmt: skip
+    g.add_argument("--eval-data-root", help="its folder or file; by default --data-root where the dataset is the same, $DATA_ROOT or data/")
+    g.add_argument("--eval-every", type=cli.POSITIVE, default=5, metavar="N", help="epochs between looks; the last is always judged")
     return parser
 
 
@@ -92,35 +111,40 @@ class Student(torch.nn.Module):
         super().__init__()
         self.model, self.criterion = model, criterion
 
-    def forward(self, inputs, taught, labels, batch_labels):
-        out = self.model(inputs)
-        return out, self.criterion(out, taught, labels, batch_labels)
-
-
-class Source(NamedTuple):
-    """What teaches: a frozen model or what one has left in a store.  Nothing that follows asks which."""
-
-    targets: Callable  # (batch, split) -> {"logits": (B, C), "embedding": (B, D), "features": {layer: (B, C_l, H_l, W_l)}}
-    choose_view: Callable  # batch -> the batch with the views that are shown
-    logits: Callable  # (split, loader) -> (N, C) of the plain images, or None
-    resolution: int  # the teacher's input side in pixels
-    title: str
-    described: dict  # for results.json
+    def forward(self, inputs, taught, labels, batch_labels, local=()):
+        out, tokens = self.model(inputs), None
+        if local:  # N of (B, 3, r, r)
+            tokens = self.model({"image": torch.cat(local)})["embedding"].unflatten(0, (len(local), -1))  # (N, B, D)
+        return out, self.criterion(out, taught, labels, batch_labels, tokens)
 
 
 def settle(args):
     """The loss's weights {term: float}; defaults that depend on the method are filled in."""
     weights = method_weights(
         args.method, args.alpha, ce=args.ce_weight, kl=args.kl_weight, feature=args.feature_weight,
-        embedding=args.embedding_weight,
+        embedding=args.embedding_weight, cls=args.cls_weight, patch=args.patch_weight,
     )  # fmt: skip
     if not weights["feature"] and (args.student_layer or args.teacher_layer):
         raise cli.UserError(f"--student-layer and --teacher-layer with --method {args.method}: its feature weight is 0")
-    # a squared error summed over hundreds of dimensions diverges with SGD's rate
-    args.optimizer = args.optimizer or ("adamw" if weights["embedding"] else "sgd")
-    # without cross-entropy and KL nothing trains the logits
-    args.select_metric = args.select_metric or ("accuracy" if weights["ce"] or weights["kl"] else "distillation_loss")
-    return weights
+    if args.local_crops and not weights["cls"]:
+        raise cli.UserError(f"--local-crops {args.local_crops} are matched to class tokens, whose weight is 0: --method tokens or --cls-weight")
+    defaults = TOKEN_DEFAULTS if args.method == "tokens" else DEFAULTS
+    if weights["embedding"]:  # a squared error summed over hundreds of dimensions diverges with SGD's rate
+        defaults = {**defaults, "optimizer": "adamw"}
+    for name, value in defaults.items():
+        if getattr(args, name) is None and (name not in ("lr", "weight_decay") or args.optimizer == "adamw"):  # these are adamw's
+            setattr(args, name, value)
+    if args.warmup_epochs is None:
+        args.warmup_epochs = min(10.0, args.epochs / 10)
+    labelled = bool(weights["ce"] or weights["kl"])  # else nothing trains the logits
+    args.select_metric = args.select_metric or ("accuracy" if labelled else "distillation_loss")
+    if not labelled and args.select_metric != "distillation_loss":
+        raise cli.UserError(f"--select-metric {args.select_metric}: without cross-entropy and KL the student has no logits, distillation_loss is left")
+    for name, given in (("--freeze-backbone", args.freeze_backbone), ("--class-weights", args.class_weights != "none"),
+                        ("--sampler balanced", args.sampler == "balanced" and args.dataset == "unlabeled")):  # fmt: skip
+        if given and not labelled:
+            raise cli.UserError(f"{name} needs labels and a head: without cross-entropy and KL there are none")
+    return weights, labelled
 
 
 def teacher_checkpoint(args):
@@ -139,95 +163,17 @@ def teacher_checkpoint(args):
     return path, load_checkpoint(path)
 
 
-def take_dataset_from(checkpoint, args):
+def take_dataset_from(checkpoint, args, labelled):
     """Settle --dataset, --data-root and --limit-train where they are not given."""
+    if args.hf_dataset:
+        args.dataset = args.dataset or "unlabeled"
     taught = checkpoint["flags"] if checkpoint else {"dataset": "digits", "data_root": None}
     args.dataset = args.dataset or taught["dataset"]
     if args.dataset == taught["dataset"]:
         args.data_root = args.data_root or taught["data_root"]
         cli.take_split_flags(args, taught)
     if args.limit_train is None:
-        args.limit_train = DATASETS[args.dataset].student_images
-
-
-def open_stores(args):
-    """{split: Store} of --teacher-embeddings, or None; the run's data are the store's, other flags are refused."""
-    if not args.teacher_embeddings:
-        if args.num_views:
-            raise cli.UserError("--num-views needs --teacher-embeddings DIR")
-        return None
-    for name in ("teacher_checkpoint", "teacher_model", "teacher_resolution", *Policy.__dataclass_fields__, "augment", "no_augment"):
-        if getattr(args, name) not in (None, False):
-            flag = "--" + name.replace("_", "-")
-            raise cli.UserError(f"{flag} and --teacher-embeddings contradict each other: teacher and views are the stored ones")
-    stores = {split: Store(split_folder(args.teacher_embeddings, split)) for split in ("train", "val", "test")}
-    meta = stores["train"].meta
-    for store in stores.values():
-        differs = difference({**store.meta, **{key: meta[key] for key in ("split", "sha256", "count")}}, meta)
-        if differs:
-            raise cli.UserError(f"{store.folder} and {stores['train'].folder} are of different extractions ({differs})")
-    defaults = {"split_seed": 0, "decode_size": 512}
-    for name in ("dataset", *cli.STORED_FLAGS):
-        if getattr(args, name) not in (None, False, defaults.get(name), meta[name]):
-            raise cli.UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: the embeddings were made with {meta[name]}")
-        setattr(args, name, meta[name])
-    args.data_root = args.data_root or meta.get("data_root")
-    return stores
-
-
-def stored_source(args, stores, splits, weights):
-    """Source of --teacher-embeddings."""
-    if weights["feature"]:
-        raise cli.UserError(f"--teacher-embeddings hold no feature maps: --method {args.method} needs a teacher, or --feature-weight 0")
-    wanted = [name for name, term in (("embeddings", "embedding"), ("logits", "kl")) if weights[term]]
-    datasets = {"train": splits.train, "val": splits.val, "test": splits.test}
-    meta = stores["train"].meta
-    kept = {key: meta["teacher"][key] for key in ("name", "family", "parameters", "checkpoint", "sha256")}
-    stored = StoredTeacher(stores, datasets, wanted, args.num_views, args.seed)
-    described = {**kept, "embeddings": args.teacher_embeddings, "num_views": stored.num_views, "resolution": meta["resolution"]}
-    title = f"teacher {kept['name']}: {kept['parameters']:,} parameters, {meta['resolution']} px, {stored.num_views} stored views"
-    return Source(stored.targets, stored.choose_view, lambda split, loader: stored.logits(split), meta["resolution"], title, described)
-
-
-def load_teacher(args, path, checkpoint, classes, resolution, info):
-    """(model, Preprocess, dict for results.json); the model on the CPU."""
-    if checkpoint is None:
-        side = args.teacher_resolution or resolution
-        teacher = build_model(args.teacher_model, len(classes), side, pretrained=args.teacher_pretrained)
-        start_weights(teacher, args.teacher_weights)
-        preprocess = Preprocess(side, teacher.mean or info.mean, teacher.std or info.std)
-        sha = file_sha256(args.teacher_weights) if args.teacher_weights else None
-    else:
-        if checkpoint["classes"] != classes:
-            raise cli.UserError(f"teacher and data have different classes: {path} knows {len(checkpoint['classes'])} "
-                                f"({', '.join(checkpoint['classes'][:4])}, ...), {args.dataset} has {len(classes)} "
-                                f"({', '.join(classes[:4])}, ...)")  # fmt: skip
-        teacher, preprocess = load_model(checkpoint, resolution=args.teacher_resolution, path=path)
-        sha = file_sha256(path)
-    described = {"name": teacher.name, "family": teacher.family, "parameters": teacher.num_parameters, "checkpoint": path, "sha256": sha}
-    return teacher, preprocess, described
-
-
-def live_source(args, path, checkpoint, splits, resolution, augment, precision, interrupts):
-    """Source of a teacher that is run."""
-    teacher, preprocess, described = load_teacher(args, path, checkpoint, splits.classes, resolution, DATASETS[args.dataset])
-    teacher.set_feature_layers(args.teacher_layer)
-    teacher.to(precision.device).to(memory_format=torch.channels_last)
-    targets = live_teacher(teacher, preprocess, augment, precision)
-    if use_compile(args.compile, precision.device):
-        teacher.compile()
-    title = f"teacher {described['name']}: {described['parameters']:,} parameters, {preprocess.resolution} px"
-    return Source(lambda batch, split="train": targets(batch), lambda batch: batch,
-                  lambda split, loader: predict(teacher, loader, preprocess, precision, interrupts), preprocess.resolution, title, described)  # fmt: skip
-
-
-def judge_teacher(source, logits, splits, args):
-    """Note the teacher's val metrics and refuse one at chance level; returns a line for the log."""
-    if logits is None:
-        return f"{source.title}; its logits are not stored, so it is not judged"
-    source.described["val"] = classification(logits, splits.val.labels)
-    check_teacher(source.described["val"]["balanced_accuracy"], len(splits.classes), splits.val.labels, args.allow_weak_teacher)
-    return f"{source.title}, val accuracy {source.described['val']['accuracy']:.4f}"
+        args.limit_train = DATASETS[args.dataset].student_images if labelled else 0  # labels are scarce, images are not
 
 
 def make_loss(args, weights, model, source, train, shown, classes):
@@ -242,22 +188,12 @@ def make_loss(args, weights, model, source, train, shown, classes):
     return criterion
 
 
-def check_teacher(balanced_accuracy, num_classes, labels, allow_weak):
-    """Refuse a teacher that is no better than chance on val."""
-    if is_chance_level(balanced_accuracy, num_classes, labels) and not allow_weak:
-        raise cli.UserError(
-            f"the teacher is no better than chance on val (balanced accuracy {balanced_accuracy:.4f}): wrong checkpoint, "
-            "classes or preprocessing? --allow-weak-teacher goes on"
-        )
-
-
-def differences(checkpoint, args):
-    """Notes on a teacher of the same dataset that was trained with another val split."""
-    taught = checkpoint["flags"] if checkpoint else {}
-    for name in ("val_split", "split_seed", "folds", "fold"):
-        if taught.get("dataset") == args.dataset and taught.get(name) != getattr(args, name):
-            flag = "--" + name.replace("_", "-")
-            yield f"note: the teacher was trained with another {flag} ({taught.get(name)}): it may know val images"
+def local_augmenters(args, policy, resolution):
+    """(side in pixels, [Augmenter]) of --local-crops: small crops, otherwise changed as the views are."""
+    if not args.local_crops:
+        return None, []
+    small = Policy(**{**policy.__dict__, "crop": "resized", "crop_scale": tuple(args.local_crop_scale)})
+    return args.local_resolution or resolution // 2, [Augmenter(small, args.seed, stream) for stream in range(1, args.local_crops + 1)]
 
 
 def main(args):
@@ -265,41 +201,47 @@ def main(args):
     run = cli.RunFolder(args.output, bool(args.resume), args.overwrite)
     device = select_device(args.device)
     precision = Precision(args.amp, device)
-    weights = settle(args)
+    weights, labelled = settle(args)
 
     # data: the teacher's dataset where none is named
     stores = open_stores(args)
     teacher_path, checkpoint = (None, None) if stores else teacher_checkpoint(args)
-    take_dataset_from(checkpoint, args)
+    take_dataset_from(checkpoint, args, labelled)
     info = DATASETS[args.dataset]
     resolution = args.resolution or info.resolution
     policy = stores["train"].policy if stores else cli.augment_policy(args)
     augment = Augmenter(policy, stores["train"].seed if stores else args.seed)
-    splits = load_splits(args.dataset, cli.data_root(args.data_root), download=args.download, **cli.split_flags(vars(args)))
+    local_side, local_crops = local_augmenters(args, policy, resolution)
+    splits = load_splits(args.dataset, cli.data_root(args.data_root), download=args.download, labels=labelled, **cli.split_flags(vars(args)))
+    classes = splits.classes if labelled else []
     balanced = len(splits.classes) if args.sampler == "balanced" else 0
     train = Loader(splits.train, args.batch_size, device, True, args.seed, args.cache, args.workers, args.accumulation_steps, balanced)
     val = Loader(splits.val, args.batch_size, device, cache=args.cache, workers=args.workers)
+    neighbours = Neighbours(args, device, precision, interrupts) if args.eval_dataset else None
 
     # teacher and student; the student starts from the weights that train_student.py has for this seed
     if stores:
         source = stored_source(args, stores, splits, weights)
     else:
-        source = live_source(args, teacher_path, checkpoint, splits, resolution, augment, precision, interrupts)
-    model, weights_from = start_model(args, len(splits.classes), resolution)
+        source = live_source(args, weights, teacher_path, checkpoint, splits, classes, resolution, augment, precision, interrupts)
+    model, weights_from = start_model(args, len(classes), resolution)
     preprocess = Preprocess(resolution, model.mean or info.mean, model.std or info.std)
     model.set_pooling(args.pooling or model.pooling)
     model.set_feature_layers(args.student_layer)
+    model.with_tokens = bool(weights["patch"])
+    if local_crops:
+        model.check_side(local_side)
     model.to(device).to(memory_format=torch.channels_last)
 
     # loss, optimizer
-    criterion = make_loss(args, weights, model, source, train, lambda batch: preprocess(augment(batch, resolution)), splits.classes)
+    criterion = make_loss(args, weights, model, source, train, lambda batch: preprocess(augment(batch, resolution)), classes)
     if use_compile(args.compile, device):
         model.compile()
-    updater = make_updater(args, model, precision, len(train), criterion, Student(model, criterion), not weights["ce"] and not weights["kl"])
+    updater = make_updater(args, model, precision, len(train), criterion, Student(model, criterion), not labelled)
 
     # the teacher is judged before it teaches; val images are plain, so its logits there are computed once
     teacher_logits = {"val": source.logits("val", val)}
-    run.log(judge_teacher(source, teacher_logits["val"], splits, args))
+    run.log(judge_teacher(source, teacher_logits["val"], splits, neighbours, args))
     for note in differences(checkpoint, args):
         run.log(note)
 
@@ -307,7 +249,7 @@ def main(args):
     recorder = Recorder(
         run, updater, interrupts, epochs=args.epochs, metric=args.select_metric, patience=args.patience,
         save_every=args.save_every, loss=criterion,
-        content={"role": "distill", "classes": splits.classes, "preprocess": preprocess.to_dict(),
+        content={"role": "distill", "classes": classes, "preprocess": preprocess.to_dict(),
                  "augment": policy.to_dict(), "flags": vars(args), "teacher": source.described},
     )  # fmt: skip
     recorder.open(args)
@@ -317,41 +259,55 @@ def main(args):
     if weights_from:
         run.log(weights_from)
     if args.save_samples:
-        batch = source.choose_view(next(train.batches(1)))
-        save_sample_grid(args.save_samples, [augment(batch, source.resolution), augment(batch, resolution)])
+        raw = next(train.batches(1))
+        batch = source.choose_view(several_views(raw, args.global_crops))
+        rows = [part for side in (source.resolution, resolution) for part in augment(batch, side).chunk(args.global_crops)]
+        save_sample_grid(args.save_samples, rows + [crop(raw, local_side) for crop in local_crops])
+
+    def judge(split, loader):
+        """Metrics of the student on a split, as it stands."""
+        student, values = updater.evaluated_model, {}
+        if labelled:
+            logits = predict(student, loader, preprocess, precision, interrupts)  # (N, C)
+            values = classification(logits, loader.dataset.labels)
+            if teacher_logits[split] is not None:
+                values.update(fidelity(logits, teacher_logits[split], loader.dataset.labels))
+        if args.select_metric == "distillation_loss":
+            of_split = lambda batch: source.targets(batch, split)  # noqa: E731
+            values["distillation_loss"] = distillation_loss(student, criterion, of_split, loader, preprocess, precision, interrupts)
+        return values
 
     with recorder.saving_when_interrupted():
-        for _ in recorder.epochs():
+        for epoch in recorder.epochs():
             model.train()
-            for batch in recorder.batches(train):
-                batch = source.choose_view(batch)
-                taught = source.targets(batch)  # {"logits": (B, C), ...}, of the same views at the teacher's resolution
-                images = preprocess(augment(batch, resolution))  # (B, 3, R, R)
-                labels = batch["targets"][TASK]  # (B,)
+            for raw in recorder.batches(train):
+                batch = source.choose_view(several_views(raw, args.global_crops))  # G * B rows
+                taught = source.targets(batch)  # {"logits": (G * B, C), ...}, of the same views at the teacher's resolution
+                images = preprocess(augment(batch, resolution))  # (G * B, 3, R, R)
+                local = [preprocess(crop(raw, local_side)) for crop in local_crops]  # N of (B, 3, r, r)
+                labels = batch["targets"][TASK]  # (G * B,)
                 with precision.autocast():
-                    out, loss = updater.parallel({"image": images}, taught, labels, batch["batch_targets"][TASK])
+                    out, loss = updater.parallel({"image": images}, taught, labels, batch["batch_targets"][TASK], local)
                 updater(loss)
-                right = (out["logits"].argmax(1) == labels).float().mean()
-                recorder.meter.add(loss=loss, accuracy=right, **criterion.terms)
-            student = updater.evaluated_model
-            logits = predict(student, val, preprocess, precision, interrupts)  # (N, C)
-            values = classification(logits, splits.val.labels)
-            if teacher_logits["val"] is not None:
-                values.update(fidelity(logits, teacher_logits["val"], splits.val.labels))
-            if args.select_metric == "distillation_loss":
-                on_val = lambda batch: source.targets(batch, "val")  # noqa: E731
-                values["distillation_loss"] = distillation_loss(student, criterion, on_val, val, preprocess, precision, interrupts)
+                right = {"accuracy": (out["logits"].argmax(1) == labels).float().mean()} if labelled else {}
+                recorder.meter.add(loss=loss, **right, **criterion.terms)
+            values = judge("val", val)
+            if neighbours:
+                due = epoch % args.eval_every == 0 or epoch == args.epochs
+                values["knn"] = neighbours(updater.evaluated_model, preprocess)["accuracy"] if due else None
+                values["teacher_knn"] = source.described.get("knn", {}).get("accuracy")
             warning = criterion.collapsed(recorder.train_means)
             if warning:  # before the epoch is saved, or a resumed run would drop the line
                 run.log(f"warning: {warning}")
             recorder.end_epoch(values)
 
-        test = Loader(splits.test, args.batch_size, device, cache=args.cache, workers=args.workers)
-        teacher_logits["test"] = source.logits("test", test)
+        loaders = {"val": val}
+        if splits.test is not None:
+            loaders["test"] = Loader(splits.test, args.batch_size, device, cache=args.cache, workers=args.workers)
+            teacher_logits["test"] = source.logits("test", loaders["test"])
         write_results(
-            run, splits, {"val": val, "test": test}, recorder, preprocess, precision, script="distill.py",
-            method=args.method, teacher=source.described,
-            teacher_logits=None if teacher_logits["val"] is None else teacher_logits,
+            run, splits, loaders, recorder, preprocess, precision, script="distill.py", method=args.method, teacher=source.described,
+            teacher_logits=None if teacher_logits["val"] is None else teacher_logits, judge=None if labelled else judge,
         )  # fmt: skip
 
 

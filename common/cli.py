@@ -30,7 +30,7 @@ RESUME_MAY_CHANGE = {"resume", "device", "workers", "epochs", "output", "overwri
 NOT_IN_CONFIG = {"resume", "output", "overwrite", "config", "sweep", "sweep_index"}
 SPLIT_FLAGS = ("val_split", "split_seed", "limit_train", "on_bad_image", "decode_size", "window", "include_list", "extra_train",
                "hair_removal", "folds", "fold", "binary", "negatives",
-               "table", "image_column", "label_column", "group_column", "split_column")  # fmt: skip
+               "table", "image_column", "label_column", "group_column", "split_column", "hf_dataset")  # fmt: skip
 STORED_FLAGS = tuple(name for name in SPLIT_FLAGS if name not in ("limit_train", "on_bad_image", "include_list", "extra_train"))
 DISK_ERRORS = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
                errno.ENOENT, errno.EIO, errno.ENAMETOOLONG}  # fmt: skip
@@ -151,9 +151,10 @@ def add_data_flags(parser, dataset="digits", batch_size=32):
     g = parser.add_argument_group("data")
     g.add_argument("--dataset", default=dataset, choices=list(DATASETS), help="dataset" if dataset else "dataset; by default the checkpoint's")
     g.add_argument("--data-root", help="folder or file of the dataset; by default $DATA_ROOT, then data/ beside the script")
+    g.add_argument("--hf-dataset", metavar="NAME_OR_FOLDER", help="of unlabeled: a dataset of the package datasets, by its name on the hub or saved to disk")
     g.add_argument("--download", action="store_true", help="fetch CIFAR-10 or CIFAR-100 into --data-root")
     g.add_argument("--val-split", type=SHARE, help="share of train that becomes val, by class, where the dataset has no val (0.1; digits 0.25, "
-                   "csv and HAM10000 0.15, ISIC 2024 0.2)")  # fmt: skip
+                   "csv and HAM10000 0.15, ISIC 2024 0.2, unlabeled 0.05)")  # fmt: skip
     g.add_argument("--folds", type=number(int, 2), metavar="K", help="cut train and val into K folds, by class, patients whole; with --fold")
     g.add_argument("--fold", type=NATURAL, metavar="I", help="fold I (0 to K - 1) is val; where the dataset has no test (ISIC 2024, csv without split "
                    "column) it is test, and val is split off the rest")  # fmt: skip
@@ -161,7 +162,7 @@ def add_data_flags(parser, dataset="digits", batch_size=32):
     g.add_argument("--limit-train", type=NATURAL, metavar="N", help="train on N images, classes in proportion; 0 is all "
                    "(the default, but 100 for students on digits)")  # fmt: skip
     g.add_argument("--resolution", type=POSITIVE, help="input side in pixels; by default the dataset's (CIFAR and image "
-                   "folders 32, MedMNIST 28, digits 8, csv and skin lesions 224)")  # fmt: skip
+                   "folders 32, MedMNIST 28, digits 8, csv, skin lesions and unlabeled 224)")  # fmt: skip
     g.add_argument("--batch-size", type=POSITIVE, default=batch_size, help="images a step, over all processes and accumulation steps")
     add_reading_flags(g)
     g.add_argument("--include-list", metavar="FILE.txt", help="images one a line, by id, file name or end of path: train keeps only these; with "
@@ -202,7 +203,8 @@ def take_split_flags(args, flags):
 
 def add_augment_flags(parser):
     g = parser.add_argument_group("augmentation", "by default the dataset's: CIFAR, image folders and csv are cropped with "
-                                  "padding and flipped, digits shifted and rotated, MedMNIST shifted, skin lesions have derm")  # fmt: skip
+                                  "padding and flipped, digits shifted and rotated, MedMNIST shifted, skin lesions have derm, unlabeled images "
+                                  "a random resized crop and flips")  # fmt: skip
     g.add_argument("--augment", choices=list(PRESETS), help="a preset, of which the flags below change a part; derm: both flips, rotation 30, "
                    "scale 0.8 to 1.2, colours 0.2")  # fmt: skip
     g.add_argument("--no-augment", action="store_true", help="train on plain images")

@@ -1,7 +1,8 @@
 """Datasets and their splits.
 
 Needs augment.py, dermatology.py, distributed.py, images.py, splitting.py and tables.py of `common`, torch and numpy
-(scikit-learn for digits, torchvision for CIFAR, h5py for ISIC 2024, opencv-python-headless for hair removal).
+(scikit-learn for digits, torchvision for CIFAR, h5py for ISIC 2024, opencv-python-headless for hair removal, datasets
+for --hf-dataset).
 
     splits = load_splits("imagefolder", "data/cifar10")              # .train .val .test .classes .domain
 
@@ -23,10 +24,13 @@ from common.images import (
     IMAGE_SUFFIXES,
     DataError,
     ImageDataset,
+    RowImage,
     available_cpus,
     images_below,
+    listed_images,
     opencv,
     remove_hair,
+    rows_with_images,
     to_uint8,
 )
 from common.splitting import check_groups, limit, split_fold, split_off, stratified_rows, without_rows
@@ -61,6 +65,8 @@ DATASETS = {
     "ham10000": DatasetInfo("medical", 224, *IMAGENET, PRESETS["derm"], 0.15),
     "isic2017": DatasetInfo("medical", 224, *IMAGENET, PRESETS["derm"]),
     "isic2024": DatasetInfo("medical", 224, *IMAGENET, PRESETS["derm"], 0.2),
+    # val only says how far the student is from its teacher, for which some thousand images are enough
+    "unlabeled": DatasetInfo("custom", 224, *IMAGENET, Policy("resized", hflip=0.5), 0.05),
 }
 # options of `load_splits` that one dataset has
 OWN_OPTIONS = {
@@ -68,6 +74,7 @@ OWN_OPTIONS = {
     "ham10000": ("binary",),
     "isic2017": ("binary",),
     "isic2024": ("binary", "negatives", "extra_train"),  # it is binary anyway
+    "unlabeled": ("hf_dataset",),
 }
 WITHOUT_TEST = ("csv", "isic2024")  # the first may have one
 
@@ -100,7 +107,7 @@ class Splits:
 
 def load_splits(name, root=None, *, val_split=None, split_seed=0, limit_train=None, splits=("train", "val", "test"),
                 classes=None, download=False, on_bad_image="error", decode_size=512, window=None, hair_removal=False,
-                folds=None, fold=None, include_list=None, **own):
+                folds=None, fold=None, include_list=None, labels=True, **own):
     """Read a dataset's splits; see DATASETS for the names.
 
     root: the folder (medmnist: the .npz, or a folder with one); val_split: share of train that becomes val where the
@@ -108,13 +115,16 @@ def load_splits(name, root=None, *, val_split=None, split_seed=0, limit_train=No
     many of train, classes in proportion); splits: those wanted, the others are None; classes: the names a checkpoint
     knows, in its order, for an outside test set; window: see `to_uint8`; hair_removal: see `remove_hair`; folds, fold:
     see `_divide`; include_list: a file of images' names, a line each, train keeps only these, or, beside extra_train,
-    all of its own and of the extra images these: see `_only_listed`; own: see OWN_OPTIONS and the readers.  Patients
-    and lesions are never cut, where the dataset has groups.  Raises DataError.
+    all of its own and of the extra images these: see `_only_listed`; labels: whether the run needs them, which
+    "unlabeled" has not (-1, no classes, no test); own: see OWN_OPTIONS and the readers.  Patients and lesions are never
+    cut, where the dataset has groups.  Raises DataError.
     """
     if name not in DATASETS:
         raise DataError(f"unknown dataset {name!r}: choose one of {', '.join(DATASETS)}")
     if window is not None and not -math.inf < window[0] < window[1] < math.inf:
         raise DataError(f"--window {window[0]:g} {window[1]:g}: LOW must be below HIGH")
+    if name == "unlabeled" and labels:
+        raise DataError("--dataset unlabeled has no labels: it is for distill.py --method tokens or embedding without them, and extract_embeddings.py")
     _check_options(name, own, folds, fold)
     if hair_removal:
         opencv()  # refuses where it is missing
@@ -130,6 +140,8 @@ def load_splits(name, root=None, *, val_split=None, split_seed=0, limit_train=No
         parts, found = _medmnist(root, window)
     elif name == "imagefolder":
         parts, found = _imagefolder(root, wanted, classes, decode_size, window)
+    elif name == "unlabeled":
+        parts, found, classes = {"train": _unlabeled(root, decode_size, window, **own)}, [], None
     else:
         decoding = {"decode_size": decode_size, "window": window, "on_bad_image": on_bad_image}
         if name == "csv":
@@ -177,14 +189,33 @@ def load_folder(folder, decode_size=512, window=None, on_bad_image="error", hair
     """
     if hair_removal:
         opencv()
-    if not os.path.isdir(folder):
-        raise DataError(f"--images {folder} is no folder")
-    paths = images_below(folder)
-    if not paths:
-        raise DataError(f"--images {folder} holds no images ({', '.join(IMAGE_SUFFIXES)})")
-    ids = [os.path.relpath(p, folder).replace(os.sep, "/") for p in paths]
-    dataset = ImageDataset(ids, [-1] * len(ids), paths=paths, decode_size=decode_size, window=window, hair_removal=hair_removal)
+    dataset = _tree("--images", folder, decode_size, window)
+    dataset.hair_removal = hair_removal
     return _without_bad_images(dataset) if on_bad_image == "skip" else dataset
+
+
+def _tree(flag, folder, decode_size, window):
+    """The images anywhere below a folder, unlabelled; an id is the path below the folder."""
+    if not os.path.isdir(folder):
+        raise DataError(f"{flag} {folder} is no folder")
+    folder = os.path.realpath(folder)
+    paths = listed_images(folder)
+    if not paths:
+        raise DataError(f"{flag} {folder} holds no images ({', '.join(IMAGE_SUFFIXES)})")
+    ids = [path[len(folder.rstrip(os.sep)) + 1 :].replace(os.sep, "/") for path in paths]
+    return ImageDataset(ids, np.full(len(ids), -1), paths=paths, decode_size=decode_size, window=window)
+
+
+def _unlabeled(root, decode_size, window, hf_dataset=None):
+    if hf_dataset:
+        split, column, rows = rows_with_images(hf_dataset)
+        source = os.path.abspath(hf_dataset) if os.path.isdir(hf_dataset) else hf_dataset
+        paths = [RowImage(source, split, column, row) for row in range(len(rows))]
+        return ImageDataset([f"{split}/{row:08d}" for row in range(len(rows))], np.full(len(rows), -1), paths=paths,
+                            decode_size=decode_size, window=window)  # fmt: skip
+    if root is None:
+        raise DataError("--dataset unlabeled needs --data-root FOLDER, any tree of images, or --hf-dataset NAME_OR_FOLDER")
+    return _tree("--data-root", root, decode_size, window)
 
 
 def _check_options(name, own, folds, fold):

@@ -111,13 +111,13 @@ def is_chance_level(balanced_accuracy, num_classes, labels):
 
 
 def write_results(run, splits, loaders, recorder, preprocess, precision, *, script, method=None, teacher=None,
-                  teacher_logits=None):
+                  teacher_logits=None, judge=None):
     """Judge best and last weights on val and test, once, at the end; write results.json, predictions, confusions.
 
     Intervals and recalls of the classes are of the best weights alone.
 
-    loaders: {"val", "test": Loader}; teacher: dict for results.json; teacher_logits: {"val", "test": (N, C)}.
-    Returns the results.
+    loaders: {"val", "test": Loader}; teacher: dict for results.json; teacher_logits: {"val", "test": (N, C)}; judge:
+    (split, loader) -> metrics of the student where it has no logits, and so no predictions.  Returns the results.
     """
     model, writes, best_logits = recorder.updater.evaluated_model, distributed.rank() == 0, {}
     config = read_json(run.path("config.json")) if writes else {}
@@ -133,6 +133,9 @@ def write_results(run, splits, loaders, recorder, preprocess, precision, *, scri
                 model.load_state_dict(load_checkpoint(run.path("best.pth"))["model"])
             distributed.broadcast(model.state_dict().values())
         for split, loader in loaders.items():
+            if judge is not None:
+                results[prefix + split] = judge(split, loader)
+                continue
             logits = predict(model, loader, preprocess, precision, recorder.interrupts)
             results[prefix + split] = metrics.classification(logits, loader.dataset.labels)
             if teacher_logits:
@@ -152,14 +155,22 @@ def write_results(run, splits, loaders, recorder, preprocess, precision, *, scri
     found = {split: uncertainty(logits, loaders[split].dataset, splits.classes) for split, logits in best_logits.items()}
     results.update({key: {split: of[key] for split, of in found.items()} for key in ("intervals", "class_recalls")})
     write_json(run.path("results.json"), results)
-    test, metric = results["test"], recorder.metric
+    run.log(verdict(results, run.path("results.json")))
+    return results
+
+
+def verdict(results, path):
+    """The last line of a run."""
+    metric, best = results["select_metric"], f"(best epoch {results['best_epoch']})"
+    if "accuracy" not in results["val"]:
+        parts = [f"{split} {metric} {results[split][metric]:.4f}" for split in ("val", "test") if split in results]
+        return f"{', '.join(parts)} {best}; last epoch {results['final_val'][metric]:.4f}; {path}"
+    test = results["test"]
     names = {"accuracy": "accuracy", "balanced_accuracy": "balanced"}
     interval = results["intervals"]["test"].get(metric)
     figures = [f"{names.get(name, name)} {test[name]:.4f}" + (f" {brackets(interval)}" if interval and name == metric else "")
                for name in dict.fromkeys([*names, *([metric] if interval else [])])]  # fmt: skip
-    run.log(f"test {', '.join(figures)} (best epoch {recorder.best_epoch}); last epoch {results['final_test']['accuracy']:.4f}; "
-            f"{run.path('results.json')}")  # fmt: skip
-    return results
+    return f"test {', '.join(figures)} {best}; last epoch {results['final_test']['accuracy']:.4f}; {path}"
 
 
 def uncertainty(logits, dataset, classes):

@@ -3,10 +3,13 @@
 Needs augment.py of `common`, torch, numpy and pillow (opencv-python-headless for hair removal, h5py for HDF5).
 """
 
+import contextlib
 import hashlib
 import importlib
 import io
+import json
 import os
+import time
 import warnings
 from typing import NamedTuple
 
@@ -73,6 +76,54 @@ def hdf5_ids(path):
         raise DataError(f"cannot read {path}: {error}") from None
 
 
+# -------------------------------------------------------------------------------------------------- Hugging Face datasets
+
+
+class RowImage(NamedTuple):
+    """In the place of a file's path: an image in a column of a dataset of the package datasets."""
+
+    source: str
+    split: str
+    column: str
+    row: int
+
+    def __str__(self):
+        return f"{self.source}[{self.split}][{self.row}]"
+
+    def open(self):
+        key = (os.getpid(), self.source, self.split)
+        if key not in _open_files:
+            _open_files[key] = rows_with_images(self.source)[2]
+        content = _open_files[key][self.row][self.column]
+        if content["bytes"] is None:
+            return open(content["path"], "rb")
+        return io.BytesIO(content["bytes"])
+
+
+def rows_with_images(source):
+    """(split, column, its rows with undecoded images) of a dataset on the hub, or of a folder that `save_to_disk` wrote.
+
+    The split is train where there is one, else the only one.  Raises DataError.
+    """
+    datasets = optional("datasets", "datasets", "--hf-dataset")
+    try:
+        found = datasets.load_from_disk(source) if os.path.isdir(source) else datasets.load_dataset(source)
+    except Exception as error:  # the hub's and pyarrow's errors are of many kinds
+        text = " ".join(str(error).split())[:160]
+        raise DataError(f"cannot load --hf-dataset {source} ({type(error).__name__}: {text}): where the hub cannot be reached, load_dataset and "
+                        "save_to_disk it elsewhere and name that folder") from None  # fmt: skip
+    split = "train"
+    if isinstance(found, dict):
+        if "train" not in found and len(found) != 1:
+            raise DataError(f"--hf-dataset {source} has the splits {', '.join(found)} and no train: save the one that is meant")
+        split = "train" if "train" in found else next(iter(found))
+        found = found[split]
+    column = next((name for name, kind in found.features.items() if isinstance(kind, datasets.Image)), None)
+    if column is None:
+        raise DataError(f"--hf-dataset {source} has no column of images, only {', '.join(found.features)}")
+    return split, column, found.cast_column(column, datasets.Image(decode=False))
+
+
 # ----------------------------------------------------------------------------------------------------------- decoding
 
 
@@ -99,13 +150,13 @@ def _is_deep_colour(image):
 
 
 def read_image(path, decode_size=512, window=None):
-    """Decode a file (its path or an HDF5Image) to (H, W, 3) uint8.
+    """Decode a file (its path, an HDF5Image or a RowImage) to (H, W, 3) uint8.
 
     Grey becomes three equal channels, transparent pixels black, EXIF rotation is applied, and what is larger than
     decode_size (longest side, pixels) is shrunk to it.  Raises DataError, which names the file.
     """
     try:
-        with Image.open(path.open() if isinstance(path, HDF5Image) else path) as image:
+        with Image.open(path if isinstance(path, str) else path.open()) as image:
             if _is_deep_colour(image):
                 raise DataError(f"{path} has 16-bit colour, which --window cannot map: convert it to 8 bits a channel")
             image.draft("RGB", (decode_size, decode_size))  # a JPEG decodes at 1/2, 1/4 or 1/8, never below this size
@@ -230,11 +281,39 @@ class ImageDataset(torch.utils.data.Dataset):
 
     def fingerprint(self, classes):
         """SHA-256 over ids and class names in order of ids: equal where two runs saw the same samples."""
-        lines = sorted(f"{i}\t{classes[label]}\n" for i, label in zip(self.ids, self.labels))
+        lines = sorted(f"{i}\t{classes[label] if label >= 0 else ''}\n" for i, label in zip(self.ids, self.labels))
         return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()
 
 
-def images_below(folder):
+def list_cache(folder):
+    """Where the list of a folder's images is kept: in $XDG_CACHE_HOME or ~/.cache, for the folder may be read-only."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    name = hashlib.sha256(os.path.realpath(folder).encode(errors="surrogateescape")).hexdigest()[:16]
+    return os.path.join(home, "distillation", f"images-{name}.json")
+
+
+def listed_images(folder):
+    """`images_below`, from a list of an earlier time where no folder of the tree has changed since."""
+    path, folder = list_cache(folder), os.path.realpath(folder)
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        with open(path) as file:
+            kept = json.load(file)
+        if kept["root"] == folder and all(os.stat(name).st_mtime_ns == changed for name, changed in kept["folders"].items()):
+            return [os.path.join(folder, name) for name in kept["images"]]
+    folders = {}
+    paths = images_below(folder, folders)
+    if max(folders.values()) > time.time_ns() - 2_000_000_000:  # a file that comes within the clock's tick would not be seen
+        return paths
+    with contextlib.suppress(OSError):  # no home, no space: then it is listed again
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(f"{path}.{os.getpid()}", "w") as file:
+            json.dump({"root": folder, "folders": folders, "images": [name[len(folder) + 1 :] for name in paths]}, file)
+        os.replace(f"{path}.{os.getpid()}", path)
+    return paths
+
+
+def images_below(folder, folders_seen=None):
+    """Sorted paths of the images anywhere below a folder, hidden ones left out; folders_seen gets {folder: its mtime in ns}."""
     paths, seen = [], set()
     for parent, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(parent)
@@ -242,6 +321,8 @@ def images_below(folder):
             folders.clear()
             continue
         seen.add(real)
+        if folders_seen is not None:
+            folders_seen[parent] = os.stat(parent).st_mtime_ns
         folders[:] = sorted(f for f in folders if not f.startswith("."))
         paths += [
             os.path.join(parent, f) for f in sorted(files) if f.lower().endswith(IMAGE_SUFFIXES) and f[0] != "."

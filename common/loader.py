@@ -103,6 +103,16 @@ def available_memory():
     return max(free, 0)
 
 
+def several_views(batch, count):
+    """A training batch `count` times over, crop after crop: of view v the views count * (v - 1) + 1 to count * v."""
+    if count == 1:
+        return batch
+    views = torch.cat([count * (batch["view"] - 1) + 1 + g for g in range(count)])
+    repeated = {key: torch.cat([batch[key]] * count) for key in ("index", "key", "size", "image")}
+    targets = {key: {task: torch.cat([labels] * count) for task, labels in batch[key].items()} for key in ("targets", "batch_targets")}
+    return {**batch, **repeated, **targets, "view": views}
+
+
 class EpochOrder(torch.utils.data.Sampler):
     """Batches of rows for one epoch; what a DataLoader that keeps its workers iterates over again and again."""
 

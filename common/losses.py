@@ -118,10 +118,13 @@ def embedding_loss(student, teacher, lambda_feat=1.0, lambda_cos=1.0):
 
 
 def normalized_mse(student, teacher):
-    """Mean squared error over all elements of vectors (..., D) of unit length: 2 (1 - cosine) / D on average."""
+    """Squared distance of vectors (..., D) scaled to unit length, 2 - 2 cosine: summed over D, averaged over the vectors.
+
+    Not over D too: values and gradients some hundred times smaller would drown in AdamW's eps and the log's digits.
+    """
     with torch.autocast(student.device.type, enabled=False):
-        student, teacher = _float32(student, teacher)
-        return F.mse_loss(F.normalize(student, dim=-1), F.normalize(teacher, dim=-1))
+        student, teacher = (F.normalize(x, dim=-1) for x in _float32(student, teacher))
+        return (student - teacher).square().sum(-1).mean()
 
 
 def resize_grid(tokens, count):
@@ -271,6 +274,8 @@ class DistillationLoss(nn.Module):
     makes a 1x1 projector from the student's width to the teacher's for each pair of features.
     `loss(student, teacher, labels)` (labels None: without cross-entropy): model outputs (`logits` (B, C), `features` {layer: (B, C_l, H_l, W_l)}, paired in
     order) and (B,) int64 labels -> scalar; `loss.terms` holds each term's value, unweighted and detached.
+    local: class tokens (N, B, D) of N local crops of each image, for the term cls, where the others' rows are G global
+    crops of B images, crop after crop.
     The mean over equal parts of a batch (processes, accumulation) is the loss of the batch; `batch_labels`, those of
     the whole batch, make it so for class weights.  A term that compares samples must gather the parts first.
     """
@@ -315,7 +320,7 @@ class DistillationLoss(nn.Module):
         for s, t in zip(students, teachers):
             self.projectors.append(nn.Conv2d(s.shape[1], t.shape[1], 1).to(s.device))
 
-    def forward(self, student, teacher, labels, batch_labels=None):
+    def forward(self, student, teacher, labels, batch_labels=None, local=None):
         loss, self.terms = 0.0, {}
         for name, weight in self.weights.items():
             if name == "ce" and labels is None:
@@ -335,12 +340,16 @@ class DistillationLoss(nn.Module):
                 term = normalized_mse(tokens, resize_grid(teacher["tokens"], tokens.shape[1]))
             loss = loss + weight * term
             self.terms[name] = term.detach()
+        if local is not None:
+            term = self.local(local, teacher["embedding"])
+            loss = loss + self.weights["cls"] * term
+            self.terms["local"] = term.detach()
         return loss
 
-    def local(self, student, teachers):
-        """Loss of a local crop's class token (model output) against those of the global crops (list of outputs), weighted."""
-        token = self.projected("cls", student["embedding"])
-        return self.weights["cls"] * torch.stack([normalized_mse(token, teacher["embedding"]) for teacher in teachers]).mean()
+    def local(self, student, teacher):
+        """Class tokens (N, B, D_s) of N local crops against the teacher's (G * B, D_t) of G global ones: mean over all pairs of an image."""
+        student, teacher = self.projected("cls", student), teacher.unflatten(0, (-1, student.shape[1]))
+        return normalized_mse(*torch.broadcast_tensors(student[:, None], teacher[None]))  # (N, G, B, D_t)
 
     def projected(self, term, student):
         """The student's class token or patch tokens (..., D_s) in the teacher's width, in float32."""

@@ -2,13 +2,14 @@
 
     model = build_model("resnet8", num_classes=10, img_size=32)
     out = model({"image": images})     # images (B, 3, H, W), normalized for this model
-    out["logits"]                      # (B, C)
+    out["logits"]                      # (B, C); not there with num_classes=0
     out["embedding"]                   # (B, D), pooled: see model.set_pooling
     out["tokens"]                      # (B, N, D), the grid's, without class token and registers; if model.with_tokens
     out["features"]["layer3"]          # (B, C_l, H_l, W_l), where model.set_feature_layers(["layer3"]) asked for it
 
 `resnet8`, `resnet18`, `vit_6_192`, `vit_tiny` are written here, for small images; any other name is timm's
-(`timm:resnet18` is timm's where both have it), `hf:NAME_OR_FOLDER` is a Hugging Face vision model.
+(`timm:resnet18` is timm's where both have it; `dinov2_vits14` and its kind are), `hf:NAME_OR_FOLDER` is a Hugging
+Face vision model.
 """
 
 import contextlib
@@ -30,6 +31,10 @@ class ModelError(ValueError):
 
 
 # ------------------------------------------------------------------------------------------------------------- ResNet
+
+
+def linear_head(width, num_classes):
+    return nn.Linear(width, num_classes) if num_classes else nn.Identity()
 
 
 class BasicBlock(nn.Module):
@@ -67,7 +72,7 @@ class ResNet(nn.Module):
             setattr(self, f"layer{i}", nn.Sequential(*stage))
             width_in = width
         self.num_features = width_in
-        self.fc = nn.Linear(width_in, num_classes)
+        self.fc = linear_head(width_in, num_classes)
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
                 nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
@@ -118,7 +123,7 @@ class VisionTransformer(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid**2, dim))
         self.blocks = nn.Sequential(*[TransformerBlock(dim, heads) for _ in range(depth)])
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.head = nn.Linear(dim, num_classes)
+        self.head = linear_head(dim, num_classes)
         for parameter in (self.cls_token, self.pos_embed):
             nn.init.trunc_normal_(parameter, std=0.02)
         for m in self.modules():
@@ -171,7 +176,7 @@ class HuggingFaceBackbone(nn.Module):
         # signature, not __code__: the methods are decorated
         resizes = "interpolate_pos_encoding" in inspect.signature(body.forward).parameters
         self.options = {"interpolate_pos_encoding": True} if resizes else {}
-        self.head = nn.Linear(self.num_features, num_classes)
+        self.head = linear_head(self.num_features, num_classes)
 
     def no_weight_decay(self):
         return {name for name, _ in self.named_parameters() if any(part in name for part in self.UNDECAYED)}
@@ -235,7 +240,9 @@ class ImageModel(nn.Module):
             embedding = hidden[:, 0]
         else:
             embedding = tokens.mean(1) if self.pooling == "mean" else self.backbone.forward_head(hidden, pre_logits=True)
-        out = {"embedding": embedding, "logits": self.backbone.forward_head(hidden)}  # (B, D), (B, C)
+        out = {"embedding": embedding}  # (B, D)
+        if self.build_args["num_classes"]:
+            out["logits"] = self.backbone.forward_head(hidden)  # (B, C)
         if self.with_tokens:
             out["tokens"] = tokens
         if self._indices is not None:
@@ -395,19 +402,27 @@ SMALL_MODELS = {
 }
 
 
-def build_model(name, num_classes, img_size=32, patch_size=None, pretrained=False, hf_config=None, pooling=None):
+DINOV2 = {  # the names on torch's hub -> timm's
+    f"dinov2_vit{side[0]}14{'_reg' if registers else ''}": f"vit_{side}_patch14_{'reg4_' if registers else ''}dinov2.lvd142m"
+    for side in ("small", "base", "large", "giant") for registers in (False, True)
+}  # fmt: skip
+
+
+def build_model(name, num_classes, img_size=32, patch_size=None, pretrained=False, hf_config=None, pooling=None, dynamic=False):
     """Build an ImageModel; see the head of this file for names.
 
     img_size: input side in pixels; patch_size: of our ViTs (4 where None); pretrained: hub weights, with a new head;
-    hf_config: dict, set when an `hf:` model is rebuilt from a checkpoint; pooling: see `set_pooling`.  Raises ModelError.
+    hf_config: dict, set when an `hf:` model is rebuilt from a checkpoint; pooling: see `set_pooling`; dynamic: images of
+    other sides come too (local crops), for which timm's ViTs then resize their positions.  num_classes 0: no head and
+    no logits.  Raises ModelError.
     """
-    model = _build(name, num_classes, img_size, patch_size, pretrained, hf_config)
+    model = _build(name, num_classes, img_size, patch_size, pretrained, hf_config, dynamic)
     model.set_pooling(pooling)
     return model
 
 
-def _build(name, num_classes, img_size, patch_size, pretrained, hf_config):
-    build_args = {"name": name, "num_classes": num_classes, "img_size": img_size}
+def _build(name, num_classes, img_size, patch_size, pretrained, hf_config, dynamic):
+    build_args = {"name": name, "num_classes": num_classes, "img_size": img_size, **({"dynamic": True} if dynamic else {})}
     if name in SMALL_MODELS:
         if pretrained:
             raise ModelError(f"--pretrained: there are no hub weights of {name}; timm:{name} may have some")
@@ -419,13 +434,14 @@ def _build(name, num_classes, img_size, patch_size, pretrained, hf_config):
         raise ModelError(f"--patch-size is for vit_tiny and vit_6_192; the name {name} fixes it")
     if name.startswith("hf:"):
         return _build_hugging_face(name, num_classes, build_args, pretrained, hf_config)
-    return _build_timm(name, num_classes, img_size, build_args, pretrained)
+    return _build_timm(name, num_classes, img_size, build_args, pretrained, dynamic)
 
 
-def _build_timm(name, num_classes, img_size, build_args, pretrained):
+def _build_timm(name, num_classes, img_size, build_args, pretrained, dynamic):
     import timm
 
     timm_name = name.removeprefix("timm:")
+    timm_name = DINOV2.get(timm_name, timm_name)
     if not timm.is_model(timm_name.split(".")[0]):
         import difflib
 
@@ -435,12 +451,14 @@ def _build_timm(name, num_classes, img_size, build_args, pretrained):
 
     def create(pretrained):
         arguments = {"pretrained": pretrained, "num_classes": num_classes}
-        try:
-            return timm.create_model(timm_name, img_size=img_size, **arguments)
-        except TypeError as error:  # a CNN takes no img_size
-            if "img_size" not in str(error):
-                raise
-            return timm.create_model(timm_name, **arguments)
+        kinds = [{"img_size": img_size, "dynamic_img_size": True}] if dynamic else []
+        for sides in [*kinds, {"img_size": img_size}]:  # a Swin takes the second, a CNN none
+            try:
+                return timm.create_model(timm_name, **sides, **arguments)
+            except TypeError as error:
+                if "img_size" not in str(error):
+                    raise
+        return timm.create_model(timm_name, **arguments)
 
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # one line of ours, not one for each retry
     try:
@@ -540,6 +558,7 @@ def load_weights(model, state, source):
     heads = tuple(f"{head}." for head in ([heads] if isinstance(heads, str) else heads))
     head = [name for name in own if name.startswith(heads)]
     dropped = any(name not in state or state[name].shape != own[name].shape for name in head)
+    dropped = dropped or not head and any(name.startswith(heads) for name in state)
     if dropped:
         state = {name: value for name, value in state.items() if not name.startswith(heads)}
         state.update({name: own[name] for name in head})

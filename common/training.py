@@ -206,7 +206,7 @@ def load_model(checkpoint, device="cpu", resolution=None, path="the checkpoint")
 def start_model(args, num_classes, resolution):
     """(new model on the CPU, line for the log or None) by --model and the flags beside it, from the weights of --seed."""
     torch.manual_seed(args.seed)
-    model = build_model(args.model, num_classes, resolution, args.patch_size, args.pretrained)
+    model = build_model(args.model, num_classes, resolution, args.patch_size, args.pretrained, dynamic=bool(getattr(args, "local_crops", 0)))
     note = start_weights(model, args.weights, args.init_checkpoint)
     model.set_dropout(args.dropout)
     if args.freeze_backbone:
@@ -343,7 +343,7 @@ class Recorder:
         rate = self.images / max(self.train_seconds, 1e-9)
         row.update(images_per_second=round(rate, 1), seconds=round(time.time() - self.epoch_started, 2))
         self.run.add_row(row)
-        shown = dict.fromkeys(["train_loss", "train_accuracy", "val_loss", "val_accuracy", f"val_{self.metric}", "val_agreement"])
+        shown = dict.fromkeys(["train_loss", "train_accuracy", "val_loss", "val_accuracy", f"val_{self.metric}", "val_agreement", "val_knn", "val_teacher_knn"])
         parts = [f"{name} {row[name]:.4f}" for name in shown if row.get(name) is not None]
         mark = " *" if self.best_epoch == self.epoch else ""
         self.run.log(f"epoch {self.epoch}/{self.epochs_wanted}: lr {row['lr']:.4g}, {', '.join(parts)}, {rate:.0f} images/s{mark}")

@@ -1,0 +1,174 @@
+"""What teaches a student: a frozen model that is run, or what one has left in a store; and what it is worth.
+
+Needs from common: cli.py, data.py, embeddings.py, evaluation.py, loader.py, metrics.py, models.py, probes.py, training.py (and
+what these need) and torch.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from common import cli
+from common.augment import Policy
+from common.data import DATASETS, load_splits
+from common.embeddings import Store, StoredTeacher, difference, split_folder
+from common.evaluation import is_chance_level, live_teacher, outputs, predict
+from common.loader import Loader
+from common.metrics import classification
+from common.models import build_model
+from common.probes import knn
+from common.training import Preprocess, file_sha256, load_model, start_weights, use_compile
+
+NEIGHBOURS = 20  # of --eval-dataset
+
+
+class Source(NamedTuple):
+    """What teaches: a frozen model or what one has left in a store.  Nothing that follows asks which."""
+
+    targets: Callable  # (batch, split) -> {"logits": (B, C), "embedding": (B, D), "tokens": (B, T, D), "features": {layer: (B, C_l, H_l, W_l)}}
+    choose_view: Callable  # batch -> the batch with the views that are shown
+    logits: Callable  # (split, loader) -> (N, C) of the plain images, or None where no head is trained for these classes
+    model: tuple  # (model, Preprocess) of a live one, else None
+    resolution: int  # the teacher's input side in pixels
+    title: str
+    described: dict  # for results.json
+
+
+def open_stores(args):
+    """{split: Store} of --teacher-embeddings, or None; the run's data are the store's, other flags are refused."""
+    if not args.teacher_embeddings:
+        if args.num_views:
+            raise cli.UserError("--num-views needs --teacher-embeddings DIR")
+        return None
+    for name in ("teacher_checkpoint", "teacher_model", "teacher_resolution", "teacher_pooling", *Policy.__dataclass_fields__, "augment", "no_augment"):
+        if getattr(args, name) not in (None, False):
+            flag = "--" + name.replace("_", "-")
+            raise cli.UserError(f"{flag} and --teacher-embeddings contradict each other: teacher and views are the stored ones")
+    stores = {"train": Store(split_folder(args.teacher_embeddings, "train"))}
+    meta = stores["train"].meta
+    for split in ("val",) if meta["dataset"] == "unlabeled" else ("val", "test"):
+        stores[split] = Store(split_folder(args.teacher_embeddings, split))
+    for store in stores.values():
+        differs = difference({**store.meta, **{key: meta[key] for key in ("split", "sha256", "count")}}, meta)
+        if differs:
+            raise cli.UserError(f"{store.folder} and {stores['train'].folder} are of different extractions ({differs})")
+    defaults = {"split_seed": 0, "decode_size": 512}
+    for name in ("dataset", *cli.STORED_FLAGS):
+        if getattr(args, name) not in (None, False, defaults.get(name), meta.get(name)):
+            raise cli.UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: the embeddings were made with {meta.get(name)}")
+        setattr(args, name, meta.get(name))
+    args.data_root = args.data_root or meta.get("data_root")
+    return stores
+
+
+def stored_source(args, stores, splits, weights):
+    """Source of --teacher-embeddings."""
+    if weights["feature"]:
+        raise cli.UserError(f"--teacher-embeddings hold no feature maps: --method {args.method} needs a teacher, or --feature-weight 0")
+    of_terms = {"embedding": "embeddings", "cls": "embeddings", "patch": "tokens", "kl": "logits"}
+    wanted = list(dict.fromkeys(name for term, name in of_terms.items() if weights[term]))
+    datasets = {split: getattr(splits, split) for split in stores}
+    meta = stores["train"].meta
+    kept = {key: meta["teacher"][key] for key in ("name", "family", "parameters", "checkpoint", "sha256")}
+    stored = StoredTeacher(stores, datasets, wanted, args.num_views, args.seed)
+    described = {**kept, "embeddings": args.teacher_embeddings, "num_views": stored.num_views, "resolution": meta["resolution"]}
+    title = f"teacher {kept['name']}: {kept['parameters']:,} parameters, {meta['resolution']} px, {stored.num_views} stored views"
+    if args.global_crops > stored.num_views:
+        raise cli.UserError(f"--global-crops {args.global_crops}: {args.teacher_embeddings} gives {stored.num_views} views of an image")
+    judged = weights["ce"] or weights["kl"] or meta["teacher"]["weights"] == "checkpoint"  # others have no trained head
+    return Source(stored.targets, stored.choose_view, lambda split, loader: stored.logits(split) if judged else None, None, meta["resolution"],
+                  title, described)  # fmt: skip
+
+
+def load_teacher(args, path, checkpoint, classes, resolution, info):
+    """(model, Preprocess, dict for results.json); the model on the CPU; classes: [] where no logits are needed."""
+    if checkpoint is None:
+        side = args.teacher_resolution or resolution
+        teacher = build_model(args.teacher_model, len(classes), side, pretrained=args.teacher_pretrained)
+        start_weights(teacher, args.teacher_weights)
+        preprocess = Preprocess(side, teacher.mean or info.mean, teacher.std or info.std)
+        sha = file_sha256(args.teacher_weights) if args.teacher_weights else None
+    else:
+        if classes and checkpoint["classes"] != classes:
+            raise cli.UserError(f"teacher and data have different classes: {path} knows {len(checkpoint['classes'])} "
+                                f"({', '.join(checkpoint['classes'][:4])}, ...), {args.dataset} has {len(classes)} "
+                                f"({', '.join(classes[:4])}, ...)")  # fmt: skip
+        teacher, preprocess = load_model(checkpoint, resolution=args.teacher_resolution, path=path)
+        sha = file_sha256(path)
+    described = {"name": teacher.name, "family": teacher.family, "parameters": teacher.num_parameters, "checkpoint": path, "sha256": sha}
+    return teacher, preprocess, described
+
+
+def live_source(args, weights, path, checkpoint, splits, classes, resolution, augment, precision, interrupts):
+    """Source of a teacher that is run; classes: those of its logits, [] where none are needed."""
+    teacher, preprocess, described = load_teacher(args, path, checkpoint, classes, resolution, DATASETS[args.dataset])
+    teacher.set_feature_layers(args.teacher_layer)
+    teacher.set_pooling(args.teacher_pooling or teacher.pooling)
+    teacher.with_tokens = bool(weights["patch"])
+    teacher.to(precision.device).to(memory_format=torch.channels_last)
+    targets = live_teacher(teacher, preprocess, augment, precision)
+    if use_compile(args.compile, precision.device):
+        teacher.compile()
+    title = f"teacher {described['name']}: {described['parameters']:,} parameters, {preprocess.resolution} px"
+    judged = splits.classes and (classes or checkpoint and checkpoint["classes"] == splits.classes)
+    return Source(lambda batch, split="train": targets(batch), lambda batch: batch,
+                  lambda split, loader: predict(teacher, loader, preprocess, precision, interrupts) if judged else None,
+                  (teacher, preprocess), preprocess.resolution, title, described)  # fmt: skip
+
+
+class Neighbours:
+    """--eval-dataset: accuracy of the nearest images of its train on its val, by a model's embeddings."""
+
+    def __init__(self, args, device, precision, interrupts):
+        same = args.eval_dataset == args.dataset
+        options = cli.split_flags(vars(args)) if same else {name: getattr(args, name) for name in ("split_seed", "decode_size", "on_bad_image")}
+        options.pop("limit_train", None)
+        root = args.eval_data_root or (args.data_root if same else None)
+        self.splits = load_splits(args.eval_dataset, cli.data_root(root), splits=("train", "val"), **options)
+        self.loaders = [Loader(part, args.batch_size, device, cache=args.cache, workers=args.workers) for part in (self.splits.train, self.splits.val)]
+        self.precision, self.interrupts = precision, interrupts
+
+    def __call__(self, model, preprocess):
+        """{"accuracy", "balanced_accuracy"}"""
+        train, val = (torch.from_numpy(outputs(model, loader, preprocess, self.precision, ("embedding",), self.interrupts)["embedding"])
+                      for loader in self.loaders)  # fmt: skip
+        votes = knn(train, torch.from_numpy(self.splits.train.labels), val, len(self.splits.classes), k=(NEIGHBOURS,))
+        found = classification(next(iter(votes.values())).numpy(), self.splits.val.labels)
+        return {name: found[name] for name in ("accuracy", "balanced_accuracy")}
+
+
+def judge_teacher(source, logits, splits, neighbours, args):
+    """Note the teacher's val metrics and refuse one at chance level; returns a line for the log."""
+    text = source.title
+    if logits is not None:
+        source.described["val"] = classification(logits, splits.val.labels)
+        check_teacher(source.described["val"]["balanced_accuracy"], len(splits.classes), splits.val.labels, args.allow_weak_teacher)
+        text += f", val accuracy {source.described['val']['accuracy']:.4f}"
+    if neighbours and source.model:
+        source.described["knn"] = neighbours(*source.model)
+        eval_set = neighbours.splits
+        check_teacher(source.described["knn"]["balanced_accuracy"], len(eval_set.classes), eval_set.val.labels, args.allow_weak_teacher, "by k-NN ")
+        text += f", k-NN accuracy {source.described['knn']['accuracy']:.4f} on val of {eval_set.name}"
+    if "val" in source.described or "knn" in source.described:
+        return text
+    why = "no logits are stored" if source.model is None else "it has no head for these classes, --eval-dataset judges it by k-NN"
+    return f"{text}; it is not judged: {why}"
+
+
+def check_teacher(balanced_accuracy, num_classes, labels, allow_weak, how=""):
+    """Refuse a teacher that is no better than chance on val."""
+    if is_chance_level(balanced_accuracy, num_classes, labels) and not allow_weak:
+        raise cli.UserError(
+            f"the teacher is {how}no better than chance on val (balanced accuracy {balanced_accuracy:.4f}): wrong checkpoint, "
+            "classes or preprocessing? --allow-weak-teacher goes on"
+        )
+
+
+def differences(checkpoint, args):
+    """Notes on a teacher of the same dataset that was trained with another val split."""
+    taught = checkpoint["flags"] if checkpoint else {}
+    for name in ("val_split", "split_seed", "folds", "fold"):
+        if taught.get("dataset") == args.dataset and taught.get(name) != getattr(args, name):
+            flag = "--" + name.replace("_", "-")
+            yield f"note: the teacher was trained with another {flag} ({taught.get(name)}): it may know val images"
