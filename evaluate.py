@@ -5,6 +5,7 @@
     python evaluate.py runs/student/best.pth --dataset imagefolder --data-root outside --split test
     python evaluate.py runs/distill/best.pth --teacher-checkpoint runs/teacher/best.pth --knn --linear-probe
     python evaluate.py embeddings --knn --linear-probe           # what extract_embeddings.py stored; its plain view is used
+    python evaluate.py runs/tokens/best.pth --dataset ham10000 --data-root DIR --knn --linear-probe     # trained without labels
 
 A checkpoint knows its model, classes, preprocessing and dataset; flags name another dataset with the same classes.
 k-NN and the probe take the embeddings of all of the run's train split, whatever its --limit-train, and are judged once
@@ -65,8 +66,10 @@ def build_parser():
 
 def live(path, loaders, batch_size, resolution, device, precision):
     """(outputs {split: {"logits", "embedding"}}, what it is, what it costs) of a checkpoint on loaders {split: Loader}."""
-    model, preprocess = load_model(load_checkpoint(path), device, resolution, path)
-    found = {split: outputs(model, loader, preprocess, precision) for split, loader in loaders.items()}
+    checkpoint = load_checkpoint(path)
+    model, preprocess = load_model(checkpoint, device, resolution, path)
+    names = ("logits", "embedding") if checkpoint["classes"] else ("embedding",)  # a student without labels has no head
+    found = {split: outputs(model, loader, preprocess, precision, names) for split, loader in loaders.items()}
     described = {"checkpoint": path, "sha256": file_sha256(path), "model": model.name, "family": model.family, "resolution": preprocess.resolution}
     return found, described, cost(model, preprocess.resolution, batch_size, device, precision)
 
@@ -176,7 +179,7 @@ def check_classes(args, classes):
     path = args.teacher_checkpoint or args.teacher_embeddings
     if path:
         others = open_splits(path, [args.split])[args.split].meta["classes"] if args.teacher_embeddings else load_checkpoint(path)["classes"]
-        if others != classes:
+        if others and others != classes:
             raise cli.UserError(f"teacher and student have different classes: {len(others)} ({', '.join(others[:4])}, ...) "
                                 f"and {len(classes)} ({', '.join(classes[:4])}, ...)")  # fmt: skip
 

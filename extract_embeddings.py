@@ -52,7 +52,8 @@ from common.training import (
 
 SPLITS = ("train", "val", "test")
 PLAIN = "csv"  # whose resolution, normalization and views --images takes where neither checkpoint nor reference says them
-NOT_OF_IMAGES = ("dataset", "data_root", "download", "val_split", "folds", "fold", "split_seed", "include_list", "extra_train", "binary", "negatives",
+NOT_OF_IMAGES = ("dataset", "data_root", "hf_dataset", "download", "val_split",
+                 "folds", "fold", "split_seed", "include_list", "extra_train", "binary", "negatives",
                  "table", "image_column", "label_column", "group_column", "split_column", "splits")  # fmt: skip
 FLUSH_SECONDS = 30  # what a machine that dies may lose
 
@@ -142,7 +143,7 @@ def settle(args):
         args.hair_removal = args.hair_removal or bool(flags.get("hair_removal"))
         args.split_seed = 0
         return checkpoint
-    args.dataset = args.dataset or flags["dataset"]
+    args.dataset = args.dataset or ("unlabeled" if args.hf_dataset else flags["dataset"])
     if args.dataset == flags["dataset"]:
         args.data_root = args.data_root or flags["data_root"]
         args.val_split = flags.get("val_split") if args.val_split is None else args.val_split
@@ -155,7 +156,7 @@ def settle(args):
 def read_data(args, checkpoint, reference):
     """(Splits, the name of the dataset whose defaults hold); --images are its `images`, in place of splits."""
     if not args.images:
-        return load_splits(args.dataset, cli.data_root(args.data_root), download=args.download, **cli.split_flags(vars(args))), args.dataset
+        return load_splits(args.dataset, cli.data_root(args.data_root), download=args.download, labels=False, **cli.split_flags(vars(args))), args.dataset
     splits = Splits("images", "custom", [])
     splits.images = load_folder(args.images, args.decode_size, args.window, args.on_bad_image, args.hair_removal)
     base = None
@@ -178,6 +179,8 @@ def load_teacher(args, checkpoint, classes, info):
         start_weights(model, args.weights)
         preprocess = Preprocess(resolution, model.mean or info.mean, model.std or info.std)
         sha = file_sha256(args.weights) if args.weights else None
+    if args.save_logits and not (checkpoint["classes"] if checkpoint else classes):
+        raise cli.UserError(f"--save-logits: {args.checkpoint or args.dataset} knows no classes, so there are no logits")
     if args.pooling:
         model.set_pooling(args.pooling)
     model.with_tokens = args.save_tokens
@@ -247,7 +250,8 @@ def main(args):
     check_flags(args)
     names_of_splits = ["images"] if args.images else args.splits or SPLITS
     if args.merge:
-        for split in names_of_splits:
+        there = [split for split in names_of_splits if os.path.isdir(split_folder(args.output, split))]
+        for split in names_of_splits if args.splits or not there else there:  # unlabelled images have no test
             merge(split_folder(args.output, split), args.merge)
             print(f"{split_folder(args.output, split)}: {args.merge} shards joined")
         return
@@ -260,6 +264,10 @@ def main(args):
     splits, base = read_data(args, checkpoint, reference)
     args.dataset = base
     info, policy = DATASETS[base], cli.augment_policy(args)
+    lacking = [split for split in names_of_splits if getattr(splits, split) is None]
+    if lacking and args.splits:
+        raise cli.UserError(f"--splits {' '.join(lacking)}: {base} has none")
+    names_of_splits = [split for split in names_of_splits if split not in lacking]
     model, preprocess, described = load_teacher(args, checkpoint, splits.classes, info)
     model.to(device).to(memory_format=torch.channels_last)
     if use_compile(args.compile, device):

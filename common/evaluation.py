@@ -12,7 +12,7 @@ import torch
 
 from common import distributed, metrics
 from common.augment import Augmenter, Policy
-from common.cli import atomic_write, read_json, split_flags, write_json
+from common.cli import UserError, atomic_write, read_json, split_flags, write_json
 from common.cli import data_root as find_data_root
 from common.data import load_splits
 from common.images import TASK
@@ -253,11 +253,13 @@ def evaluate_checkpoint(path, split="test", device="auto", batch_size=128, data_
 
 
 def splits_of(checkpoint, dataset=None, data_root=None, split="test", **reading):
-    """Splits that hold `split` of a checkpoint's own dataset, or of another with the checkpoint's classes.
+    """Splits that hold `split` of a checkpoint's own dataset, or of another with the checkpoint's classes, if it has any.
 
     reading: keywords of `load_splits` that win over the checkpoint's flags.
     """
     flags = checkpoint["flags"]
+    if dataset is None and flags["dataset"] == "unlabeled":
+        raise UserError("this run's images have no labels: name a set that has, --dataset NAME --data-root DIR")
     own = dataset in (None, flags["dataset"])
     divided = own and split != "test"  # train and val are the run's own division
     options = split_flags(flags)
@@ -267,7 +269,7 @@ def splits_of(checkpoint, dataset=None, data_root=None, split="test", **reading)
         options = {k: v for k, v in options.items() if k not in ("limit_train", "include_list", "extra_train")}
     result = load_splits(
         dataset or flags["dataset"], find_data_root(data_root or (flags["data_root"] if own else None)),
-        classes=checkpoint["classes"], splits=("train", "val", "test") if divided else (split,), **{**options, **reading},
+        classes=checkpoint["classes"] or None, splits=("train", "val", "test") if divided else (split,), **{**options, **reading},
     )  # fmt: skip
     if not divided:
         result.train, result.val, result.test = (getattr(result, k) if k == split else None for k in ("train", "val", "test"))

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from conftest import SMALL, run_script, succeed
 
+from common import cli
 from common.augment import Augmenter, Policy
 from common.data import load_splits
 from common.images import DataError, ImageDataset
@@ -218,4 +219,5 @@ def test_the_method_s_optimizer():
     assert settled() == ("sgd", "accuracy") and settled("--method", "embedding") == ("adamw", "accuracy")
     assert settled("--embedding-weight", "0.1", "--optimizer", "sgd") == ("sgd", "accuracy")
     assert settled("--method", "embedding", "--ce-weight", "0") == ("adamw", "distillation_loss")
-    assert settled("--method", "embedding", "--ce-weight", "0", "--select-metric", "auc")[1] == "auc"
+    with pytest.raises(cli.UserError, match="no logits"):
+        settled("--method", "embedding", "--ce-weight", "0", "--select-metric", "auc")
