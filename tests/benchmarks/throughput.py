@@ -2,6 +2,7 @@
 
     python tests/benchmarks/throughput.py                                   # CPU: ResNet-18, ResNet-8, 32 px, batch 128
     python tests/benchmarks/throughput.py --device cuda --amp bf16 --compile on --steps 200
+    python tests/benchmarks/throughput.py --tokens --teacher vit_tiny --student vit_6_192 --batch-size 64   # a live teacher, and a store
 
 The bare loop has the same models, batch, memory format, precision, compile setting, loss and optimizer, on tensors made
 beforehand: no decoding, no augmentation, no metrics.  The script runs as a user runs it, on as many random images as
@@ -24,7 +25,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from common.losses import cross_entropy, temperature_kl  # noqa: E402
+from common.losses import DistillationLoss, cross_entropy, method_weights, temperature_kl  # noqa: E402
 from common.models import build_model  # noqa: E402
 from common.optimizer import make_optimizer  # noqa: E402
 from common.training import Precision, use_compile  # noqa: E402
@@ -41,6 +42,7 @@ def parse():
     parser.add_argument("--rounds", type=int, default=3, help="how often script and bare loop alternate")
     parser.add_argument("--teacher", default="resnet18", help="model")
     parser.add_argument("--student", default="resnet8", help="model")
+    parser.add_argument("--tokens", action="store_true", help="distill.py --method tokens alone, of two ViTs")
     return parser.parse_args()
 
 
@@ -72,26 +74,62 @@ def bare(args, name, teacher_name=None):
         precision.scaler.update()
         optimizer.zero_grad(set_to_none=True)
 
+    return timed(args, step)
+
+
+def bare_tokens(args, live):
+    """Images/s of the bare loop of --method tokens: a teacher that is run, or its tokens made beforehand."""
+    device, precision = torch.device(args.device), Precision(args.amp, torch.device(args.device))
+    model, teacher = (build_model(name, 0, args.resolution).to(device) for name in (args.student, args.teacher))
+    model.with_tokens = teacher.with_tokens = True
+    teacher.eval().requires_grad_(False)
+    images = torch.randn(args.batch_size, 3, args.resolution, args.resolution, device=device)
+    with torch.no_grad():
+        taught, criterion = teacher({"image": images}), DistillationLoss(method_weights("tokens"))
+        criterion.build(model({"image": images}), taught)
+    if use_compile(args.compile, device):
+        model.compile(), teacher.compile()
+    optimizer = make_optimizer("adamw", [model], 5e-4, projectors=criterion)
+
+    def step(taught=taught):
+        with precision.autocast():
+            if live:
+                with torch.no_grad():
+                    taught = teacher({"image": images})
+            loss = criterion(model({"image": images}), taught, None)
+        precision.scaler.scale(loss).backward()
+        precision.scaler.step(optimizer)
+        precision.scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+    return timed(args, step)
+
+
+def timed(args, step):
+    """Images/s of two epochs' worth of steps, after a warm-up."""
     for _ in range(3 if args.device == "cpu" else 30):
         step()
-    if device.type == "cuda":
+    if args.device != "cpu":
         torch.cuda.synchronize()
     start = time.perf_counter()
     for _ in range(2 * args.steps):
         step()
-    if device.type == "cuda":
+    if args.device != "cpu":
         torch.cuda.synchronize()
     return 2 * args.steps * args.batch_size / (time.perf_counter() - start)
 
 
-def real(args, script, data, folder, *flags):
-    """The script's own training images/s: median of the epochs after the first."""
-    command = [sys.executable, ROOT / script, "--dataset", "medmnist", "--data-root", data, "--resolution", args.resolution,
-               "--batch-size", args.batch_size, "--epochs", 3, "--device", args.device, "--amp", args.amp, "--compile",
-               args.compile, "--crop", "pad", "--hflip", 0.5, "--overwrite", "--output", folder, *flags]  # fmt: skip
-    done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
+def run(*command):
+    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stderr)
+
+
+def real(args, script, data, folder, *flags):
+    """The script's own training images/s: median of the epochs after the first."""
+    views = [] if "--teacher-embeddings" in flags else ["--crop", "pad", "--hflip", 0.5]
+    run(ROOT / script, "--dataset", "medmnist", "--data-root", data, "--resolution", args.resolution, "--batch-size", args.batch_size,
+        "--epochs", 3, "--device", args.device, "--amp", args.amp, "--compile", args.compile, *views, "--overwrite", "--output", folder, *flags)  # fmt: skip
     return statistics.median(row["images_per_second"] for row in json.loads((folder / "metrics.json").read_text())[1:])
 
 
@@ -106,6 +144,9 @@ def main():
         arrays = {f"{s}_images": random.integers(0, 256, (n, *shape), np.uint8) for s, n in counts.items()}
         arrays.update({f"{s}_labels": (np.arange(n) % 10)[:, None] for s, n in counts.items()})
         np.savez(temporary / "random.npz", **arrays)
+        data = temporary / "random.npz"
+        if args.tokens:
+            return tokens(args, data, temporary)
         cases = {
             "train_teacher.py": ((args.teacher,), ["--model", args.teacher]),
             "train_student.py": ((args.student,), ["--model", args.student]),
@@ -113,13 +154,32 @@ def main():
                                                           temporary / "train_teacher.py" / "best.pth"]),
         }  # fmt: skip
         for script, (models, flags) in cases.items():
-            loops, scripts = [], []
-            for _ in range(args.rounds):
-                loops.append(bare(args, *models))
-                scripts.append(real(args, script, temporary / "random.npz", temporary / script, *flags))
-            ratio = statistics.median(scripts) / statistics.median(loops)
-            print(f"{script:18} bare {statistics.median(loops):9.1f} images/s ({min(loops):.1f} to {max(loops):.1f}), script "
-                  f"{statistics.median(scripts):9.1f} ({min(scripts):.1f} to {max(scripts):.1f}), ratio {ratio:.3f}", flush=True)  # fmt: skip
+            compare(args, script, lambda models=models: bare(args, *models),
+                    lambda script=script, flags=flags: real(args, script, data, temporary / script, *flags))  # fmt: skip
+
+
+def tokens(args, data, folder):
+    """--method tokens of a live teacher and from stored tokens, one epoch's views of each image."""
+    flags, teacher = ["--method", "tokens", "--model", args.student], folder / "teacher" / "best.pth"
+    run(ROOT / "train_teacher.py", "--dataset", "medmnist", "--data-root", data, "--model", args.teacher, "--resolution", args.resolution, "--epochs", 1,
+        "--output", folder / "teacher", "--device", args.device)  # fmt: skip
+    run(ROOT / "extract_embeddings.py", "--checkpoint", teacher, "--num-views", 2, "--save-tokens", "--crop", "pad", "--hflip", 0.5, "--device", args.device,
+        "--output", folder / "store")  # fmt: skip
+    for title, live, given in (("live teacher", True, ["--teacher-checkpoint", teacher, "--allow-weak-teacher"]),
+                               ("stored tokens", False, ["--teacher-embeddings", folder / "store"])):  # fmt: skip
+        compare(args, title, lambda live=live: bare_tokens(args, live),
+                lambda given=given: real(args, "distill.py", data, folder / "run", *flags, *given))  # fmt: skip
+
+
+def compare(args, title, loop, script):
+    """Alternate the bare loop and the script; print both and their ratio."""
+    loops, scripts = [], []
+    for _ in range(args.rounds):
+        loops.append(loop())
+        scripts.append(script())
+    ratio = statistics.median(scripts) / statistics.median(loops)
+    print(f"{title:18} bare {statistics.median(loops):9.1f} images/s ({min(loops):.1f} to {max(loops):.1f}), script "
+          f"{statistics.median(scripts):9.1f} ({min(scripts):.1f} to {max(scripts):.1f}), ratio {ratio:.3f}", flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":
