@@ -203,7 +203,8 @@ def test_dinov2_from_timm_end_to_end(tmp_path):
     tree(tmp_path / "images", 24)
     done = succeed("distill.py", "--method", "tokens", "--teacher-model", "dinov2_vits14_reg", "--teacher-weights", tmp_path / "weights.pth",
                    "--teacher-resolution", 28, "--model", "vit_tiny_patch16_224", "--resolution", 32, "--local-crops", 2, "--epochs", 1,
-                   "--batch-size", 8, "--dataset", "unlabeled", "--data-root", tmp_path / "images", "--output", tmp_path / "run", "--device", "cpu")  # fmt: skip
+                   "--batch-size", 8, "--dataset", "unlabeled", "--data-root", tmp_path / "images", "--output", tmp_path / "run",
+                   "--device", "cpu")  # fmt: skip
     assert "timm" not in done.stderr
     saved = load_checkpoint(str(tmp_path / "run" / "latest.pth"))
     model, _ = load_model(saved)  # rebuilt, it takes the local crops' side too
