@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import SMALL, run_script, succeed
+from test_losses import full
 
 from common import cli
 from common.augment import Augmenter, Policy
@@ -140,8 +141,8 @@ def test_the_student_s_pooling_is_kept(tmp_path, teacher):
 
 def test_feature_matching_by_hand():
     weights = method_weights("feature_matching", 0.3)
-    assert weights == {"ce": 0.7, "kl": 0.0, "feature": 0.3, "embedding": 0.0}
-    assert method_weights("feature_matching") == {"ce": 0.5, "kl": 0.0, "feature": 0.5, "embedding": 0.0}
+    assert weights == full(ce=0.7, feature=0.3)
+    assert method_weights("feature_matching") == full(ce=0.5, feature=0.5)
     torch.manual_seed(0)
     student = {"logits": torch.randn(4, 3), "features": {"a": torch.randn(4, 5, 6, 6), "b": torch.randn(4, 7, 2, 2)}}
     teacher = {"logits": torch.randn(4, 3), "features": {"x": torch.randn(4, 6, 3, 3), "y": torch.randn(4, 8, 4, 4)}}
@@ -163,7 +164,7 @@ def test_feature_matching_by_hand():
 def test_alpha_of_feature_matching_beside_its_weights(flag):
     with pytest.raises(LossError, match=f"--alpha and --{flag}-weight both"):
         method_weights("feature_matching", 0.3, **{flag: 1.0})
-    assert method_weights("feature_matching", 0.25, kl=2.0) == {"ce": 0.75, "kl": 2.0, "feature": 0.25, "embedding": 0.0}
+    assert method_weights("feature_matching", 0.25, kl=2.0) == full(ce=0.75, kl=2.0, feature=0.25)
 
 
 def test_a_collapse_is_seen():

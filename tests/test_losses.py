@@ -8,6 +8,7 @@ import torch
 
 from common.losses import (
     METHODS,
+    TERMS,
     DistillationLoss,
     EmbeddingProjectors,
     LossError,
@@ -24,6 +25,11 @@ from common.losses import (
 from common.models import build_model
 
 B, C = 5, 7
+
+
+def full(**given):
+    """The weights of all terms: those that are not given are 0."""
+    return {**dict.fromkeys(TERMS, 0.0), **given}
 
 
 def rand(*shape, seed=0, scale=1.0, grad=False):
@@ -252,11 +258,11 @@ def test_targets_made_under_no_grad_can_be_matched():
 
 
 def test_method_weights_defaults():
-    assert method_weights("response") == {"ce": 0.5, "kl": 0.5, "feature": 0.0, "embedding": 0.0}
-    assert method_weights("feature") == {"ce": 0.5, "kl": 0.5, "feature": 1.0, "embedding": 0.0}
-    assert method_weights("feature", 0.3) == {"ce": 0.3, "kl": 0.7, "feature": 1.0, "embedding": 0.0}
-    assert method_weights("response", ce=2.0, kl=None, feature=0.1) == {"ce": 2.0, "kl": 0.5, "feature": 0.1, "embedding": 0.0}
-    assert METHODS["response"] == {"ce": 0.5, "kl": 0.5, "feature": 0.0, "embedding": 0.0}, "the table itself must not change"
+    assert method_weights("response") == full(ce=0.5, kl=0.5)
+    assert method_weights("feature") == full(ce=0.5, kl=0.5, feature=1.0)
+    assert method_weights("feature", 0.3) == full(ce=0.3, kl=0.7, feature=1.0)
+    assert method_weights("response", ce=2.0, kl=None, feature=0.1) == full(ce=2.0, kl=0.5, feature=0.1)
+    assert METHODS["response"] == {"ce": 0.5, "kl": 0.5}, "the table itself must not change"
 
 
 @pytest.mark.parametrize(
