@@ -10,7 +10,7 @@
     python distill.py --resume runs/distill
 
 The teacher is frozen and judged on val before training.  Writes the run folder as train_student.py does.  Without
-cross-entropy and KL no label is read, the student has no head and val's distillation loss chooses the best epoch.
+cross-entropy and KL no label trains, the student has no head and val's distillation loss chooses the best epoch.
 Needs from common: augment.py, cli.py, data.py, dermatology.py, distributed.py, embeddings.py, evaluation.py, images.py,
 loader.py, losses.py, metrics.py, models.py, optimizer.py, probes.py, splitting.py, tables.py, teacher.py, training.py.
 Packages: torch, timm, numpy, pillow, scikit-learn, tqdm (torchvision for CIFAR, transformers for hf: names, datasets for
@@ -63,7 +63,9 @@ def build_parser():
     g.add_argument("--teacher-weights", metavar="FILE", help="a foreign state dict for --teacher-model, strictly")
     g.add_argument("--teacher-embeddings", metavar="DIR", help="what extract_embeddings.py stored, in place of a teacher; the student sees the stored views")
     g.add_argument("--num-views", type=cli.POSITIVE, metavar="K", help="use the first K stored views; by default all")
-    g.add_argument("--teacher-resolution", type=cli.POSITIVE, help="the teacher's input side in pixels; by default the one it was trained at")
+    g.add_argument("--teacher-resolution", type=cli.POSITIVE,
+                   help="the teacher's input side in pixels; by default the one it was trained at, of --teacher-model "
+                   "the student's")  # fmt: skip
     g.add_argument("--teacher-pooling", choices=("cls", "mean", "map"), help="what is the live teacher's embedding; by default what its head takes")
     g.add_argument("--allow-weak-teacher", action="store_true", help="go on with a teacher that is no better than chance on val")
     g = parser.add_argument_group("distillation")
@@ -100,7 +102,7 @@ def build_parser():
     g.add_argument("--eval-dataset", choices=[name for name in DATASETS if name != "unlabeled"], help=f"labelled images: {NEIGHBOURS} neighbours of train "
                    "classify val, for student and teacher")  # fmt: skip
     g.add_argument("--eval-data-root", help="its folder or file; by default --data-root where the dataset is the same, $DATA_ROOT or data/")
-    g.add_argument("--eval-every", type=cli.POSITIVE, default=5, metavar="N", help="epochs between looks; the last is always judged")
+    g.add_argument("--eval-every", type=cli.POSITIVE, default=5, metavar="N", help="epochs between looks; the last of --epochs is always judged")
     return parser
 
 
@@ -141,7 +143,7 @@ def settle(args):
     if not labelled and args.select_metric != "distillation_loss":
         raise cli.UserError(f"--select-metric {args.select_metric}: without cross-entropy and KL the student has no logits, distillation_loss is left")
     for name, given in (("--freeze-backbone", args.freeze_backbone), ("--class-weights", args.class_weights != "none"),
-                        ("--sampler balanced", args.sampler == "balanced" and args.dataset == "unlabeled")):  # fmt: skip
+                        ("--sampler balanced", args.sampler == "balanced")):  # fmt: skip
         if given and not labelled:
             raise cli.UserError(f"{name} needs labels and a head: without cross-entropy and KL there are none")
     return weights, labelled
@@ -150,6 +152,8 @@ def settle(args):
 def teacher_checkpoint(args):
     """(path, checkpoint) of the teacher, or (None, None) where it is a --teacher-model."""
     if args.teacher_model:
+        if args.teacher_pretrained and args.teacher_weights:
+            raise cli.UserError("--teacher-pretrained and --teacher-weights contradict each other: the hub's weights or a file's")
         if args.teacher_checkpoint:
             raise cli.UserError("--teacher-model and --teacher-checkpoint contradict each other: give one of them")
         if not args.teacher_pretrained and not args.teacher_weights:
@@ -170,7 +174,7 @@ def take_dataset_from(checkpoint, args, labelled):
     taught = checkpoint["flags"] if checkpoint else {"dataset": "digits", "data_root": None}
     args.dataset = args.dataset or taught["dataset"]
     if args.dataset == taught["dataset"]:
-        args.data_root = args.data_root or taught["data_root"]
+        args.data_root = args.data_root or (None if args.hf_dataset else taught["data_root"])
         cli.take_split_flags(args, taught)
     if args.limit_train is None:
         args.limit_train = DATASETS[args.dataset].student_images if labelled else 0  # labels are scarce, images are not
@@ -191,7 +195,11 @@ def make_loss(args, weights, model, source, train, shown, classes):
 def local_augmenters(args, policy, resolution):
     """(side in pixels, [Augmenter]) of --local-crops: small crops, otherwise changed as the views are."""
     if not args.local_crops:
+        if args.local_resolution:
+            raise cli.UserError("--local-resolution needs --local-crops N")
         return None, []
+    if not 0 < args.local_crop_scale[0] <= args.local_crop_scale[1] <= 1:
+        raise cli.UserError(f"--local-crop-scale {args.local_crop_scale[0]:g} {args.local_crop_scale[1]:g} must ascend within 0 to 1")
     small = Policy(**{**policy.__dict__, "crop": "resized", "crop_scale": tuple(args.local_crop_scale)})
     return args.local_resolution or resolution // 2, [Augmenter(small, args.seed, stream) for stream in range(1, args.local_crops + 1)]
 
@@ -223,7 +231,7 @@ def main(args):
     if stores:
         source = stored_source(args, stores, splits, weights)
     else:
-        source = live_source(args, weights, teacher_path, checkpoint, splits, classes, resolution, augment, precision, interrupts)
+        source = live_source(args, weights, teacher_path, checkpoint, splits, resolution, augment, precision, interrupts)
     model, weights_from = start_model(args, len(classes), resolution)
     preprocess = Preprocess(resolution, model.mean or info.mean, model.std or info.std)
     model.set_pooling(args.pooling or model.pooling)
@@ -304,7 +312,7 @@ def main(args):
         loaders = {"val": val}
         if splits.test is not None:
             loaders["test"] = Loader(splits.test, args.batch_size, device, cache=args.cache, workers=args.workers)
-            teacher_logits["test"] = source.logits("test", loaders["test"])
+            teacher_logits["test"] = source.logits("test", loaders["test"]) if labelled else None
         write_results(
             run, splits, loaders, recorder, preprocess, precision, script="distill.py", method=args.method, teacher=source.described,
             teacher_logits=None if teacher_logits["val"] is None else teacher_logits, judge=None if labelled else judge,

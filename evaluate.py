@@ -25,6 +25,7 @@ from common import cli, metrics, probes
 from common.data import DATASETS, Splits
 from common.embeddings import open_splits
 from common.evaluation import brackets, cost, outputs, splits_of, uncertainty, write_predictions
+from common.images import DataError
 from common.loader import Loader
 from common.splitting import held_out
 from common.tables import note
@@ -64,11 +65,14 @@ def build_parser():
     return parser
 
 
-def live(path, loaders, batch_size, resolution, device, precision):
-    """(outputs {split: {"logits", "embedding"}}, what it is, what it costs) of a checkpoint on loaders {split: Loader}."""
+def live(path, loaders, classes, batch_size, resolution, device, precision):
+    """(outputs {split: {"logits", "embedding"}}, what it is, what it costs) of a checkpoint on loaders {split: Loader}.
+
+    Logits of other classes than the data's are left out.
+    """
     checkpoint = load_checkpoint(path)
     model, preprocess = load_model(checkpoint, device, resolution, path)
-    names = ("logits", "embedding") if checkpoint["classes"] else ("embedding",)  # a student without labels has no head
+    names = ("logits", "embedding") if checkpoint["classes"] == classes else ("embedding",)  # a student without labels has no head
     found = {split: outputs(model, loader, preprocess, precision, names) for split, loader in loaders.items()}
     described = {"checkpoint": path, "sha256": file_sha256(path), "model": model.name, "family": model.family, "resolution": preprocess.resolution}
     return found, described, cost(model, preprocess.resolution, batch_size, device, precision)
@@ -91,7 +95,13 @@ def read_data(args, wanted):
         meta = stores[args.split].meta
         return Splits(meta["dataset"], DATASETS[meta["dataset"]].domain, meta["classes"], **stores)
     checkpoint, reading = load_checkpoint(args.checkpoint), cli.split_flags(vars(args))
-    splits = splits_of(checkpoint, args.dataset, args.data_root, args.split, **reading)
+    try:
+        splits = splits_of(checkpoint, args.dataset, args.data_root, args.split, **reading)
+    except DataError:
+        if "train" not in wanted or not checkpoint["classes"]:
+            raise
+        checkpoint["classes"] = []  # k-NN and the probe need no head: the data may have other classes
+        splits = splits_of(checkpoint, args.dataset, args.data_root, args.split, **reading)
     if "train" in wanted:
         splits.train = splits_of(checkpoint, args.dataset, args.data_root, "train", **{**reading, "limit_train": None}).train
     return splits
@@ -177,7 +187,7 @@ def check_flags(args):
 
 def check_classes(args, classes):
     path = args.teacher_checkpoint or args.teacher_embeddings
-    if path:
+    if path and not (args.teacher_checkpoint and (args.knn or args.linear_probe)):  # these two compare embeddings
         others = open_splits(path, [args.split])[args.split].meta["classes"] if args.teacher_embeddings else load_checkpoint(path)["classes"]
         if others and others != classes:
             raise cli.UserError(f"teacher and student have different classes: {len(others)} ({', '.join(others[:4])}, ...) "
@@ -206,7 +216,7 @@ def main(args):
     for role, path in paths.items():
         if not path:
             continue
-        outs, described, costs = live(path, loaders, args.batch_size, sides[role], device, precision) if is_live[role] else stored(path, data)
+        outs, described, costs = live(path, loaders, classes, args.batch_size, sides[role], device, precision) if is_live[role] else stored(path, data)
         logits = outs[args.split].get("logits")
         if logits is None and "train" not in wanted:
             raise cli.UserError(f"{path} holds no logits of a trained head: give --knn or --linear-probe, which need none")

@@ -145,7 +145,7 @@ def settle(args):
         return checkpoint
     args.dataset = args.dataset or ("unlabeled" if args.hf_dataset else flags["dataset"])
     if args.dataset == flags["dataset"]:
-        args.data_root = args.data_root or flags["data_root"]
+        args.data_root = args.data_root or (None if args.hf_dataset else flags["data_root"])
         args.val_split = flags.get("val_split") if args.val_split is None else args.val_split
         args.split_seed = flags.get("split_seed", 0) if args.split_seed is None else args.split_seed
         cli.take_split_flags(args, {name: value for name, value in flags.items() if name not in ("include_list", "extra_train")})
@@ -179,8 +179,9 @@ def load_teacher(args, checkpoint, classes, info):
         start_weights(model, args.weights)
         preprocess = Preprocess(resolution, model.mean or info.mean, model.std or info.std)
         sha = file_sha256(args.weights) if args.weights else None
-    if args.save_logits and not (checkpoint["classes"] if checkpoint else classes):
-        raise cli.UserError(f"--save-logits: {args.checkpoint or args.dataset} knows no classes, so there are no logits")
+    known = checkpoint["classes"] if checkpoint else classes
+    if args.save_logits and (not known or known != classes):
+        raise cli.UserError(f"--save-logits: {args.checkpoint or args.dataset} knows {len(known)} classes, the images have {len(classes)} (others)")
     if args.pooling:
         model.set_pooling(args.pooling)
     model.with_tokens = args.save_tokens

@@ -160,7 +160,7 @@ def add_data_flags(parser, dataset="digits", batch_size=32):
                    "column) it is test, and val is split off the rest")  # fmt: skip
     g.add_argument("--split-seed", type=NATURAL, default=0, help="fixes the val split, the folds, --negatives and --limit-train")
     g.add_argument("--limit-train", type=NATURAL, metavar="N", help="train on N images, classes in proportion; 0 is all "
-                   "(the default, but 100 for students on digits)")  # fmt: skip
+                   "(the default, but 100 for students on digits that are trained with labels)")  # fmt: skip
     g.add_argument("--resolution", type=POSITIVE, help="input side in pixels; by default the dataset's (CIFAR and image "
                    "folders 32, MedMNIST 28, digits 8, csv, skin lesions and unlabeled 224)")  # fmt: skip
     g.add_argument("--batch-size", type=POSITIVE, default=batch_size, help="images a step, over all processes and accumulation steps")
@@ -197,6 +197,8 @@ def split_flags(flags):
 def take_split_flags(args, flags):
     """Settle, where they are not given, the flags that say what the samples are, from another run on the same data."""
     for name in SPLIT_FLAGS[SPLIT_FLAGS.index("hair_removal") :]:
+        if name == "hf_dataset" and args.data_root:
+            continue  # other images
         if getattr(args, name) is None or getattr(args, name) is False:
             setattr(args, name, flags.get(name, getattr(args, name)))
 
@@ -306,6 +308,8 @@ def check(args):
     """Refuse values that argparse cannot judge one by one."""
     if getattr(args, "window", None) and not args.window[0] < args.window[1]:
         raise UserError(f"--window {args.window[0]:g} {args.window[1]:g}: LOW must be below HIGH")
+    if getattr(args, "hf_dataset", None) and args.data_root:
+        raise UserError(f"--hf-dataset {args.hf_dataset} and --data-root {args.data_root} contradict each other: give one of them")
     if getattr(args, "nesterov", False) and args.optimizer not in ("sgd", None):
         raise UserError(f"--nesterov and --optimizer {args.optimizer} contradict each other: it is sgd's")
     if getattr(args, "freeze_backbone", False) and not (args.pretrained or args.weights or args.init_checkpoint):

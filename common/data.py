@@ -208,8 +208,8 @@ def _tree(flag, folder, decode_size, window):
 
 def _unlabeled(root, decode_size, window, hf_dataset=None):
     if hf_dataset:
-        split, column, rows = rows_with_images(hf_dataset)
         source = os.path.abspath(hf_dataset) if os.path.isdir(hf_dataset) else hf_dataset
+        split, column, rows = rows_with_images(source)
         paths = [RowImage(source, split, column, row) for row in range(len(rows))]
         return ImageDataset([f"{split}/{row:08d}" for row in range(len(rows))], np.full(len(rows), -1), paths=paths,
                             decode_size=decode_size, window=window)  # fmt: skip

@@ -1,6 +1,6 @@
 """Predictions, the frozen teacher, what a model costs, and the results of a run.
 
-Needs the other files of `common` but embeddings.py, losses.py, optimizer.py and probes.py, torch and numpy.
+Needs the other files of `common` but embeddings.py, losses.py, optimizer.py, probes.py and teacher.py, torch and numpy.
 """
 
 import math
@@ -60,7 +60,8 @@ def outputs(model, loader, preprocess, precision, names=("logits", "embedding"),
 def distillation_loss(model, criterion, targets, loader, preprocess, precision, interrupts=None):
     """Mean loss of a split's plain images without its cross-entropy: what a run without labels is judged by.
 
-    criterion: losses.DistillationLoss; targets: of the teacher, for batches of this split.
+    criterion: losses.DistillationLoss, whose projectors have no average under --ema; targets: of the teacher, for
+    batches of this split.
     """
     was_training, augment, total, count = model.training, Augmenter(Policy(), 0), 0.0, 0
     model.eval()
@@ -129,9 +130,12 @@ def write_results(run, splits, loaders, recorder, preprocess, precision, *, scri
     }  # fmt: skip
     for prefix in ("final_", ""):
         if not prefix:
-            if writes:  # the file may be on rank 0's node alone
-                model.load_state_dict(load_checkpoint(run.path("best.pth"))["model"])
-            distributed.broadcast(model.state_dict().values())
+            parts = {"model": model, **({"loss": recorder.loss} if recorder.loss is not None else {})}  # projectors are of an epoch too
+            best = load_checkpoint(run.path("best.pth")) if writes else None  # the file may be on rank 0's node alone
+            for name, part in parts.items():
+                if writes:
+                    part.load_state_dict(best[name])
+                distributed.broadcast(part.state_dict().values())
         for split, loader in loaders.items():
             if judge is not None:
                 results[prefix + split] = judge(split, loader)

@@ -47,7 +47,7 @@ def optional(module, package, why):
 
 # --------------------------------------------------------------------------------------------------------------- HDF5
 
-_open_files = {}  # (process, path) -> file: a worker that was forked opens its own
+_open_files = {}  # (process, path) -> HDF5 file: a worker that was forked opens its own; source -> rows of a dataset
 
 
 class HDF5Image(NamedTuple):
@@ -84,17 +84,14 @@ class RowImage(NamedTuple):
 
     source: str
     split: str
-    column: str
+    column: str  # its rows are read once a process and its forks
     row: int
 
     def __str__(self):
         return f"{self.source}[{self.split}][{self.row}]"
 
     def open(self):
-        key = (os.getpid(), self.source, self.split)
-        if key not in _open_files:
-            _open_files[key] = rows_with_images(self.source)[2]
-        content = _open_files[key][self.row][self.column]
+        content = rows_with_images(self.source)[2][self.row][self.column]
         if content["bytes"] is None:
             return open(content["path"], "rb")
         return io.BytesIO(content["bytes"])
@@ -103,8 +100,14 @@ class RowImage(NamedTuple):
 def rows_with_images(source):
     """(split, column, its rows with undecoded images) of a dataset on the hub, or of a folder that `save_to_disk` wrote.
 
-    The split is train where there is one, else the only one.  Raises DataError.
+    The split is train where there is one, else the only one.  Loaded once.  Raises DataError.
     """
+    if source not in _open_files:
+        _open_files[source] = _load_rows(source)
+    return _open_files[source]
+
+
+def _load_rows(source):
     datasets = optional("datasets", "datasets", "--hf-dataset")
     try:
         found = datasets.load_from_disk(source) if os.path.isdir(source) else datasets.load_dataset(source)
@@ -298,24 +301,27 @@ def listed_images(folder):
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         with open(path) as file:
             kept = json.load(file)
-        if kept["root"] == folder and all(os.stat(name).st_mtime_ns == changed for name, changed in kept["folders"].items()):
+        fits = kept["root"] == folder and kept["suffixes"] == list(IMAGE_SUFFIXES)
+        if fits and all(os.stat(name).st_mtime_ns == changed for name, changed in kept["folders"].items()):
             return [os.path.join(folder, name) for name in kept["images"]]
-    folders = {}
-    paths = images_below(folder, folders)
-    if max(folders.values()) > time.time_ns() - 2_000_000_000:  # a file that comes within the clock's tick would not be seen
+    folders, errors = {}, []
+    paths = images_below(folder, folders, errors.append)
+    if errors or not folders or max(folders.values()) > time.time_ns() - 2_000_000_000:  # a file that comes within the clock's tick would not be seen
         return paths
     with contextlib.suppress(OSError):  # no home, no space: then it is listed again
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(f"{path}.{os.getpid()}", "w") as file:
-            json.dump({"root": folder, "folders": folders, "images": [name[len(folder) + 1 :] for name in paths]}, file)
+            names = [os.path.relpath(name, folder) for name in paths]
+            json.dump({"root": folder, "suffixes": IMAGE_SUFFIXES, "folders": folders, "images": names}, file)
         os.replace(f"{path}.{os.getpid()}", path)
     return paths
 
 
-def images_below(folder, folders_seen=None):
-    """Sorted paths of the images anywhere below a folder, hidden ones left out; folders_seen gets {folder: its mtime in ns}."""
+def images_below(folder, folders_seen=None, onerror=None):
+    """Sorted paths of the images anywhere below a folder, hidden ones left out; folders_seen gets {folder: its mtime in ns},
+    onerror the OSError of each folder that cannot be read."""
     paths, seen = [], set()
-    for parent, folders, files in os.walk(folder, followlinks=True):
+    for parent, folders, files in os.walk(folder, onerror=onerror, followlinks=True):
         real = os.path.realpath(parent)
         if real in seen:  # a link back to a folder above would be walked for ever
             folders.clear()

@@ -366,6 +366,8 @@ class ImageModel(nn.Module):
 
     def check_side(self, resolution):
         """Raise ModelError where one black image of this side does not go through."""
+        if isinstance(self.backbone, VisionTransformer):
+            self.backbone.check_patches(resolution)
         training, device = self.training, next(self.parameters()).device
         try:
             with torch.no_grad():
@@ -470,7 +472,8 @@ def _build_timm(name, num_classes, img_size, build_args, pretrained, dynamic):
                 problem = _no_weights(timm_name, create(False).pretrained_cfg, error)
         raise ModelError(problem) from None
     config = backbone.pretrained_cfg
-    mean, std = (config.get("mean"), config.get("std")) if pretrained else (None, None)
+    known = pretrained or "." in timm_name  # a tag names weights, which may come from a file
+    mean, std = (config.get("mean"), config.get("std")) if known else (None, None)
     model = ImageModel(backbone, build_args, mean and list(mean), std and list(std))
     model.check_side(img_size)
     return model
@@ -483,7 +486,8 @@ def _no_weights(timm_name, config, error):
         return f"--pretrained: there are no hub weights of {timm_name}"
     file = f"{config.get('hf_hub_filename') or 'model.safetensors'} of {hub} on the Hugging Face hub" if hub else url
     why = type(error).__name__
-    return f"cannot get the weights of {timm_name} ({why}): fetch {file} by hand and pass it with --weights FILE"
+    return (f"cannot get the weights of {timm_name} ({why}): fetch {file} by hand and pass it with --weights FILE in place of --pretrained "
+            "(a teacher's: --teacher-weights FILE)")  # fmt: skip
 
 
 def _build_hugging_face(name, num_classes, build_args, pretrained, hf_config):

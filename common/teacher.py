@@ -41,7 +41,8 @@ def open_stores(args):
         if args.num_views:
             raise cli.UserError("--num-views needs --teacher-embeddings DIR")
         return None
-    for name in ("teacher_checkpoint", "teacher_model", "teacher_resolution", "teacher_pooling", *Policy.__dataclass_fields__, "augment", "no_augment"):
+    for name in ("teacher_checkpoint", "teacher_model", "teacher_resolution", "teacher_pooling", "teacher_pretrained", "teacher_weights",
+                 *Policy.__dataclass_fields__, "augment", "no_augment"):
         if getattr(args, name) not in (None, False):
             flag = "--" + name.replace("_", "-")
             raise cli.UserError(f"{flag} and --teacher-embeddings contradict each other: teacher and views are the stored ones")
@@ -76,7 +77,7 @@ def stored_source(args, stores, splits, weights):
     title = f"teacher {kept['name']}: {kept['parameters']:,} parameters, {meta['resolution']} px, {stored.num_views} stored views"
     if args.global_crops > stored.num_views:
         raise cli.UserError(f"--global-crops {args.global_crops}: {args.teacher_embeddings} gives {stored.num_views} views of an image")
-    judged = weights["ce"] or weights["kl"] or meta["teacher"]["weights"] == "checkpoint"  # others have no trained head
+    judged = splits.classes and (weights["kl"] or meta["teacher"]["weights"] == "checkpoint")  # others have no trained head
     return Source(stored.targets, stored.choose_view, lambda split, loader: stored.logits(split) if judged else None, None, meta["resolution"],
                   title, described)  # fmt: skip
 
@@ -86,7 +87,7 @@ def load_teacher(args, path, checkpoint, classes, resolution, info):
     if checkpoint is None:
         side = args.teacher_resolution or resolution
         teacher = build_model(args.teacher_model, len(classes), side, pretrained=args.teacher_pretrained)
-        start_weights(teacher, args.teacher_weights)
+        start_weights(teacher, args.teacher_weights, flag="--teacher-weights")
         preprocess = Preprocess(side, teacher.mean or info.mean, teacher.std or info.std)
         sha = file_sha256(args.teacher_weights) if args.teacher_weights else None
     else:
@@ -100,9 +101,9 @@ def load_teacher(args, path, checkpoint, classes, resolution, info):
     return teacher, preprocess, described
 
 
-def live_source(args, weights, path, checkpoint, splits, classes, resolution, augment, precision, interrupts):
-    """Source of a teacher that is run; classes: those of its logits, [] where none are needed."""
-    teacher, preprocess, described = load_teacher(args, path, checkpoint, classes, resolution, DATASETS[args.dataset])
+def live_source(args, weights, path, checkpoint, splits, resolution, augment, precision, interrupts):
+    """Source of a teacher that is run."""
+    teacher, preprocess, described = load_teacher(args, path, checkpoint, splits.classes if weights["kl"] else [], resolution, DATASETS[args.dataset])
     teacher.set_feature_layers(args.teacher_layer)
     teacher.set_pooling(args.teacher_pooling or teacher.pooling)
     teacher.with_tokens = bool(weights["patch"])
@@ -111,7 +112,7 @@ def live_source(args, weights, path, checkpoint, splits, classes, resolution, au
     if use_compile(args.compile, precision.device):
         teacher.compile()
     title = f"teacher {described['name']}: {described['parameters']:,} parameters, {preprocess.resolution} px"
-    judged = splits.classes and (classes or checkpoint and checkpoint["classes"] == splits.classes)
+    judged = splits.classes and (weights["kl"] or checkpoint and checkpoint["classes"] == splits.classes)
     return Source(lambda batch, split="train": targets(batch), lambda batch: batch,
                   lambda split, loader: predict(teacher, loader, preprocess, precision, interrupts) if judged else None,
                   (teacher, preprocess), preprocess.resolution, title, described)  # fmt: skip
@@ -121,7 +122,7 @@ class Neighbours:
     """--eval-dataset: accuracy of the nearest images of its train on its val, by a model's embeddings."""
 
     def __init__(self, args, device, precision, interrupts):
-        same = args.eval_dataset == args.dataset
+        same = args.eval_dataset == args.dataset and args.eval_data_root in (None, args.data_root)
         options = cli.split_flags(vars(args)) if same else {name: getattr(args, name) for name in ("split_seed", "decode_size", "on_bad_image")}
         options.pop("limit_train", None)
         root = args.eval_data_root or (args.data_root if same else None)
@@ -131,10 +132,10 @@ class Neighbours:
 
     def __call__(self, model, preprocess):
         """{"accuracy", "balanced_accuracy"}"""
-        train, val = (torch.from_numpy(outputs(model, loader, preprocess, self.precision, ("embedding",), self.interrupts)["embedding"])
-                      for loader in self.loaders)  # fmt: skip
-        votes = knn(train, torch.from_numpy(self.splits.train.labels), val, len(self.splits.classes), k=(NEIGHBOURS,))
-        found = classification(next(iter(votes.values())).numpy(), self.splits.val.labels)
+        found = [outputs(model, loader, preprocess, self.precision, ("embedding",), self.interrupts)["embedding"] for loader in self.loaders]
+        train, labels, val = (torch.from_numpy(v).to(self.precision.device) for v in (found[0], self.splits.train.labels, found[1]))
+        votes = knn(train, labels, val, len(self.splits.classes), k=(NEIGHBOURS,))
+        found = classification(next(iter(votes.values())).cpu().numpy(), self.splits.val.labels)
         return {name: found[name] for name in ("accuracy", "balanced_accuracy")}
 
 
@@ -152,7 +153,7 @@ def judge_teacher(source, logits, splits, neighbours, args):
         text += f", k-NN accuracy {source.described['knn']['accuracy']:.4f} on val of {eval_set.name}"
     if "val" in source.described or "knn" in source.described:
         return text
-    why = "no logits are stored" if source.model is None else "it has no head for these classes, --eval-dataset judges it by k-NN"
+    why = "logits of a trained head are not stored" if source.model is None else "it has no head for these classes, --eval-dataset judges it by k-NN"
     return f"{text}; it is not judged: {why}"
 
 

@@ -214,8 +214,8 @@ def start_model(args, num_classes, resolution):
     return model, note
 
 
-def start_weights(model, weights=None, init_checkpoint=None):
-    """Load --weights FILE or --init-checkpoint FILE into a new model; returns a line for the log, or None."""
+def start_weights(model, weights=None, init_checkpoint=None, flag="--weights"):
+    """Load --weights FILE or --init-checkpoint FILE into a new model; returns a line for the log, or None; flag: for messages."""
     if weights and init_checkpoint:
         raise UserError("--weights and --init-checkpoint contradict each other: give one of them")
     if init_checkpoint:
@@ -223,7 +223,7 @@ def start_weights(model, weights=None, init_checkpoint=None):
         state = {name.removeprefix("backbone."): value for name, value in state.items()}
     elif weights:
         if not os.path.isfile(weights):
-            raise UserError(f"--weights {weights}: no such file")
+            raise UserError(f"{flag} {weights}: no such file")
         try:
             if weights.endswith(".safetensors"):
                 from safetensors.torch import load_file
@@ -232,9 +232,9 @@ def start_weights(model, weights=None, init_checkpoint=None):
             else:
                 state = torch.load(weights, weights_only=True, map_location="cpu")
         except Exception as error:  # each format has its own kinds
-            raise UserError(f"--weights {weights} is damaged or unsafe: {str(error).splitlines()[0][:160]}") from None
+            raise UserError(f"{flag} {weights} is damaged or unsafe: {str(error).splitlines()[0][:160]}") from None
         if not isinstance(state, dict):
-            raise UserError(f"--weights {weights} holds no state dict")
+            raise UserError(f"{flag} {weights} holds no state dict")
     else:
         return None
     source = weights or init_checkpoint

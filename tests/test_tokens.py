@@ -360,7 +360,7 @@ def test_from_stored_tokens(taught, tmp_path):
 @pytest.mark.parametrize("flags, words", [
     (["--dataset", "unlabeled", "--data-root", "empty"], ["empty", "no images"]),
     (["--dataset", "unlabeled", "--data-root", "broken"], ["broken/", "--on-bad-image"]),
-    (["--dataset", "unlabeled", "--data-root", "broken", "--on-bad-image", "skip"], ["all 3 images are broken"]),
+    (["--dataset", "unlabeled", "--data-root", "broken", "--on-bad-image", "skip"], ["all 30 images are broken"]),
     (["--dataset", "unlabeled", "--data-root", "absent"], ["absent", "no folder"]),
     (["--dataset", "unlabeled", "--method", "response"], ["no labels"]),
     (["--local-crops", 2, "--cls-weight", 0], ["--local-crops", "--cls-weight"]),
@@ -375,7 +375,7 @@ def test_from_stored_tokens(taught, tmp_path):
 def test_bad_flags(taught, tmp_path, flags, words):
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken").mkdir()
-    for i in range(3):
+    for i in range(30):
         (tmp_path / "broken" / f"{i}.png").write_bytes(b"no image")
     args = [*TOKENS, "--teacher-checkpoint", taught[0] / "teacher.pth", "--resolution", 8, *flags]
     if "--model" in flags or "--method" in flags:  # the last one counts
