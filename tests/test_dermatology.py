@@ -467,7 +467,7 @@ def real_ham(tmp_path_factory):
     archive = shared_archive("ham10000.tar")
     folder = tmp_path_factory.mktemp("ham")
     with tarfile.open(archive) as tar:
-        tar.extractall(folder, filter="data")
+        tar.extractall(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))  # Python before 3.11.4 has none
     return str(folder / "ham10000")
 
 
