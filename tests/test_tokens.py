@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 
 import numpy as np
@@ -317,6 +318,36 @@ def test_a_run_without_labels(taught, tmp_path):
         assert judged["knn"]["20"]["accuracy"] == pytest.approx(value, abs=1e-9)
 
 
+def test_the_best_epoch_is_judged_with_its_own_projectors(taught, tmp_path):
+    """One more epoch than the best, which is made unbeatable: results.json repeats the row of the best one."""
+    run = tmp_path / "run"
+    shutil.copytree(taught[0] / "run", run)
+    checkpoint = load_checkpoint(str(run / "latest.pth"))
+    torch.save({**checkpoint, "best": -1.0}, run / "latest.pth")
+    succeed("distill.py", "--resume", run, "--epochs", 4)
+    rows, results = (json.loads((run / name).read_text()) for name in ("metrics.json", "results.json"))
+    assert (results["best_epoch"], results["last_epoch"]) == (3, 4)
+    for key, row in (("val", rows[2]), ("final_val", rows[3])):
+        assert results[key]["distillation_loss"] == pytest.approx(row["val_distillation_loss"], rel=1e-6), key
+
+
+def test_knn_on_data_of_other_classes(taught, tmp_path):
+    """A teacher of ten digits beside a student without labels, on two classes of pictures: embeddings need no head."""
+    for split, count in (("train", 12), ("test", 4)):
+        for label, shade in (("dark", 20), ("light", 220)):
+            (tmp_path / "pictures" / split / label).mkdir(parents=True)
+            for i in range(count):
+                Image.fromarray(np.full((8, 8, 3), shade + i, np.uint8)).save(tmp_path / "pictures" / split / label / f"{i}.png")
+    flags = ["--dataset", "imagefolder", "--data-root", tmp_path / "pictures", "--output", tmp_path / "judged"]
+    succeed("evaluate.py", taught[0] / "run" / "best.pth", "--teacher-checkpoint", taught[0] / "teacher.pth", "--knn", *flags)
+    judged = json.loads((tmp_path / "judged" / "evaluation.json").read_text())
+    for who in ("student", "teacher"):
+        assert judged[who]["knn"]["10"]["accuracy"] == 1 and "accuracy" not in judged[who]
+    succeed("evaluate.py", taught[0] / "teacher.pth", "--knn", *flags)
+    done = run_script("evaluate.py", taught[0] / "teacher.pth", *flags)
+    assert done.returncode == 2 and "dark, light" in done.stderr
+
+
 def test_what_follows_a_run_without_labels(taught, tmp_path):
     """evaluate.py judges it by k-NN and probe beside its teacher, train_student.py fine-tunes it."""
     folder, _ = taught
@@ -330,6 +361,9 @@ def test_what_follows_a_run_without_labels(taught, tmp_path):
                    "--output", tmp_path / "tuned", "--device", "cpu")  # fmt: skip
     assert "new head" in done.stdout
     done = run_script("extract_embeddings.py", "--checkpoint", folder / "run" / "best.pth", "--save-logits", "--output", tmp_path / "store")
+    assert done.returncode == 2 and "--save-logits" in done.stderr
+    done = run_script("extract_embeddings.py", "--checkpoint", folder / "teacher.pth", "--save-logits", "--dataset", "unlabeled", "--data-root",
+                      tree(tmp_path / "images", 40), "--output", tmp_path / "store")  # fmt: skip
     assert done.returncode == 2 and "--save-logits" in done.stderr
 
 
@@ -370,6 +404,8 @@ def test_from_stored_tokens(taught, tmp_path):
     (["--select-metric", "accuracy"], ["--select-metric", "distillation_loss"]),
     (["--eval-dataset", "imagefolder"], ["--data-root"]),
     (["--hf-dataset", "x", "--dataset", "digits"], ["--hf-dataset", "unlabeled"]),
+    (["--hf-dataset", "x", "--data-root", "y"], ["--hf-dataset", "--data-root"]),
+    (["--local-resolution", 4], ["--local-crops"]),
     (["--model", "resnet8", "--pooling", "cls"], ["resnet8", "class token"]),
 ])  # fmt: skip
 def test_bad_flags(taught, tmp_path, flags, words):
