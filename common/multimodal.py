@@ -12,6 +12,7 @@ TEXT_MODELS, or one of SCRATCH_MODELS, whose weights are random and whose vocabu
 numbers by `model.tokenizer`, cut to `model.max_length`.
 """
 
+import contextlib
 import heapq
 import json
 import logging
@@ -159,7 +160,9 @@ def build_text_model(name, max_length=128, pretrained=False, texts=None, files=N
             tokenizer.save_pretrained(folder)
             body.config.save_pretrained(folder)
             files = _text_files(folder)
-    return TextModel(body, tokenizer, files, name, max_length)
+    model = TextModel(body, tokenizer, files, name, max_length)
+    model.num_features = model.check()
+    return model
 
 
 def _load(source, name, pretrained):
@@ -168,8 +171,9 @@ def _load(source, name, pretrained):
 
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # one line of ours, not one for each retry
     try:
-        config = AutoConfig.from_pretrained(source)
-        body = AutoModel.from_pretrained(source) if pretrained else AutoModel.from_config(config)
+        with _quiet():
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False)  # None would ask on the terminal
+            body = AutoModel.from_pretrained(source, trust_remote_code=False) if pretrained else AutoModel.from_config(config, trust_remote_code=False)
     except Exception as error:  # the hub's and the models' errors are of many kinds
         raise ModelError(f"cannot load the text model {source} ({_one_line(error)}): download its config.json, model.safetensors and "
                          "tokenizer files into a folder by hand and name the folder, hf:FOLDER") from None  # fmt: skip
@@ -177,7 +181,7 @@ def _load(source, name, pretrained):
         raise ModelError(f"{name} is no text encoder that this project knows ({config.model_type})")
     missing = f"{name} has no tokenizer: its folder needs tokenizer.json, or vocab.txt, beside config.json"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         known = len(tokenizer)
     except Exception as error:
         raise ModelError(f"{missing} ({_one_line(error)})") from None
@@ -186,6 +190,22 @@ def _load(source, name, pretrained):
     if known > config.vocab_size:
         raise ModelError(f"the tokenizer of {name} has {known} tokens, the model knows {config.vocab_size}")
     return body.float(), tokenizer
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Without transformers' progress bar, and its report of the weights of heads that a checkpoint has beside its body."""
+    from transformers.utils import logging as messages
+
+    verbosity, bar = messages.get_verbosity(), messages.is_progress_bar_enabled()
+    messages.set_verbosity_error()
+    messages.disable_progress_bar()
+    try:
+        yield
+    finally:
+        messages.set_verbosity(verbosity)
+        if bar:
+            messages.enable_progress_bar()
 
 
 def _text_files(folder):
@@ -373,7 +393,7 @@ class ImageTextModel(nn.Module):
             self.image.train()
             widths["image"] = (out["embedding"].shape[-1], out["tokens"].shape[-1] if self.fusion.uses_tokens else None)
         if self.text is not None:
-            widths["text"] = (self.text.check(),) * 2
+            widths["text"] = (self.text.num_features,) * 2
         return widths
 
     def forward(self, batch):
