@@ -101,6 +101,12 @@ def _merged(word, pair, piece):
 # ----------------------------------------------------------------------------------------------------------- text side
 
 
+def _drop_pooler(body):
+    """Take the pooler off a model of transformers: its output is not used, and a parameter without a gradient stops DDP."""
+    if any(name.startswith("pooler.") for name, _ in body.named_parameters()):
+        body.pooler = None
+
+
 class TextModel(nn.Module):
     """A text model of transformers: `input_ids`, `attention_mask` (B, L) -> its last layer (B, L, D).
 
@@ -111,8 +117,7 @@ class TextModel(nn.Module):
     def __init__(self, body, tokenizer, files, name, max_length):
         super().__init__()
         self.body, self.tokenizer, self.files, self.name, self.max_length = body, tokenizer, files, name, max_length
-        if getattr(body, "pooler", None) is not None:
-            body.pooler = None  # its output is not used: under DDP a parameter without a gradient is an error
+        _drop_pooler(body)
 
     def no_weight_decay(self):
         return {name for name, _ in self.named_parameters() if "position_embeddings" in name or "token_type_embeddings" in name}
@@ -519,6 +524,7 @@ def build_image_text_model(image_name, text_name, tasks, img_size, fusion="simpl
     if inputs != "text":
         own = {"name": IMAGE_MODELS.get(image_name, image_name), "num_classes": 0, "img_size": img_size, "pretrained": pretrained}
         image = build_model(**(image_args or own))
+        _drop_pooler(getattr(image.backbone, "body", nn.Identity()))
     if inputs != "image":
         text = build_text_model(text_name, max_length, pretrained, texts, text_files)
         if text_pooling == "cls" and text.tokenizer.cls_token_id is None:

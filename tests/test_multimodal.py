@@ -338,11 +338,15 @@ def test_short_names():
 
 def test_an_image_model_of_a_folder(text_folder):
     model = build(f"hf:{text_folder / 'vit'}", f"hf:{text_folder / 'distilbert'}", fusion="transformer_concat", max_length=24)
-    out = forward(model, batch_of(model))
+    out = model(batch_of(model))
+    (out["logits_modality"].sum() + out["logits_location"].sum()).backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == [], "DDP would stop at a pooler that is not used"
     assert out["img_raw"].shape == (3, 32) and out["txt_raw"].shape == (3, 48) and model.family == "vit+distilbert"
-    shutil.copytree(text_folder / "vit", text_folder / "elsewhere")
     args = copy.deepcopy(model.build_args)
-    assert build_image_text_model(**{**args, "image_name": "hf:/nowhere"}).build_args["image_args"]["hf_config"]["hidden_size"] == 32
+    args["image_name"], args["image_args"]["name"] = "hf:/nowhere", "hf:/nowhere"
+    rebuilt = build_image_text_model(**args)
+    rebuilt.load_state_dict(model.state_dict(), strict=True)
+    assert torch.equal(forward(rebuilt, batch_of(model))["embedding"], forward(model, batch_of(model))["embedding"])
 
 
 def test_bad_models(text_folder, monkeypatch, capsys):
