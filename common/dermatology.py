@@ -11,7 +11,7 @@ import numpy as np
 
 from common.images import DataError, HDF5Image, ImageDataset, hdf5_ids, images_below
 from common.splitting import split_off
-from common.tables import counted, images_by_name, label_numbers, match_images, note, read_table, select_rows
+from common.tables import check_folder, counted, images_by_name, label_numbers, match_images, note, read_table, select_rows
 
 BINARY = ["benign", "malignant"]
 HAM10000 = ["akiec", "bcc", "bkl", "df", "mel", "nv", "vasc"]
@@ -31,7 +31,7 @@ def fixed_test(dataset):
 
 def read_ham10000(root, *, on_bad_image="error", binary=False, **decoding):
     """HAM10000_metadata.csv and the images beside it (Tschandl et al. 2018); split by lesion."""
-    _check_folder("ham10000", root, "HAM10000_metadata.csv and images/")
+    check_folder("ham10000", root, "HAM10000_metadata.csv and images/")
     path = os.path.join(root, "HAM10000_metadata.csv")
     table = read_table(path, ["lesion_id", "image_id", "dx"])
     folders = [os.path.join(root, f) for f in HAM10000_FOLDERS if os.path.isdir(os.path.join(root, f))]
@@ -51,7 +51,7 @@ def read_ham10000(root, *, on_bad_image="error", binary=False, **decoding):
 
 def read_isic2017(root, *, splits, on_bad_image="error", binary=False, **decoding):
     """The challenge's folders ISIC-2017_*_Data and tables ISIC-2017_*_Part3_GroundTruth.csv; its own splits."""
-    _check_folder("isic2017", root, "ISIC-2017_Training_Data/, ISIC-2017_Training_Part3_GroundTruth.csv, ...")
+    check_folder("isic2017", root, "ISIC-2017_Training_Data/, ISIC-2017_Training_Part3_GroundTruth.csv, ...")
     parts = {}
     for split in splits:
         name = f"ISIC-2017_{ISIC2017_SPLITS[split]}"
@@ -73,7 +73,7 @@ def read_isic2017(root, *, splits, on_bad_image="error", binary=False, **decodin
 
 def read_isic2024(root, *, on_bad_image="error", **decoding):
     """train-metadata.csv and train-image.hdf5 (JPEG bytes by isic_id) of SLICE-3D; all is train, grouped by patient."""
-    _check_folder("isic2024", root, "train-metadata.csv and train-image.hdf5")
+    check_folder("isic2024", root, "train-metadata.csv and train-image.hdf5")
     path, store = os.path.join(root, "train-metadata.csv"), os.path.join(root, "train-image.hdf5")
     table = read_table(path, ["isic_id", "target", "patient_id"])
     if not os.path.isfile(store):
@@ -99,11 +99,6 @@ def add_positives(train, folder, known):
     ids = ["extra/" + os.path.relpath(p, folder).replace(os.sep, "/") for p in fresh]
     extra = ImageDataset(ids, [1] * len(ids), paths=fresh, groups=ids)
     return train.joined(extra)
-
-
-def _check_folder(name, root, content):
-    if root is None or not os.path.isdir(root):
-        raise DataError(f"--dataset {name} needs --data-root FOLDER with {content}{'' if root is None else f': {root} is no folder'}")
 
 
 def _flags(path, column, values):

@@ -32,6 +32,12 @@ def counted(names, what):
     return f"{len(names)} {what}, the first is {names[0]!r}"
 
 
+def check_folder(name, root, content):
+    """Refuse a --data-root that is not given or no folder; content: what a dataset of that name has in it."""
+    if root is None or not os.path.isdir(root):
+        raise DataError(f"--dataset {name} needs --data-root FOLDER with {content}{'' if root is None else f': {root} is no folder'}")
+
+
 def read_table(path, columns=None):
     """{column: strings} of a CSV file with a header; columns: those that must be there.  Raises DataError."""
     try:
@@ -116,8 +122,7 @@ def label_numbers(path, values, classes, column):
 def read_csv(root, *, on_bad_image="error", table=None, image_column=None, label_column=None, group_column=None, split_column=None,
              **decoding):
     """({split: ImageDataset}, classes) of any table; all is train where it has no split column.  Raises DataError."""
-    if root is None or not os.path.isdir(root):
-        raise DataError(f"--dataset csv needs --data-root FOLDER with the images{'' if root is None else f': {root} is no folder'}")
+    check_folder("csv", root, "the images")
     path = _table_path(root, table)
     content = read_table(path)
     given = {"image": image_column, "label": label_column, "group": group_column, "split": split_column}
@@ -126,7 +131,7 @@ def read_csv(root, *, on_bad_image="error", table=None, image_column=None, label
     matched = match_images(path, content[column["image"]], files, root, on_bad_image)
     content = select_rows(content, [row for row, _ in matched])
     names = content[column["label"]]
-    classes = _sorted_classes(names)
+    classes = sorted_classes(names)
     if "" in classes:
         raise DataError(f"{path}: {names.count('')} rows have no {column['label']}, the first is of image "
                         f"{content[column['image']][names.index('')]!r}")  # fmt: skip
@@ -185,7 +190,7 @@ def _files_of(names, root):
     return found
 
 
-def _sorted_classes(names):
+def sorted_classes(names):
     """Class names in order: as numbers where all are."""
     try:
         return sorted(set(names), key=float)
