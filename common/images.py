@@ -8,6 +8,7 @@ import hashlib
 import importlib
 import io
 import json
+import logging
 import os
 import time
 import warnings
@@ -109,6 +110,7 @@ def rows_with_images(source):
 
 def _load_rows(source):
     datasets = optional("datasets", "datasets", "--hf-dataset")
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # one line of ours, not one for each retry
     try:
         found = datasets.load_from_disk(source) if os.path.isdir(source) else datasets.load_dataset(source)
     except Exception as error:  # the hub's and pyarrow's errors are of many kinds
@@ -159,7 +161,7 @@ def read_image(path, decode_size=512, window=None):
     decode_size (longest side, pixels) is shrunk to it.  Raises DataError, which names the file.
     """
     try:
-        with Image.open(path if isinstance(path, str) else path.open()) as image:
+        with Image.open(path.open() if isinstance(path, (HDF5Image, RowImage)) else path) as image:
             if _is_deep_colour(image):
                 raise DataError(f"{path} has 16-bit colour, which --window cannot map: convert it to 8 bits a channel")
             image.draft("RGB", (decode_size, decode_size))  # a JPEG decodes at 1/2, 1/4 or 1/8, never below this size
