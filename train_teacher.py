@@ -17,11 +17,10 @@ import torch
 from common import cli
 from common.augment import Augmenter
 from common.data import DATASETS, load_splits
-from common.evaluation import predict, write_results
-from common.images import TASK
+from common.evaluation import predict, task_metrics, write_results
+from common.images import tasks_of
 from common.loader import Loader, save_sample_grid
-from common.losses import class_weights, cross_entropy
-from common.metrics import classification
+from common.losses import task_accuracy, task_class_weights, task_cross_entropy
 from common.optimizer import make_updater
 from common.training import Interrupts, Precision, Preprocess, Recorder, select_device, start_model, use_compile
 
@@ -32,6 +31,7 @@ def build_parser():
     cli.add_data_flags(parser, batch_size=64)
     cli.add_augment_flags(parser)
     cli.add_model_flags(parser, model="resnet18")
+    cli.add_image_text_flags(parser, text_model="bert-mini-scratch")
     cli.add_training_flags(parser, epochs=10)
     return parser
 
@@ -53,13 +53,16 @@ def main(args):
     val = Loader(splits.val, args.batch_size, device, cache=args.cache, workers=args.workers)
 
     # model, optimizer
-    model, weights_from = start_model(args, len(splits.classes), resolution)
-    preprocess = Preprocess(resolution, model.mean or info.mean, model.std or info.std)
+    model, weights_from = start_model(args, splits.classes, resolution, getattr(splits.train, "texts", None))
+    preprocess = Preprocess(resolution, model.mean or info.mean, model.std or info.std).reads(model)
+    preprocess.prepare(splits.train, splits.val)  # texts become numbers once
     model.to(device).to(memory_format=torch.channels_last)
     if use_compile(args.compile, device):
         model.compile()
     updater = make_updater(args, model, precision, len(train))
-    weights = class_weights(args.class_weights, splits.train.labels, len(splits.classes))
+    tasks = tasks_of(splits.classes)
+    weights = task_class_weights(args.class_weights, splits.train.targets, {task: len(names) for task, names in tasks.items()})
+    task_weights = cli.task_weights(args, tasks)
 
     # run folder
     recorder = Recorder(
@@ -69,7 +72,7 @@ def main(args):
                  "augment": policy.to_dict(), "flags": vars(args)},
     )  # fmt: skip
     recorder.open(args)
-    run.log(f"{args.model}: {model.num_parameters:,} parameters, {resolution} px, {device}, {precision.name}")
+    run.log(f"{model.name}: {model.num_parameters:,} parameters, {resolution} px, {device}, {precision.name}")
     run.log(f"{splits}, {train.cache_kind} cache")
     if weights_from:
         run.log(weights_from)
@@ -80,15 +83,15 @@ def main(args):
         for _ in recorder.epochs():
             model.train()
             for batch in recorder.batches(train):
-                images = preprocess(augment(batch, resolution))  # (B, 3, R, R)
-                labels = batch["targets"][TASK]  # (B,)
+                inputs = preprocess.inputs(batch, augment(batch, resolution))  # "image" (B, 3, R, R), and of texts "input_ids" (B, L)
+                targets = batch["targets"]  # {task: (B,)}
                 with precision.autocast():
-                    logits = updater.parallel({"image": images})["logits"]  # (B, C)
-                    loss = cross_entropy(logits, labels, args.label_smoothing, weights, batch["batch_targets"][TASK])
+                    out = updater.parallel(inputs)  # "logits" (B, C), or "logits_<task>"
+                    loss = task_cross_entropy(out, targets, args.label_smoothing, weights, batch["batch_targets"], task_weights)
                 updater(loss)
-                recorder.meter.add(loss=loss, accuracy=(logits.argmax(1) == labels).float().mean())
-            logits = predict(updater.evaluated_model, val, preprocess, precision, interrupts)  # (N, C)
-            recorder.end_epoch(classification(logits, splits.val.labels))
+                recorder.meter.add(loss=loss, accuracy=task_accuracy(out, targets))
+            logits = predict(updater.evaluated_model, val, preprocess, precision, interrupts)  # {task: (N, C)}
+            recorder.end_epoch(task_metrics(logits, splits.val.targets))
 
         test = Loader(splits.test, args.batch_size, device, cache=args.cache, workers=args.workers)
         write_results(run, splits, {"val": val, "test": test}, recorder, preprocess, precision, script="train_teacher.py")

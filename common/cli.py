@@ -30,7 +30,8 @@ RESUME_MAY_CHANGE = {"resume", "device", "workers", "epochs", "output", "overwri
 NOT_IN_CONFIG = {"resume", "output", "overwrite", "config", "sweep", "sweep_index"}
 SPLIT_FLAGS = ("val_split", "split_seed", "limit_train", "on_bad_image", "decode_size", "window", "include_list", "extra_train",
                "hair_removal", "folds", "fold", "binary", "negatives",
-               "table", "image_column", "label_column", "group_column", "split_column", "hf_dataset")  # fmt: skip
+               "table", "image_column", "label_column", "group_column", "split_column", "hf_dataset",
+               "text_fields", "tasks")  # fmt: skip
 STORED_FLAGS = tuple(name for name in SPLIT_FLAGS if name not in ("limit_train", "on_bad_image", "include_list", "extra_train"))
 DISK_ERRORS = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
                errno.ENOENT, errno.EIO, errno.ENAMETOOLONG}  # fmt: skip
@@ -185,6 +186,32 @@ def add_reading_flags(g):
     g.add_argument("--label-column", metavar="NAME", help="of csv: classes (label, target, class, diagnosis or dx)")
     g.add_argument("--group-column", metavar="NAME", help="of csv: images that stay in one split (group, patient_id, patient, lesion_id); none is off")
     g.add_argument("--split-column", metavar="NAME", help="of csv: train, val or test (split); none is off: then a fifth, always the same, is test")
+
+
+def add_image_text_flags(parser, text_model):
+    g = parser.add_argument_group("image + text", "of the datasets medpix and image_text")
+    g.add_argument("--text-fields", nargs="+", metavar="FIELD", help="whose values are the text, a line each (medpix: Caption; image_text: text)")
+    g.add_argument("--tasks", nargs="+", metavar="NAME", help="of image_text: the keys of the labels")
+    g.add_argument("--inputs", default="both", choices=("both", "image", "text"), help="train on one side alone")
+    g.add_argument("--image-model", metavar="NAME", help="vit-large, deit-base, deit-small, or any name that --model takes (the default is --model)")
+    g.add_argument("--text-model", default=text_model, metavar="NAME", help="bio-clinical-bert, distilbert, hf:NAME_OR_FOLDER, or bert-mini-scratch and "
+                   "bert-tiny-scratch: random weights, with the vocabulary of train's texts")  # fmt: skip
+    g.add_argument("--fusion", default="simple", choices=("simple", "concat_mlp", "cross_attention", "gated", "transformer_concat"), help="of both sides")
+    g.add_argument("--fusion-layers", type=POSITIVE, default=1, help="of the fusion")
+    g.add_argument("--fusion-dim", type=POSITIVE, default=512, help="width to which both sides are projected")
+    g.add_argument("--max-length", type=POSITIVE, default=128, help="tokens to which texts are cut")
+    g.add_argument("--text-pooling", default="mean", choices=("mean", "cls"), help="what stands for the text")
+    g.add_argument("--backbone-lr", type=number(float, 0, above=True), help="peak learning rate of both backbones; by default --lr")
+    g.add_argument("--task-weights", type=AMOUNT, nargs="+", metavar="W", help="of the tasks in the mean of their losses, in order; by default equal")
+
+
+def task_weights(args, tasks):
+    """{task: weight} of --task-weights, or None."""
+    if args.task_weights is None:
+        return None
+    if len(args.task_weights) != len(tasks) or not any(args.task_weights):
+        raise UserError(f"--task-weights {' '.join(map(str, args.task_weights))}: {len(tasks)} are needed, of {', '.join(tasks)}, not all 0")
+    return dict(zip(tasks, args.task_weights))
 
 
 def split_flags(flags):

@@ -22,6 +22,7 @@ from common.augment import PRESETS, Policy
 from common.dermatology import BINARY, STREAM_NEGATIVES, add_positives, fixed_test, read_ham10000, read_isic2017, read_isic2024
 from common.images import (
     IMAGE_SUFFIXES,
+    TASK,
     DataError,
     ImageDataset,
     RowImage,
@@ -31,6 +32,7 @@ from common.images import (
     opencv,
     remove_hair,
     rows_with_images,
+    tasks_of,
     to_uint8,
 )
 from common.splitting import check_groups, limit, split_fold, split_off, stratified_rows, without_rows
@@ -65,6 +67,8 @@ DATASETS = {
     "ham10000": DatasetInfo("medical", 224, *IMAGENET, PRESETS["derm"], 0.15),
     "isic2017": DatasetInfo("medical", 224, *IMAGENET, PRESETS["derm"]),
     "isic2024": DatasetInfo("medical", 224, *IMAGENET, PRESETS["derm"], 0.2),
+    "medpix": DatasetInfo("medical", 224, *IMAGENET, Policy("pad", 0.125, rotation=10)),
+    "image_text": DatasetInfo("custom", 224, *IMAGENET, Policy("pad", 0.125)),
     # val only says how far the student is from its teacher, for which some thousand images are enough
     "unlabeled": DatasetInfo("custom", 224, *IMAGENET, Policy("resized", hflip=0.5), 0.05),
 }
@@ -75,6 +79,8 @@ OWN_OPTIONS = {
     "isic2017": ("binary",),
     "isic2024": ("binary", "negatives", "extra_train"),  # it is binary anyway
     "unlabeled": ("hf_dataset",),
+    "medpix": ("text_fields",),
+    "image_text": ("text_fields", "tasks", "group_column"),
 }
 WITHOUT_TEST = ("csv", "isic2024")  # the first may have one
 
@@ -83,7 +89,7 @@ WITHOUT_TEST = ("csv", "isic2024")  # the first may have one
 class Splits:
     name: str
     domain: str
-    classes: list
+    classes: list  # or, of several tasks, {task: list}
     train: ImageDataset = None
     val: ImageDataset = None
     test: ImageDataset = None
@@ -91,7 +97,8 @@ class Splits:
     def __str__(self):
         parts = {k: getattr(self, k) for k in ("train", "val", "test")}
         sizes = ", ".join(f"{len(part)} {k}" for k, part in parts.items() if part is not None)
-        return f"{self.name}: {sizes}, {len(self.classes)} classes"
+        counts = ", ".join(f"{len(names)} classes" + ("" if task == TASK else f" of {task}") for task, names in tasks_of(self.classes).items())
+        return f"{self.name}: {sizes}, {counts}"
 
     def describe(self):
         """Plain types for results.json."""
@@ -99,7 +106,7 @@ class Splits:
         return {
             "name": self.name,
             "domain": self.domain,
-            "classes": list(self.classes),
+            "classes": self.classes if isinstance(self.classes, dict) else list(self.classes),
             "sizes": {k: len(v) for k, v in parts.items()},
             "sha256": {k: v.fingerprint(self.classes) for k, v in parts.items()},
         }
@@ -142,6 +149,15 @@ def load_splits(name, root=None, *, val_split=None, split_seed=0, limit_train=No
         parts, found = _imagefolder(root, wanted, classes, decode_size, window)
     elif name == "unlabeled":
         parts, found, classes = {"train": _unlabeled(root, decode_size, window, **own)}, [], None
+    elif name in ("medpix", "image_text"):
+        from common.image_text import read_image_text, read_medpix
+
+        if "group_column" in own:
+            own["group_field"] = own.pop("group_column")
+        known = classes if isinstance(classes, dict) else None
+        reader = read_medpix if name == "medpix" else read_image_text
+        parts, found = reader(root, splits=[split for split in ("train", "val", "test") if split in wanted], classes=known, on_bad_image=on_bad_image,
+                              decode_size=decode_size, window=window, **own)  # fmt: skip
     else:
         decoding = {"decode_size": decode_size, "window": window, "on_bad_image": on_bad_image}
         if name == "csv":
@@ -152,6 +168,8 @@ def load_splits(name, root=None, *, val_split=None, split_seed=0, limit_train=No
             parts, found = read_isic2017(root, splits=wanted, **decoding, **own)
         else:
             parts, found = read_isic2024(root, **decoding)
+    if classes is not None and isinstance(classes, dict) != isinstance(found, dict):
+        raise DataError(f"--dataset {name} has the tasks {', '.join(tasks_of(found))}, the checkpoint knows {', '.join(tasks_of(classes))}")
     if classes is not None and list(classes) != list(found):
         parts = {k: _with_classes(v, found, list(classes), name) for k, v in parts.items()}
         found = classes
@@ -160,7 +178,7 @@ def load_splits(name, root=None, *, val_split=None, split_seed=0, limit_train=No
     known = {i for part in parts.values() for i in part.ids} if extra_train else None
     pool = [parts[k] for k in ("train", "val") if k in parts and (k == "train" or folds)]  # what train is chosen from
     parts = _divide(name, parts, val_split, split_seed, folds, fold, negatives)
-    result = Splits(name, DATASETS[name].domain, list(found), **parts)
+    result = Splits(name, DATASETS[name].domain, found if isinstance(found, dict) else list(found), **parts)
     own = len(result.train) if "train" in splits and extra_train else None
     if own is not None:
         result.train = add_positives(result.train, extra_train, known)
@@ -313,11 +331,12 @@ def _check_classes(result):
     """Refuse a split that lacks a class: its metrics would mean nothing."""
     for split in ("train", "val", "test"):
         part = getattr(result, split)
-        present = set() if part is None else set(part.labels.tolist())
-        for label, name in enumerate(result.classes if part is not None else []):
-            if label not in present:
-                raise DataError(f"{split} has no image of the class {name!r} ({len(part)} images): take another --split-seed, fewer folds, "
-                                "or a larger --val-split or dataset")  # fmt: skip
+        for task, names in tasks_of(result.classes).items() if part is not None else ():
+            present = set(part.targets[task].tolist())
+            for label, name in enumerate(names):
+                if label not in present:
+                    raise DataError(f"{split} has no image of the class {name!r} ({len(part)} images): take another --split-seed, fewer folds, "
+                                    "or a larger --val-split or dataset")  # fmt: skip
 
 
 def _with_classes(dataset, found, classes, name):
@@ -462,7 +481,7 @@ def _without_bad_images(dataset):
     for text in bad:
         print(f"skipped: {text}", flush=True)
     good = np.array([i for i, text in enumerate(complaints) if not text], int)
-    lost = set(dataset.labels.tolist()) - set(dataset.labels[good].tolist())
+    lost = {label for labels in dataset.targets.values() for label in set(labels.tolist()) - set(labels[good].tolist())}
     if lost:
         raise DataError(f"after skipping {len(bad)} broken images a class has none left (label {min(lost)})")
     return dataset.subset(good)

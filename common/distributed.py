@@ -74,6 +74,32 @@ def size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+class _GatherRows(torch.autograd.Function):
+    """Rows of all processes; each process's rows get the gradient of every process's loss."""
+
+    @staticmethod
+    def forward(ctx, rows):
+        parts = [torch.empty_like(rows) for _ in range(size())]
+        torch.distributed.all_gather(parts, rows.contiguous())
+        ctx.count = len(rows)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.contiguous()
+        torch.distributed.all_reduce(gradient)
+        return gradient[rank() * ctx.count : (rank() + 1) * ctx.count]
+
+
+def gather_rows(rows):
+    """(B, D) of this process -> (processes * B, D) of all, in order of rank; equal B in each.
+
+    Where all compute the same loss of the whole batch and DDP averages their gradients, the result is the gradient of
+    one process with the whole batch.
+    """
+    return rows if size() == 1 else _GatherRows.apply(rows)
+
+
 def barrier():
     if size() > 1:
         dist.barrier(group=_cpu_group)

@@ -15,7 +15,7 @@ from common.augment import Augmenter, Policy
 from common.cli import UserError, atomic_write, read_json, split_flags, write_json
 from common.cli import data_root as find_data_root
 from common.data import load_splits
-from common.images import TASK
+from common.images import TASK, logits_name, tasks_of
 from common.loader import Loader
 from common.models import multiply_adds
 from common.training import Precision, file_sha256, load_checkpoint, load_model, peak_memory_mb, select_device
@@ -24,8 +24,25 @@ INTERVALS = ("accuracy", "balanced_accuracy", "auc", "average_precision", "pauc"
 
 
 def predict(model, loader, preprocess, precision, interrupts=None):
-    """Logits (N, C) float32 numpy of a loader's samples on their plain images, the model in eval mode."""
-    return outputs(model, loader, preprocess, precision, ("logits",), interrupts)["logits"]
+    """{task: logits (N, C) float32 numpy} of a loader's samples on their plain images, the model in eval mode."""
+    names = {task: logits_name(task) for task in loader.dataset.targets}
+    found = outputs(model, loader, preprocess, precision, tuple(names.values()), interrupts)
+    return {task: found[name] for task, name in names.items()}
+
+
+def task_metrics(logits, targets, teacher=None):
+    """Metrics of {task: logits (N, C)} against {task: labels (N,)}, and fidelity to a teacher's logits {task: (N, C)}.
+
+    Of several tasks <task>_<metric> for each, and <metric>, their mean (None where one is).
+    """
+    found = {task: metrics.classification(values, targets[task]) for task, values in logits.items()}
+    for task, of in found.items() if teacher is not None else ():
+        of.update(metrics.fidelity(logits[task], teacher[task], targets[task]))
+    if len(found) == 1:
+        return next(iter(found.values()))
+    columns = {name: [of[name] for of in found.values()] for name in next(iter(found.values()))}
+    means = {name: None if None in values else float(np.mean(values)) for name, values in columns.items()}
+    return {**means, **{f"{task}_{name}": value for task, of in found.items() for name, value in of.items()}}
 
 
 def outputs(model, loader, preprocess, precision, names=("logits", "embedding"), interrupts=None):
@@ -39,7 +56,7 @@ def outputs(model, loader, preprocess, precision, names=("logits", "embedding"),
     with torch.no_grad():
         for batch in loader.batches():
             with precision.autocast():
-                out = model({"image": preprocess(augment(batch, preprocess.resolution))})
+                out = model(preprocess.inputs(batch, augment(batch, preprocess.resolution)))
             parts.append([out[name][: batch["valid"]].float() for name in names])
             rows.append(batch["index"][: batch["valid"]])
             if interrupts is not None and distributed.size() == 1:
@@ -68,7 +85,7 @@ def distillation_loss(model, criterion, targets, loader, preprocess, precision, 
     distributed.broadcast(model.buffers())
     for batch in loader.batches():
         with precision.autocast():
-            out = model({"image": preprocess(augment(batch, preprocess.resolution))})
+            out = model(preprocess.inputs(batch, augment(batch, preprocess.resolution)))
         valid = batch["valid"]
         loss = criterion(_rows(out, valid), _rows(targets(batch), valid), None)
         total, count = total + loss * valid, count + valid
@@ -96,7 +113,7 @@ def live_teacher(teacher, preprocess, augment, precision):
     @torch.no_grad()
     def targets(batch):
         with precision.autocast():
-            return teacher({"image": preprocess(augment(batch, preprocess.resolution))})
+            return teacher(preprocess.inputs(batch, augment(batch, preprocess.resolution)))
 
     return targets
 
@@ -117,7 +134,7 @@ def write_results(run, splits, loaders, recorder, preprocess, precision, *, scri
 
     Intervals and recalls of the classes are of the best weights alone.
 
-    loaders: {"val", "test": Loader}; teacher: dict for results.json; teacher_logits: {"val", "test": (N, C)}; judge:
+    loaders: {"val", "test": Loader}; teacher: dict for results.json; teacher_logits: {"val", "test": {task: (N, C)}}; judge:
     (split, loader) -> metrics of the student where it has no logits, and so no predictions.  Returns the results.
     """
     model, writes, best_logits = recorder.updater.evaluated_model, distributed.rank() == 0, {}
@@ -141,9 +158,7 @@ def write_results(run, splits, loaders, recorder, preprocess, precision, *, scri
                 results[prefix + split] = judge(split, loader)
                 continue
             logits = predict(model, loader, preprocess, precision, recorder.interrupts)
-            results[prefix + split] = metrics.classification(logits, loader.dataset.labels)
-            if teacher_logits:
-                results[prefix + split].update(metrics.fidelity(logits, teacher_logits[split], loader.dataset.labels))
+            results[prefix + split] = task_metrics(logits, loader.dataset.targets, teacher_logits and teacher_logits[split])
             if not prefix and writes:
                 write_predictions(run.folder, split, loader.dataset, logits, splits.classes)
                 best_logits[split] = logits
@@ -180,11 +195,18 @@ def verdict(results, path):
 def uncertainty(logits, dataset, classes):
     """What stands beside a split's metrics: {"intervals": {metric: [low, high] or None}, "class_recalls": {class: recall or None}}.
 
-    The intervals are of 95 %, by resampling lesions or patients where the dataset has groups, else images.
+    logits: {task: (N, C)}; of several tasks the keys are <task>_<metric> and <task>_<class>.  The intervals are of 95 %, by
+    resampling lesions, patients or cases where the dataset has groups, else images.
     """
-    recalls = metrics.class_recalls(logits, dataset.labels)
-    names = INTERVALS if len(classes) <= 100 else INTERVALS[:2]  # curves of each class take minutes on ImageNet
-    return {"intervals": metrics.bootstrap(logits, dataset.labels, dataset.groups, names=names), "class_recalls": dict(zip(classes, recalls))}
+    result = {"intervals": {}, "class_recalls": {}}
+    for task, names in tasks_of(classes).items():
+        labels, prefix = dataset.targets[task], f"{task}_" if len(logits) > 1 else ""
+        chosen = INTERVALS if len(names) <= 100 else INTERVALS[:2]  # curves of each class take minutes on ImageNet
+        found = metrics.bootstrap(logits[task], labels, dataset.groups, names=chosen)
+        result["intervals"].update({prefix + name: value for name, value in found.items()})
+        recalls = metrics.class_recalls(logits[task], labels)
+        result["class_recalls"].update({prefix + name: recall for name, recall in zip(names, recalls)})
+    return result
 
 
 def brackets(interval):
@@ -238,13 +260,16 @@ def cost(model, resolution, batch_size, device, precision):
 
 
 def write_predictions(folder, split, dataset, logits, classes):
-    """predictions_<split>.npz and confusion_<split>_label.npy."""
+    """predictions_<split>.npz and confusion_<split>_<task>.npy; logits: {task: (N, C)}."""
     with atomic_write(os.path.join(folder, f"predictions_{split}.npz")) as temporary, open(temporary, "wb") as file:
-        groups = {} if dataset.groups is None else {"groups": dataset.groups}
-        logits = logits.astype(np.float32)
-        np.savez(file, ids=np.array(dataset.ids), labels=dataset.labels, logits=logits, classes=np.array(classes), **groups)
-    with atomic_write(os.path.join(folder, f"confusion_{split}_{TASK}.npy")) as temporary, open(temporary, "wb") as file:
-        np.save(file, metrics.confusion_matrix(logits, dataset.labels))
+        arrays = {"ids": np.array(dataset.ids), **({} if dataset.groups is None else {"groups": dataset.groups})}
+        for task, names in tasks_of(classes).items():
+            of = {"labels": dataset.targets[task], "logits": logits[task].astype(np.float32), "classes": np.array(names)}
+            arrays.update({name if task == TASK else f"{name}_{task}": value for name, value in of.items()})
+        np.savez(file, **arrays)
+    for task, values in logits.items():
+        with atomic_write(os.path.join(folder, f"confusion_{split}_{task}.npy")) as temporary, open(temporary, "wb") as file:
+            np.save(file, metrics.confusion_matrix(values, dataset.targets[task]))
 
 
 def evaluate_checkpoint(path, split="test", device="auto", batch_size=128, data_root=None):
@@ -253,7 +278,7 @@ def evaluate_checkpoint(path, split="test", device="auto", batch_size=128, data_
     model, preprocess = load_model(checkpoint, device, path=path)
     dataset = getattr(splits_of(checkpoint, data_root=data_root, split=split), split)
     logits = predict(model, Loader(dataset, batch_size, device), preprocess, Precision("off", device))
-    return metrics.classification(logits, dataset.labels)
+    return task_metrics(logits, dataset.targets)
 
 
 def splits_of(checkpoint, dataset=None, data_root=None, split="test", **reading):

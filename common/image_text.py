@@ -38,12 +38,16 @@ class ImageTextDataset(ImageDataset):
     """
 
     def __init__(self, ids, targets, classes, texts, paths, **options):
-        self.targets = {task: np.asarray(labels, np.int64) for task, labels in targets.items()}
+        self.task_labels = {task: np.asarray(labels, np.int64) for task, labels in targets.items()}
         self.classes, self.texts = {task: list(names) for task, names in classes.items()}, list(texts)
         joint = np.zeros(len(ids), np.int64)
-        for task, labels in self.targets.items():
+        for task, labels in self.task_labels.items():
             joint = joint * len(self.classes[task]) + labels
         super().__init__(ids, joint, paths=paths, **options)
+
+    @property
+    def targets(self):
+        return self.task_labels
 
     def __getitem__(self, i):
         targets = {task: int(labels[i]) for task, labels in self.targets.items()}

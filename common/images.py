@@ -21,6 +21,16 @@ from PIL import Image, ImageOps
 from common.augment import hash_id
 
 TASK = "label"  # the one task of a classification dataset
+
+
+def tasks_of(classes):
+    """{task: its class names} of a dataset's or a checkpoint's classes: a list where TASK is the only one, else this dict."""
+    return classes if isinstance(classes, dict) else {TASK: classes}
+
+
+def logits_name(task):
+    """The key of a task's logits in a model's output."""
+    return "logits" if task == TASK else f"logits_{task}"
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 
 # Pillow warns of damaged metadata in several lines; what it cannot read it raises
@@ -252,6 +262,11 @@ class ImageDataset(torch.utils.data.Dataset):
         self.keys = np.array([hash_id(i) for i in self.ids], np.int64)
         self.decode_size, self.window, self.hair_removal = decode_size, window, hair_removal
         self.groups = None if groups is None else np.asarray(groups, dtype=str)
+
+    @property
+    def targets(self):
+        """{task: labels (N,) int64}"""
+        return {TASK: self.labels}
 
     def __len__(self):
         return len(self.ids)

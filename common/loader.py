@@ -19,7 +19,7 @@ from PIL import Image
 
 from common import distributed
 from common.augment import uniform
-from common.images import TASK, DataError, available_cpus
+from common.images import DataError, available_cpus
 
 REPEAT_STRIDE = 1_000_003  # views between an image's repeats in an epoch: a prime, so that stored views differ too
 
@@ -228,7 +228,7 @@ class Loader:
         self.accumulate, self.balanced = accumulate, balanced
         self.batch_size = _train_batch(batch_size, len(dataset), accumulate) if shuffle else batch_size
         self.keys = torch.from_numpy(dataset.keys)
-        self.labels = torch.from_numpy(dataset.labels).to(self.device)
+        self.targets = {task: torch.from_numpy(labels).to(self.device) for task, labels in dataset.targets.items()}
         spare = available_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's share the cores, srun's have own
         self.workers = max(1, min(8, spare)) if workers is None else workers
         self.cache = self._workers = None
@@ -260,7 +260,7 @@ class Loader:
         """Yield batches from number `start` on.  In training the view is the epoch (from 1), else 0, the plain image;
         an image that comes again in an epoch gets another view.
 
-        A batch: `index`, `key`, `view` (B,) and `size` (B, 2) on the CPU; `image` (B, 3, H, W) uint8 and `targets`
+        A batch: `dataset`, whose texts `index` finds; `index`, `key`, `view` (B,) and `size` (B, 2) on the CPU; `image` (B, 3, H, W) uint8 and `targets`
         {task: (B,)} on the device; `valid`, the rows that count; `batch_targets`, as targets, of the whole batch where
         this is a process's share or a part of it; `last_part`, whether it completes the batch.
         """
@@ -278,19 +278,24 @@ class Loader:
         rows = [part[2] for part in parts]
         images = self._cached(rows) if self.cache else self._loaded(rows)
         for number, ((step, whole, index, again), (image, size)) in enumerate(zip(parts, images), 1):
-            targets = {TASK: self.labels[index.to(self.device, non_blocking=True)]}
+            targets = self._targets(index)
             pinned = image.pin_memory() if self.device.type == "cuda" and not image.is_cuda else image
             yield {
+                "dataset": self.dataset,
                 "index": index,
                 "key": self.keys[index],
                 "view": again * REPEAT_STRIDE + (epoch if self.shuffle else 0),
                 "size": size,
                 "image": pinned.to(self.device, non_blocking=True),
                 "targets": targets,
-                "batch_targets": targets if index is whole else {TASK: self.labels[whole.to(self.device, non_blocking=True)]},
+                "batch_targets": targets if index is whole else self._targets(whole),
                 "valid": min(len(index), len(self.dataset) - step * self.batch_size),
                 "last_part": not self.shuffle or number % self.accumulate == 0,
             }
+
+    def _targets(self, rows):
+        rows = rows.to(self.device, non_blocking=True)
+        return {task: labels[rows] for task, labels in self.targets.items()}
 
     def _cached(self, rows):
         for index in rows:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-TERMS = ("ce", "kl", "feature", "embedding", "cls", "patch")
+TERMS = ("ce", "kl", "feature", "embedding", "cls", "patch", "projection", "contrastive", "rkd_distance", "rkd_angle", "mmd")
 # Weights a published combination sets, others are 0; --ce-weight, --kl-weight, ... override one by one, 0 leaves a term out.
 METHODS = {
     "response": {"ce": 0.5, "kl": 0.5},  # Hinton et al. 2015, arXiv:1503.02531
@@ -18,7 +18,13 @@ METHODS = {
     "feature_matching": {"ce": 0.5, "feature": 0.5},  # with labels, intermediate maps of Swins and ViTs in place of logits
     "embedding": {"ce": 1.0, "embedding": 1.0},  # stored or live embeddings in a shared space, with labels; --ce-weight 0 without
     "tokens": {"cls": 1.0, "patch": 0.5},  # without labels: class token and patch tokens
+    "vanilla": {"ce": 1.0, "kl": 1.0, "projection": 100.0},  # logits and projected sides of image + text models
+    "combined": {"ce": 1.0, "kl": 1.0, "projection": 100.0, "contrastive": 1.0},
+    "crd": {"ce": 1.0, "contrastive": 1.0},  # Tian et al. 2020, arXiv:1910.10699, with the batch's negatives
+    "rkd": {"ce": 1.0, "rkd_distance": 25.0, "rkd_angle": 50.0},  # Park et al. 2019, arXiv:1904.05068
+    "mmd": {"ce": 1.0, "mmd": 1.0},  # Huang and Wang 2017, arXiv:1707.01219, on embeddings
 }
+RELATIONS = ("contrastive", "rkd_distance", "rkd_angle", "mmd")  # terms that compare the images of a batch
 ALPHA = {"response": ("ce", "kl"), "feature": ("ce", "kl"), "feature_matching": ("feature", "ce")}  # alpha weighs the first, 1 - alpha the second
 FEATURE_LOSSES = ("mse", "cosine")
 COLLAPSED = 0.1  # share of its first variance below which the shared space counts as collapsed (0.014 measured)
@@ -82,6 +88,34 @@ def temperature_kl(student_logits, teacher_logits, temperature=4.0):
         student = F.log_softmax(student / temperature, dim=1)
         teacher = F.log_softmax(teacher / temperature, dim=1)
         return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
+
+
+def task_logits(out):
+    """{task: (B, C)} of a model's output: `logits` are those of the task "label", `logits_<task>` of another."""
+    return {name.removeprefix("logits_") if name != "logits" else "label": value for name, value in out.items() if name.split("_")[0] == "logits"}
+
+
+def task_class_weights(spec, targets, sizes):
+    """{task: class_weights} of labels {task: (N,)} with {task: number of classes}."""
+    return {task: class_weights(spec, labels, sizes[task]) for task, labels in targets.items()}
+
+
+def task_accuracy(out, targets):
+    """Share of right answers in a batch, mean over tasks; a tensor on the device.  out: a model's output; targets: {task: (B,)}."""
+    return torch.stack([(logits.argmax(1) == targets[task]).float().mean() for task, logits in task_logits(out).items()]).mean()
+
+
+def task_mean(losses, task_weights=None):
+    """Mean over tasks of {task: loss}, weighted by {task: weight} where they are given."""
+    weights = {task: (task_weights or {}).get(task, 1.0) for task in losses}
+    return sum(weights[task] * loss for task, loss in losses.items()) / sum(weights.values())
+
+
+def task_cross_entropy(out, targets, label_smoothing=0.0, weights=None, batch_targets=None, task_weights=None):
+    """Mean over tasks of `cross_entropy`.  out: a model's output; targets, batch_targets: {task: labels}; weights: {task: (C,) or None}."""
+    losses = {task: cross_entropy(logits, targets[task], label_smoothing, (weights or {}).get(task), (batch_targets or targets)[task])
+              for task, logits in task_logits(out).items()}  # fmt: skip
+    return task_mean(losses, task_weights)
 
 
 def same_size(student, teacher):
@@ -215,6 +249,21 @@ def orthogonal(rows, columns, seed=0):
     return q if rows >= columns else q.T
 
 
+def feature_error(student, teacher):
+    """Mean squared error over all elements of embeddings (B, D) of equal width."""
+    with torch.autocast(student.device.type, enabled=False):
+        return F.mse_loss(*_float32(student, teacher))
+
+
+def _by_task(value):
+    """A tensor of the one task "label" as {task: tensor}; a dict and None are left as they are."""
+    return {"label": value} if isinstance(value, torch.Tensor) else value
+
+
+def _classes(counts):
+    return ", ".join(f"{count} classes" + ("" if task == "label" else f" of {task}") for task, count in counts.items()) or "none"
+
+
 class EmbeddingProjectors(nn.Module):
     """Linear maps of student (B, D_s) and teacher (B, D_t) into a space of shared_dim.
 
@@ -280,7 +329,8 @@ class DistillationLoss(nn.Module):
     the whole batch, make it so for class weights.  A term that compares samples must gather the parts first.
     """
 
-    def __init__(self, weights, temperature=4.0, feature_loss="mse", label_smoothing=0.0, class_weights=None, embedding=None):
+    def __init__(self, weights, temperature=4.0, feature_loss="mse", label_smoothing=0.0, class_weights=None, embedding=None,
+                 task_weights=None, contrastive=None, gather=None):  # fmt: skip
         super().__init__()
         if not 0 < temperature < math.inf:
             raise LossError(f"--temperature {temperature} is no number above 0")
@@ -290,14 +340,17 @@ class DistillationLoss(nn.Module):
         self.projectors = nn.ModuleList()
         self.embedding = {"shared_dim": None, "teacher": "identity", "lambda_feat": 1.0, "lambda_cos": 1.0, **(embedding or {})}
         self.embedding_projectors = None
-        self.token_projectors = nn.ModuleDict()
+        self.token_projectors, self.side_projectors = nn.ModuleDict(), nn.ModuleDict()
+        self.task_weights, self.contrastive = task_weights, {"temperature": 0.07, "base_temperature": 0.07, **(contrastive or {})}
+        self.gather = gather or (lambda rows: rows)
         self.terms = {}
 
     def build(self, student, teacher):
-        if "kl" in self.weights and student["logits"].shape != teacher["logits"].shape:
-            raise LossError(
-                f"the teacher has {teacher['logits'].shape[1]} classes, the student {student['logits'].shape[1]}"
-            )
+        if "kl" in self.weights:
+            ours, theirs = ({task: logits.shape[1] for task, logits in task_logits(out).items()} for out in (student, teacher))
+            if ours != theirs:
+                raise LossError(f"the teacher has {_classes(theirs)}, the student {_classes(ours)}")
+        self._build_sides(student, teacher)
         if "embedding" in self.weights:
             widths = (out["embedding"].shape[1] for out in (student, teacher))
             self.embedding_projectors = EmbeddingProjectors(*widths, self.embedding["shared_dim"], self.embedding["teacher"])
@@ -326,9 +379,16 @@ class DistillationLoss(nn.Module):
             if name == "ce" and labels is None:
                 continue
             if name == "ce":
-                term = cross_entropy(student["logits"], labels, self.label_smoothing, self.class_weights, batch_labels)
+                term = task_cross_entropy(student, _by_task(labels), self.label_smoothing, _by_task(self.class_weights), _by_task(batch_labels),
+                                          self.task_weights)  # fmt: skip
             elif name == "kl":
-                term = temperature_kl(student["logits"], teacher["logits"], self.temperature)
+                theirs = task_logits(teacher)
+                term = task_mean({task: temperature_kl(logits, theirs[task], self.temperature) for task, logits in task_logits(student).items()},
+                                 self.task_weights)  # fmt: skip
+            elif name == "projection":
+                term = torch.stack([feature_error(self.side(key, student[key]), teacher[key]) for key in self.sides]).mean()
+            elif name in RELATIONS:
+                term = self.relation(name, student["embedding"], teacher["embedding"])
             elif name == "feature":
                 term = self.feature(student["features"], teacher["features"])
             elif name == "embedding":
@@ -345,6 +405,27 @@ class DistillationLoss(nn.Module):
             loss = loss + self.weights["cls"] * term
             self.terms["local"] = term.detach()
         return loss
+
+    def _build_sides(self, student, teacher):
+        """Linear maps from the student's width to the teacher's: of both models' sides, else of their embeddings."""
+        self.sides = [key for key in ("img_proj", "txt_proj") if key in student and key in teacher] or ["embedding"]
+        keys = [*(self.sides if "projection" in self.weights else []), *(["embedding"] if {"contrastive", "mmd"} & self.weights.keys() else [])]
+        for key in dict.fromkeys(keys):
+            self.side_projectors[key] = nn.Linear(student[key].shape[1], teacher[key].shape[1]).to(student[key].device)
+
+    def side(self, key, student):
+        """A student's embedding (B, D_s) in the teacher's width, in float32."""
+        with torch.autocast(student.device.type, enabled=False):
+            return self.side_projectors[key](student.to(self.side_projectors[key].weight.dtype))
+
+    def relation(self, name, student, teacher):
+        """A term that compares images, of all processes' parts of the batch: each has its gradient, see `gather`."""
+        if name in ("contrastive", "mmd"):
+            student = self.side("embedding", student)
+        student, teacher = self.gather(student), self.gather(teacher)
+        if name == "contrastive":
+            return contrastive(student, teacher, **self.contrastive)
+        return {"rkd_distance": rkd_distance, "rkd_angle": rkd_angle, "mmd": mmd}[name](student, teacher)
 
     def local(self, student, teacher):
         """Class tokens (N, B, D_s) of N local crops against the teacher's (G * B, D_t) of G global ones: mean over all pairs of an image."""

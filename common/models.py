@@ -222,6 +222,8 @@ class ImageModel(nn.Module):
     weights expect, or None.
     """
 
+    kind = "image"  # of a checkpoint
+
     def __init__(self, backbone, build_args, mean=None, std=None):
         super().__init__()
         self.backbone, self.build_args, self.mean, self.std = backbone, build_args, mean, std
@@ -260,6 +262,11 @@ class ImageModel(nn.Module):
         if hidden.dim() == 3:
             return hidden[:, getattr(self.backbone, "num_prefix_tokens", 0) :]
         raise ModelError(f"{self.name} has no tokens: its last layer gives {tuple(hidden.shape)}")
+
+    def example(self, resolution=None, rows=2):
+        """A batch of black images, on the model's device, for a dry run."""
+        side = resolution or self._side
+        return {"image": torch.zeros(rows, 3, side, side, device=next(self.parameters()).device)}
 
     def set_pooling(self, pooling):
         """What is the embedding: cls, the class token; mean, of the grid's tokens; map, the model's attention pooling;
@@ -584,11 +591,11 @@ def multiply_adds(model, resolution):
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    device, training = next(model.parameters()).device, model.training
+    training = model.training
     model.eval()
     counter = FlopCounterMode(display=False)
     with warnings.catch_warnings(), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
         warnings.simplefilter("ignore")  # MATH: fused attention is not counted on every device
-        model({"image": torch.zeros(1, 3, resolution, resolution, device=device)})
+        model(model.example(resolution, 1))
     model.train(training)
     return counter.get_total_flops() // 2

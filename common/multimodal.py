@@ -372,6 +372,8 @@ class ImageTextModel(nn.Module):
     other is None, and so are its outputs missing.  `mean`, `std`: what pretrained image weights expect, or None.
     """
 
+    kind = "image_text"  # of a checkpoint
+
     def __init__(self, image, text, build_args):
         super().__init__()
         self.image, self.text, self.build_args = image, text, build_args

@@ -21,12 +21,12 @@ class NonFiniteLoss(Exception):
 
 
 def make_optimizer(
-    name, modules, lr, weight_decay=None, momentum=0.9, nesterov=False, projectors=None, projector_decay=0.0
+    name, modules, lr, weight_decay=None, momentum=0.9, nesterov=False, projectors=None, projector_decay=0.0, backbone_lr=None
 ):
     """Optimizer over the modules' parameters, no decay on norms, biases, class tokens and positions.
 
     lr: None is 0.02 for sgd, 0.001 for adam and adamw; weight_decay: None is 5e-4 for sgd, 0.05 for adamw, 0 for adam;
-    projectors: a module with a decay of its own.
+    projectors: a module with a decay of its own; backbone_lr: of what a module's `backbones()` holds.
     """
     if nesterov and (name != "sgd" or momentum == 0):
         other = f"--optimizer {name}" if name != "sgd" else "--momentum 0"
@@ -35,16 +35,21 @@ def make_optimizer(
         lr = 0.02 if name == "sgd" else 1e-3
     if weight_decay is None:
         weight_decay = {"sgd": 5e-4, "adamw": 0.05, "adam": 0.0}[name]
-    decayed, free = [], []
+    decayed, free, backbones = [], [], set()
     for module in modules:
         skip = set()
+        if backbone_lr is not None:
+            backbones |= {p for side in module.backbones().values() for p in side.parameters()}
         for prefix, child in module.named_modules():
             if hasattr(child, "no_weight_decay"):
                 skip |= {f"{prefix}.{n}" if prefix else n for n in child.no_weight_decay()}
         for n, p in module.named_parameters():
             if p.requires_grad:
                 (free if p.ndim <= 1 or n in skip else decayed).append(p)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
+    groups = []
+    for parameters, decay in ((decayed, weight_decay), (free, 0.0)):
+        groups.append({"params": [p for p in parameters if p not in backbones], "weight_decay": decay})
+        groups.append({"params": [p for p in parameters if p in backbones], "weight_decay": decay, "scale": (backbone_lr or lr) / lr})
     if projectors is not None:
         own = [p for p in projectors.parameters() if p.requires_grad]
         groups.append({"params": [p for p in own if p.ndim > 1], "weight_decay": projector_decay})
@@ -143,7 +148,7 @@ class Updater:
     def _step(self):
         self.lr = self.schedule(self.steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.lr
+            group["lr"] = self.lr * group.get("scale", 1.0)
         scaler = self.precision.scaler
         if self.clip_grad:
             scaler.unscale_(self.optimizer)
@@ -186,6 +191,13 @@ class Updater:
         self.lr = self.schedule(max(0, self.steps - 1))  # of the last step: an epoch may have no step left to set it
 
 
+def backbone_lr(args, model):
+    rate = getattr(args, "backbone_lr", None)
+    if rate is not None and not hasattr(model, "backbones"):
+        raise UserError("--backbone-lr is for image + text models")
+    return rate
+
+
 def make_updater(args, model, precision, steps, projectors=None, module=None, unused=False):
     """Updater by --optimizer, --schedule and the flags beside them; its `parallel` is what the forward pass goes through.
 
@@ -193,7 +205,7 @@ def make_updater(args, model, precision, steps, projectors=None, module=None, un
     the model; unused: whether some parameters get no gradient.
     """
     optimizer = make_optimizer(args.optimizer, [model], args.lr, args.weight_decay, args.momentum, args.nesterov, projectors,
-                               getattr(args, "projector_weight_decay", 0.0))  # fmt: skip
+                               getattr(args, "projector_weight_decay", 0.0), backbone_lr(args, model))  # fmt: skip
     schedule = Schedule(args.schedule, optimizer.defaults["lr"], args.epochs, steps, args.warmup_epochs, args.milestones,
                         args.gamma, args.plateau_patience)  # fmt: skip
     parallel = distributed.data_parallel(module or model, precision.device, unused=unused)

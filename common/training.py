@@ -120,15 +120,42 @@ def use_compile(choice, device):
 
 @dataclass
 class Preprocess:
-    """A model's own input: side in pixels, mean and std.  `preprocess(pixels)`: (B, 3, R, R) in 0..1 -> model input."""
+    """A model's own input: side in pixels, mean and std, and, of a model that reads texts, its tokenizer.
+
+    `preprocess(pixels)`: (B, 3, R, R) in 0..1 -> normalized; `preprocess.inputs(batch, pixels)` -> what the model takes.
+    """
 
     resolution: int
     mean: list
     std: list
+    tokenizer: object = None  # of transformers; the model's own, so it is not kept with the other values
+    max_length: int = None  # tokens to which texts are cut
 
     def __post_init__(self):
         self.mean, self.std = [float(v) for v in self.mean], [float(v) for v in self.std]
-        self._tensors = None
+        self._tensors, self._tokens = None, {}
+
+    def reads(self, model):
+        """Take the tokenizer of a model that reads texts."""
+        self.tokenizer, self.max_length = getattr(model, "tokenizer", None), getattr(model, "max_length", None)
+        return self
+
+    def prepare(self, *datasets):
+        """Tokenize the texts of these datasets, once."""
+        from common.image_text import tokenize
+
+        for dataset in datasets if self.tokenizer is not None else ():
+            if id(dataset) not in self._tokens:
+                self._tokens[id(dataset)] = dataset, tokenize(dataset.texts, self.tokenizer, self.max_length)
+
+    def inputs(self, batch, pixels):
+        """{"image": (B, 3, R, R)}, and {"input_ids", "attention_mask": (B, L)} for a model that reads texts."""
+        if self.tokenizer is None:
+            return {"image": self(pixels)}
+        from common.image_text import token_batch
+
+        self.prepare(batch["dataset"])
+        return {"image": self(pixels), **token_batch(self._tokens[id(batch["dataset"])][1], batch["index"], pixels.device)}
 
     def __call__(self, pixels):
         if self._tensors is None or self._tensors[0].device != pixels.device:
@@ -189,24 +216,45 @@ def load_checkpoint(path):
 
 def load_model(checkpoint, device="cpu", resolution=None, path="the checkpoint"):
     """(model in eval mode, Preprocess) from a checkpoint alone; no hub is asked.  Raises UserError, ModelError."""
-    if checkpoint["kind"] != "image":
-        raise UserError(f"{path} is of kind {checkpoint['kind']!r}, not an image model")
-    model = build_model(**checkpoint["model_args"])
+    if checkpoint["kind"] not in ("image", "image_text"):
+        raise UserError(f"{path} is of the unknown kind {checkpoint['kind']!r}")
+    if checkpoint["kind"] == "image_text":
+        from common.multimodal import build_image_text_model
+
+        model = build_image_text_model(**checkpoint["model_args"])
+    else:
+        model = build_model(**checkpoint["model_args"])
     try:
         model.load_state_dict(checkpoint["model"], strict=True)
     except RuntimeError as error:
         raise UserError(f"{path} does not fit its own architecture {model.name}: {str(error).splitlines()[-1].strip()[:160]}") from None
     preprocess = Preprocess(**checkpoint["preprocess"])
+    preprocess.reads(model)
     if resolution and resolution != preprocess.resolution:
         model.set_resolution(resolution)
         preprocess.resolution = resolution
     return model.to(device).to(memory_format=torch.channels_last).eval(), preprocess
 
 
-def start_model(args, num_classes, resolution):
-    """(new model on the CPU, line for the log or None) by --model and the flags beside it, from the weights of --seed."""
+def start_model(args, classes, resolution, texts=None):
+    """(new model on the CPU, line for the log or None) by --model and the flags beside it, from the weights of --seed.
+
+    classes: a list, or {task: list} for a model of images and texts; texts: those of train.
+    """
     torch.manual_seed(args.seed)
-    model = build_model(args.model, num_classes, resolution, args.patch_size, args.pretrained, dynamic=bool(getattr(args, "local_crops", 0)))
+    if isinstance(classes, dict):
+        from common.multimodal import build_image_text_model
+
+        if args.weights or args.init_checkpoint:
+            raise UserError("--weights and --init-checkpoint are for image models")
+        model = build_image_text_model(args.image_model or args.model, args.text_model, {task: len(names) for task, names in classes.items()}, resolution,
+                                       args.fusion, args.fusion_layers, args.fusion_dim, args.pretrained, inputs=args.inputs, texts=texts,
+                                       max_length=args.max_length, text_pooling=args.text_pooling)  # fmt: skip
+        model.set_dropout(args.dropout)
+        if args.freeze_backbone:
+            model.freeze_backbone()
+        return model, None
+    model = build_model(args.model, len(classes), resolution, args.patch_size, args.pretrained, dynamic=bool(getattr(args, "local_crops", 0)))
     note = start_weights(model, args.weights, args.init_checkpoint)
     model.set_dropout(args.dropout)
     if args.freeze_backbone:
@@ -363,7 +411,7 @@ class Recorder:
         if distributed.rank() > 0:
             return distributed.barrier()  # rank 0 writes; who ends before it has would end it too
         content = {
-            **self.content, "kind": "image", "model": updater.evaluated_model.state_dict(),
+            **self.content, "kind": updater.model.kind, "model": updater.evaluated_model.state_dict(),
             "model_args": updater.model.build_args,
             "raw_model": None if updater.average is None else updater.model.state_dict(),
             "loss": None if self.loss is None else self.loss.state_dict(),
