@@ -21,14 +21,14 @@ import os
 
 import torch
 
-from common import cli
+from common import cli, distributed
 from common.augment import Augmenter, Policy
 from common.data import DATASETS, load_splits
-from common.evaluation import distillation_loss, predict, write_results
-from common.images import TASK
+from common.evaluation import distillation_loss, predict, task_metrics, write_results
+from common.images import tasks_of
 from common.loader import Loader, save_sample_grid, several_views
-from common.losses import FEATURE_LOSSES, METHODS, TEACHER_PROJECTORS, DistillationLoss, class_weights, method_weights
-from common.metrics import CLASSIFICATION, FIDELITY, classification, fidelity
+from common.losses import FEATURE_LOSSES, METHODS, TEACHER_PROJECTORS, DistillationLoss, method_weights, task_accuracy, task_class_weights
+from common.metrics import CLASSIFICATION, FIDELITY
 from common.optimizer import make_updater
 from common.teacher import NEIGHBOURS, Neighbours, differences, judge_teacher, live_source, open_stores, stored_source
 from common.training import (
@@ -54,6 +54,7 @@ def build_parser():
     cli.add_data_flags(parser, dataset=None)
     cli.add_augment_flags(parser)
     cli.add_model_flags(parser, model=None)
+    cli.add_image_text_flags(parser, text_model="bert-tiny-scratch")
     cli.add_training_flags(parser, epochs=None, select=(*CLASSIFICATION, *FIDELITY, "distillation_loss"))
     parser.set_defaults(**dict.fromkeys(DEFAULTS), select_metric=None)  # the method's, see settle
     g = parser.add_argument_group("teacher")
@@ -74,7 +75,7 @@ def build_parser():
                    "epoch_N.pth every 10; of the others: resnet8, sgd (embedding: adamw), 32 epochs, batch 32")  # fmt: skip
     g.add_argument("--alpha", type=float, help="response, feature: alpha * cross-entropy + (1 - alpha) * T^2 * KL; feature_matching: "
                    "(1 - alpha) * cross-entropy + alpha * features (0.5)")  # fmt: skip
-    g.add_argument("--temperature", type=float, default=4.0, help="T of the KL")
+    g.add_argument("--temperature", type=float, help="T of the KL (4; vanilla and combined 2)")
     g.add_argument("--ce-weight", type=float, help="of the cross-entropy; by default the method's")
     g.add_argument("--kl-weight", type=float, help="of T^2 * KL(teacher || student); by default the method's")
     g.add_argument("--feature-weight", type=float, help="of the feature loss; by default the method's")
@@ -86,6 +87,14 @@ def build_parser():
     g.add_argument("--lambda-cos", type=cli.AMOUNT, default=1.0, help="of 1 - cosine in the embedding loss")
     g.add_argument("--shared-dim", type=cli.POSITIVE, help="width of the space of the embedding loss; by default the teacher's")
     g.add_argument("--teacher-projector", default="identity", choices=TEACHER_PROJECTORS, help="of the embedding loss; a learned one may collapse")
+    g.add_argument("--projection-weight", type=float, help="of the mean squared error between both models' projected image and text sides, else their "
+                   "embeddings, the student's mapped to the teacher's width; vanilla and combined: 100")  # fmt: skip
+    g.add_argument("--contrastive-weight", type=float, help="of the contrastive loss of embeddings within the batch; crd and combined: 1")
+    g.add_argument("--crd-temperature", type=cli.number(float, 0, above=True), default=0.07, help="of the contrastive loss")
+    g.add_argument("--crd-base-temperature", type=cli.number(float, 0, above=True), default=0.07, help="by which it is divided")
+    g.add_argument("--rkd-distance-weight", type=float, help="of the distances between a batch's embeddings; rkd: 25")
+    g.add_argument("--rkd-angle-weight", type=float, help="of the angles between a batch's embeddings; rkd: 50")
+    g.add_argument("--mmd-weight", type=float, help="of the maximum mean discrepancy of a batch's embeddings; mmd: 1")
     g.add_argument("--cls-weight", type=float, help="of the class tokens' (or pooled embeddings') squared distance at unit length, summed over dimensions, "
                    "averaged over images: 2 - 2 cosine; tokens: 1")  # fmt: skip
     g.add_argument("--patch-weight", type=float, help="of the patch tokens', averaged over tokens too, the teacher's grid resized to "
@@ -125,6 +134,8 @@ def settle(args):
     weights = method_weights(
         args.method, args.alpha, ce=args.ce_weight, kl=args.kl_weight, feature=args.feature_weight,
         embedding=args.embedding_weight, cls=args.cls_weight, patch=args.patch_weight,
+        projection=args.projection_weight, contrastive=args.contrastive_weight, rkd_distance=args.rkd_distance_weight,
+        rkd_angle=args.rkd_angle_weight, mmd=args.mmd_weight,
     )  # fmt: skip
     if not weights["feature"] and (args.student_layer or args.teacher_layer):
         raise cli.UserError(f"--student-layer and --teacher-layer with --method {args.method}: its feature weight is 0")
@@ -136,6 +147,8 @@ def settle(args):
     for name, value in defaults.items():
         if getattr(args, name) is None and (name not in ("lr", "weight_decay") or args.optimizer == "adamw"):  # these are adamw's
             setattr(args, name, value)
+    if args.temperature is None:
+        args.temperature = 2.0 if args.method in ("vanilla", "combined") else 4.0
     if args.warmup_epochs is None:
         args.warmup_epochs = min(10.0, args.epochs / 10)
     labelled = bool(weights["ce"] or weights["kl"])  # else nothing trains the logits
@@ -182,13 +195,16 @@ def take_dataset_from(checkpoint, args, labelled):
 
 def make_loss(args, weights, model, source, train, shown, classes):
     """DistillationLoss with its projectors, made from a dry batch before the optimizer sees the parameters."""
-    class_weight = class_weights(args.class_weights, train.dataset.labels, len(classes))
+    tasks = tasks_of(classes) if classes else {}
+    class_weight = task_class_weights(args.class_weights, {task: train.dataset.targets[task] for task in tasks}, {t: len(names) for t, names in tasks.items()})
+    contrastive = {"temperature": args.crd_temperature, "base_temperature": args.crd_base_temperature}
     embedding = {"shared_dim": args.shared_dim, "teacher": args.teacher_projector,
                  "lambda_feat": args.lambda_feat, "lambda_cos": args.lambda_cos}  # fmt: skip
-    criterion = DistillationLoss(weights, args.temperature, args.feature_loss, args.label_smoothing, class_weight, embedding)
+    criterion = DistillationLoss(weights, args.temperature, args.feature_loss, args.label_smoothing, class_weight, embedding,
+                                 cli.task_weights(args, tasks), contrastive, distributed.gather_rows)  # fmt: skip
     dry = source.choose_view(next(train.batches()))
     with torch.no_grad():
-        criterion.build(model.eval()({"image": shown(dry)}), source.targets(dry))
+        criterion.build(model.eval()(shown(dry)), source.targets(dry))
     return criterion
 
 
@@ -232,9 +248,11 @@ def main(args):
         source = stored_source(args, stores, splits, weights)
     else:
         source = live_source(args, weights, teacher_path, checkpoint, splits, resolution, augment, precision, interrupts)
-    model, weights_from = start_model(args, len(classes), resolution)
-    preprocess = Preprocess(resolution, model.mean or info.mean, model.std or info.std)
-    model.set_pooling(args.pooling or model.pooling)
+    model, weights_from = start_model(args, classes, resolution, getattr(splits.train, "texts", None))
+    preprocess = Preprocess(resolution, model.mean or info.mean, model.std or info.std).reads(model)
+    preprocess.prepare(splits.train, splits.val)  # texts become numbers once
+    if args.pooling:
+        model.set_pooling(args.pooling)
     model.set_feature_layers(args.student_layer)
     model.with_tokens = bool(weights["patch"])
     if local_crops:
@@ -242,7 +260,7 @@ def main(args):
     model.to(device).to(memory_format=torch.channels_last)
 
     # loss, optimizer
-    criterion = make_loss(args, weights, model, source, train, lambda batch: preprocess(augment(batch, resolution)), classes)
+    criterion = make_loss(args, weights, model, source, train, lambda batch: preprocess.inputs(batch, augment(batch, resolution)), classes)
     if use_compile(args.compile, device):
         model.compile()
     updater = make_updater(args, model, precision, len(train), criterion, Student(model, criterion), not labelled)
@@ -261,7 +279,7 @@ def main(args):
                  "augment": policy.to_dict(), "flags": vars(args), "teacher": source.described},
     )  # fmt: skip
     recorder.open(args)
-    run.log(f"{args.model}: {model.num_parameters:,} parameters, {resolution} px, {device}, {precision.name}")
+    run.log(f"{model.name}: {model.num_parameters:,} parameters, {resolution} px, {device}, {precision.name}")
     run.log(f"{splits}, {train.cache_kind} cache")
     run.log(f"{args.method}: " + " + ".join(f"{value:g} * {name}" for name, value in criterion.weights.items()))
     if weights_from:
@@ -276,10 +294,8 @@ def main(args):
         """Metrics of the student on a split, as it stands."""
         student, values = updater.evaluated_model, {}
         if labelled:
-            logits = predict(student, loader, preprocess, precision, interrupts)  # (N, C)
-            values = classification(logits, loader.dataset.labels)
-            if teacher_logits[split] is not None:
-                values.update(fidelity(logits, teacher_logits[split], loader.dataset.labels))
+            logits = predict(student, loader, preprocess, precision, interrupts)  # {task: (N, C)}
+            values = task_metrics(logits, loader.dataset.targets, teacher_logits[split])
         if args.select_metric == "distillation_loss":
             of_split = lambda batch: source.targets(batch, split)  # noqa: E731
             values["distillation_loss"] = distillation_loss(student, criterion, of_split, loader, preprocess, precision, interrupts)
@@ -291,13 +307,13 @@ def main(args):
             for raw in recorder.batches(train):
                 batch = source.choose_view(several_views(raw, args.global_crops))  # G * B rows
                 taught = source.targets(batch)  # {"logits": (G * B, C), ...}, of the same views at the teacher's resolution
-                images = preprocess(augment(batch, resolution))  # (G * B, 3, R, R)
+                inputs = preprocess.inputs(batch, augment(batch, resolution))  # "image" (G * B, 3, R, R), and of texts "input_ids" (G * B, L)
                 local = [preprocess(crop(raw, local_side)) for crop in local_crops]  # N of (B, 3, r, r)
-                labels = batch["targets"][TASK]  # (G * B,)
+                targets = batch["targets"]  # {task: (G * B,)}
                 with precision.autocast():
-                    out, loss = updater.parallel({"image": images}, taught, labels, batch["batch_targets"][TASK], local)
+                    out, loss = updater.parallel(inputs, taught, targets, batch["batch_targets"], local)
                 updater(loss)
-                right = {"accuracy": (out["logits"].argmax(1) == labels).float().mean()} if labelled else {}
+                right = {"accuracy": task_accuracy(out, targets)} if labelled else {}
                 recorder.meter.add(loss=loss, **right, **criterion.terms)
             values = judge("val", val)
             if neighbours:

@@ -13,7 +13,8 @@ from common import cli
 from common.augment import Policy
 from common.data import DATASETS, load_splits
 from common.embeddings import Store, StoredTeacher, difference, split_folder
-from common.evaluation import is_chance_level, live_teacher, outputs, predict
+from common.evaluation import is_chance_level, live_teacher, outputs, predict, task_metrics
+from common.images import TASK, tasks_of
 from common.loader import Loader
 from common.metrics import classification
 from common.models import build_model
@@ -28,7 +29,7 @@ class Source(NamedTuple):
 
     targets: Callable  # (batch, split) -> {"logits": (B, C), "embedding": (B, D), "tokens": (B, T, D), "features": {layer: (B, C_l, H_l, W_l)}}
     choose_view: Callable  # batch -> the batch with the views that are shown
-    logits: Callable  # (split, loader) -> (N, C) of the plain images, or None where no head is trained for these classes
+    logits: Callable  # (split, loader) -> {task: (N, C)} of the plain images, or None where no head is trained for these classes
     model: tuple  # (model, Preprocess) of a live one, else None
     resolution: int  # the teacher's input side in pixels
     title: str
@@ -78,8 +79,12 @@ def stored_source(args, stores, splits, weights):
     if args.global_crops > stored.num_views:
         raise cli.UserError(f"--global-crops {args.global_crops}: {args.teacher_embeddings} gives {stored.num_views} views of an image")
     judged = splits.classes and (weights["kl"] or meta["teacher"]["weights"] == "checkpoint")  # others have no trained head
-    return Source(stored.targets, stored.choose_view, lambda split, loader: stored.logits(split) if judged else None, None, meta["resolution"],
-                  title, described)  # fmt: skip
+    return Source(stored.targets, stored.choose_view, lambda split, loader: by_task(stored.logits(split)) if judged else None, None,
+                  meta["resolution"], title, described)  # fmt: skip
+
+
+def by_task(logits):
+    return None if logits is None else {TASK: logits}
 
 
 def load_teacher(args, path, checkpoint, classes, resolution, info):
@@ -92,20 +97,26 @@ def load_teacher(args, path, checkpoint, classes, resolution, info):
         sha = file_sha256(args.teacher_weights) if args.teacher_weights else None
     else:
         if classes and checkpoint["classes"] != classes:
-            raise cli.UserError(f"teacher and data have different classes: {path} knows {len(checkpoint['classes'])} "
-                                f"({', '.join(checkpoint['classes'][:4])}, ...), {args.dataset} has {len(classes)} "
-                                f"({', '.join(classes[:4])}, ...)")  # fmt: skip
+            raise cli.UserError(f"teacher and data have different classes: {path} knows {in_words(checkpoint['classes'])}, "
+                                f"{args.dataset} has {in_words(classes)}")  # fmt: skip
         teacher, preprocess = load_model(checkpoint, resolution=args.teacher_resolution, path=path)
         sha = file_sha256(path)
     described = {"name": teacher.name, "family": teacher.family, "parameters": teacher.num_parameters, "checkpoint": path, "sha256": sha}
     return teacher, preprocess, described
 
 
+def in_words(classes):
+    """10 (airplane, automobile, bird, cat, ...)"""
+    return " and ".join(f"{'' if task == TASK else task + ': '}{len(names)} ({', '.join(names[:4])}, ...)" for task, names in tasks_of(classes).items())
+
+
 def live_source(args, weights, path, checkpoint, splits, resolution, augment, precision, interrupts):
     """Source of a teacher that is run."""
     teacher, preprocess, described = load_teacher(args, path, checkpoint, splits.classes if weights["kl"] else [], resolution, DATASETS[args.dataset])
     teacher.set_feature_layers(args.teacher_layer)
-    teacher.set_pooling(args.teacher_pooling or teacher.pooling)
+    if args.teacher_pooling:
+        teacher.set_pooling(args.teacher_pooling)
+    preprocess.prepare(splits.train, splits.val)
     teacher.with_tokens = bool(weights["patch"])
     teacher.to(precision.device).to(memory_format=torch.channels_last)
     targets = live_teacher(teacher, preprocess, augment, precision)
@@ -143,8 +154,10 @@ def judge_teacher(source, logits, splits, neighbours, args):
     """Note the teacher's val metrics and refuse one at chance level; returns a line for the log."""
     text = source.title
     if logits is not None:
-        source.described["val"] = classification(logits, splits.val.labels)
-        check_teacher(source.described["val"]["balanced_accuracy"], len(splits.classes), splits.val.labels, args.allow_weak_teacher)
+        source.described["val"] = task_metrics(logits, splits.val.targets)
+        for task, names in tasks_of(splits.classes).items():
+            name = "balanced_accuracy" if len(logits) == 1 else f"{task}_balanced_accuracy"
+            check_teacher(source.described["val"][name], len(names), splits.val.targets[task], args.allow_weak_teacher, "" if task == TASK else f"in {task} ")
         text += f", val accuracy {source.described['val']['accuracy']:.4f}"
     if neighbours and source.model:
         source.described["knn"] = neighbours(*source.model)
