@@ -10,6 +10,7 @@
 A checkpoint knows its model, classes, preprocessing and dataset; flags name another dataset with the same classes.
 k-NN and the probe take the embeddings of all of the run's train split, whatever its --limit-train, and are judged once
 on --split; the probe's learning rate and weight decay are chosen on a fifth of train, whole lesions or patients.
+Where the data have other classes than a checkpoint, these two judge its embeddings and its head is left out.
 Writes evaluation.json, predictions and the confusion matrix, and prints a table; `kept` is student / teacher.
 Needs from common: augment.py, cli.py, data.py, dermatology.py, distributed.py, embeddings.py, evaluation.py, images.py,
 loader.py, metrics.py, models.py, probes.py, splitting.py, tables.py, training.py.

@@ -95,7 +95,7 @@ class RowImage(NamedTuple):
 
     source: str
     split: str
-    column: str  # its rows are read once a process and its forks
+    column: str
     row: int
 
     def __str__(self):

@@ -69,12 +69,9 @@ def bare(args, name, teacher_name=None):
         loss = cross_entropy(logits, labels)
         if teacher is not None:
             loss = 0.5 * loss + 0.5 * temperature_kl(logits, taught, 4.0)
-        precision.scaler.scale(loss).backward()
-        precision.scaler.step(optimizer)
-        precision.scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        return loss
 
-    return timed(args, step)
+    return timed(args, step, optimizer, precision)
 
 
 def bare_tokens(args, live):
@@ -96,17 +93,20 @@ def bare_tokens(args, live):
             if live:
                 with torch.no_grad():
                     taught = teacher({"image": images})
-            loss = criterion(model({"image": images}), taught, None)
-        precision.scaler.scale(loss).backward()
+            return criterion(model({"image": images}), taught, None)
+
+    return timed(args, step, optimizer, precision)
+
+
+def timed(args, forward, optimizer, precision):
+    """Images/s of two epochs' worth of steps, after a warm-up; forward() -> loss."""
+
+    def step():
+        precision.scaler.scale(forward()).backward()
         precision.scaler.step(optimizer)
         precision.scaler.update()
         optimizer.zero_grad(set_to_none=True)
 
-    return timed(args, step)
-
-
-def timed(args, step):
-    """Images/s of two epochs' worth of steps, after a warm-up."""
     for _ in range(3 if args.device == "cpu" else 30):
         step()
     if args.device != "cpu":
