@@ -30,7 +30,7 @@ from common.loader import Loader, save_sample_grid, several_views
 from common.losses import FEATURE_LOSSES, METHODS, TEACHER_PROJECTORS, DistillationLoss, method_weights, task_accuracy, task_class_weights
 from common.metrics import CLASSIFICATION, FIDELITY
 from common.optimizer import make_updater
-from common.teacher import NEIGHBOURS, Neighbours, differences, judge_teacher, live_source, open_stores, stored_source
+from common.teacher import NEIGHBOURS, Neighbours, differences, judge_teacher, live_source, need_image_model, open_stores, stored_source
 from common.training import (
     Interrupts,
     Precision,
@@ -108,7 +108,7 @@ def build_parser():
                    "its head takes")  # fmt: skip
     g.add_argument("--projector-weight-decay", type=cli.AMOUNT, default=0.0, help="of the projectors' matrices")
     g = parser.add_argument_group("k-NN during training")
-    g.add_argument("--eval-dataset", choices=[name for name in DATASETS if name != "unlabeled"], help=f"labelled images: {NEIGHBOURS} neighbours of train "
+    g.add_argument("--eval-dataset", choices=[name for name in DATASETS if name not in ("unlabeled", "medpix", "image_text")], help=f"labelled images: {NEIGHBOURS} neighbours of train "
                    "classify val, for student and teacher")  # fmt: skip
     g.add_argument("--eval-data-root", help="its folder or file; by default --data-root where the dataset is the same, $DATA_ROOT or data/")
     g.add_argument("--eval-every", type=cli.POSITIVE, default=5, metavar="N", help="epochs between looks; the last of --epochs is always judged")
@@ -237,7 +237,7 @@ def main(args):
     augment = Augmenter(policy, stores["train"].seed if stores else args.seed)
     local_side, local_crops = local_augmenters(args, policy, resolution)
     splits = load_splits(args.dataset, cli.data_root(args.data_root), download=args.download, labels=labelled, **cli.split_flags(vars(args)))
-    classes = splits.classes if labelled else []
+    classes = splits.classes if labelled else type(splits.classes)()  # of several tasks a dict
     balanced = len(splits.classes) if args.sampler == "balanced" else 0
     train = Loader(splits.train, args.batch_size, device, True, args.seed, args.cache, args.workers, args.accumulation_steps, balanced)
     val = Loader(splits.val, args.batch_size, device, cache=args.cache, workers=args.workers)
@@ -251,6 +251,8 @@ def main(args):
     model, weights_from = start_model(args, classes, resolution, getattr(splits.train, "texts", None))
     preprocess = Preprocess(resolution, model.mean or info.mean, model.std or info.std).reads(model)
     preprocess.prepare(splits.train, splits.val)  # texts become numbers once
+    for flag in [f for f, given in (("--pooling", args.pooling), ("--local-crops", local_crops), ("--eval-dataset", neighbours)) if given]:
+        need_image_model(model, flag)
     if args.pooling:
         model.set_pooling(args.pooling)
     model.set_feature_layers(args.student_layer)

@@ -201,6 +201,7 @@ def add_image_text_flags(parser, text_model):
     g.add_argument("--fusion-dim", type=POSITIVE, default=512, help="width to which both sides are projected")
     g.add_argument("--max-length", type=POSITIVE, default=128, help="tokens to which texts are cut")
     g.add_argument("--text-pooling", default="mean", choices=("mean", "cls"), help="what stands for the text")
+    g.add_argument("--freeze", nargs="+", choices=("image", "text"), help="these backbones keep their weights; --freeze-backbone: both")
     g.add_argument("--backbone-lr", type=number(float, 0, above=True), help="peak learning rate of both backbones; by default --lr")
     g.add_argument("--task-weights", type=AMOUNT, nargs="+", metavar="W", help="of the tasks in the mean of their losses, in order; by default equal")
 
@@ -339,8 +340,9 @@ def check(args):
         raise UserError(f"--hf-dataset {args.hf_dataset} and --data-root {args.data_root} contradict each other: give one of them")
     if getattr(args, "nesterov", False) and args.optimizer not in ("sgd", None):
         raise UserError(f"--nesterov and --optimizer {args.optimizer} contradict each other: it is sgd's")
-    if getattr(args, "freeze_backbone", False) and not (args.pretrained or args.weights or args.init_checkpoint):
-        raise UserError("--freeze-backbone needs --pretrained, --weights or --init-checkpoint: random features teach a head nothing")
+    frozen = "--freeze-backbone" if getattr(args, "freeze_backbone", False) else "--freeze" if getattr(args, "freeze", None) else None
+    if frozen and not (args.pretrained or args.weights or args.init_checkpoint):
+        raise UserError(f"{frozen} needs --pretrained, --weights or --init-checkpoint: random features teach a head nothing")
     return args
 
 

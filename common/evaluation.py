@@ -77,21 +77,25 @@ def outputs(model, loader, preprocess, precision, names=("logits", "embedding"),
 def distillation_loss(model, criterion, targets, loader, preprocess, precision, interrupts=None):
     """Mean loss of a split's plain images without its cross-entropy: what a run without labels is judged by.
 
+    A last batch of one image is left out where the loss compares images.
+
     criterion: losses.DistillationLoss, whose projectors have no average under --ema; targets: of the teacher, for
     batches of this split.
     """
     was_training, augment, total, count = model.training, Augmenter(Policy(), 0), 0.0, 0
-    model.eval()
+    model.eval(), criterion.eval()
     distributed.broadcast(model.buffers())
     for batch in loader.batches():
         with precision.autocast():
             out = model(preprocess.inputs(batch, augment(batch, preprocess.resolution)))
         valid = batch["valid"]
+        if valid == 1 and criterion.compares:
+            continue
         loss = criterion(_rows(out, valid), _rows(targets(batch), valid), None)
         total, count = total + loss * valid, count + valid
         if interrupts is not None and distributed.size() == 1:
             interrupts.check()
-    model.train(was_training)
+    model.train(was_training), criterion.train()
     parts = distributed.gather((float(total), count))
     if interrupts is not None:
         interrupts.check()

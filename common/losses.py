@@ -326,7 +326,8 @@ class DistillationLoss(nn.Module):
     local: class tokens (N, B, D) of N local crops of each image, for the term cls, where the others' rows are G global
     crops of B images, crop after crop.
     The mean over equal parts of a batch (processes, accumulation) is the loss of the batch; `batch_labels`, those of
-    the whole batch, make it so for class weights.  A term that compares samples must gather the parts first.
+    the whole batch, make it so for class weights, and gather for terms that compare images: in training it turns one
+    process's rows (B, D) into all processes'.  Accumulation's parts are compared each on its own.
     """
 
     def __init__(self, weights, temperature=4.0, feature_loss="mse", label_smoothing=0.0, class_weights=None, embedding=None,
@@ -343,6 +344,7 @@ class DistillationLoss(nn.Module):
         self.token_projectors, self.side_projectors = nn.ModuleDict(), nn.ModuleDict()
         self.task_weights, self.contrastive = task_weights, {"temperature": 0.07, "base_temperature": 0.07, **(contrastive or {})}
         self.gather = gather or (lambda rows: rows)
+        self.compares = any(name in RELATIONS for name in self.weights)  # a batch of one says nothing then
         self.terms = {}
 
     def build(self, student, teacher):
@@ -419,10 +421,11 @@ class DistillationLoss(nn.Module):
             return self.side_projectors[key](student.to(self.side_projectors[key].weight.dtype))
 
     def relation(self, name, student, teacher):
-        """A term that compares images, of all processes' parts of the batch: each has its gradient, see `gather`."""
+        """A term that compares images, in training of all processes' parts of the batch: each has its gradient, see `gather`."""
         if name in ("contrastive", "mmd"):
             student = self.side("embedding", student)
-        student, teacher = self.gather(student), self.gather(teacher)
+        if self.training:
+            student, teacher = self.gather(student), self.gather(teacher)
         if name == "contrastive":
             return contrastive(student, teacher, **self.contrastive)
         return {"rkd_distance": rkd_distance, "rkd_angle": rkd_angle, "mmd": mmd}[name](student, teacher)

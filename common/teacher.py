@@ -90,6 +90,8 @@ def by_task(logits):
 def load_teacher(args, path, checkpoint, classes, resolution, info):
     """(model, Preprocess, dict for results.json); the model on the CPU; classes: [] where no logits are needed."""
     if checkpoint is None:
+        if isinstance(classes, dict):
+            raise cli.UserError(f"--teacher-model {args.teacher_model} has no head for each of {', '.join(classes)}: give --teacher-checkpoint, or --kl-weight 0")
         side = args.teacher_resolution or resolution
         teacher = build_model(args.teacher_model, len(classes), side, pretrained=args.teacher_pretrained)
         start_weights(teacher, args.teacher_weights, flag="--teacher-weights")
@@ -105,6 +107,11 @@ def load_teacher(args, path, checkpoint, classes, resolution, info):
     return teacher, preprocess, described
 
 
+def need_image_model(model, flag):
+    if model.kind != "image":
+        raise cli.UserError(f"{flag} is for image models alone: {model.name} reads texts too, and fuses both")
+
+
 def in_words(classes):
     """10 (airplane, automobile, bird, cat, ...)"""
     return " and ".join(f"{'' if task == TASK else task + ': '}{len(names)} ({', '.join(names[:4])}, ...)" for task, names in tasks_of(classes).items())
@@ -115,6 +122,7 @@ def live_source(args, weights, path, checkpoint, splits, resolution, augment, pr
     teacher, preprocess, described = load_teacher(args, path, checkpoint, splits.classes if weights["kl"] else [], resolution, DATASETS[args.dataset])
     teacher.set_feature_layers(args.teacher_layer)
     if args.teacher_pooling:
+        need_image_model(teacher, "--teacher-pooling")
         teacher.set_pooling(args.teacher_pooling)
     preprocess.prepare(splits.train, splits.val)
     teacher.with_tokens = bool(weights["patch"])

@@ -145,6 +145,8 @@ class Preprocess:
         from common.image_text import tokenize
 
         for dataset in datasets if self.tokenizer is not None else ():
+            if not hasattr(dataset, "texts"):
+                raise UserError("a model of images and texts was given images without texts: its datasets are medpix and image_text")
             if id(dataset) not in self._tokens:
                 self._tokens[id(dataset)] = dataset, tokenize(dataset.texts, self.tokenizer, self.max_length)
 
@@ -245,15 +247,18 @@ def start_model(args, classes, resolution, texts=None):
     if isinstance(classes, dict):
         from common.multimodal import build_image_text_model
 
-        if args.weights or args.init_checkpoint:
-            raise UserError("--weights and --init-checkpoint are for image models")
+        for name, given in (("--weights", args.weights), ("--init-checkpoint", args.init_checkpoint), ("--patch-size", args.patch_size)):
+            if given:
+                raise UserError(f"{name} is for image models alone, not for images with texts")
         model = build_image_text_model(args.image_model or args.model, args.text_model, {task: len(names) for task, names in classes.items()}, resolution,
                                        args.fusion, args.fusion_layers, args.fusion_dim, args.pretrained, inputs=args.inputs, texts=texts,
                                        max_length=args.max_length, text_pooling=args.text_pooling)  # fmt: skip
         model.set_dropout(args.dropout)
-        if args.freeze_backbone:
-            model.freeze_backbone()
+        if args.freeze_backbone or args.freeze:
+            model.freeze_backbone(("image", "text") if args.freeze_backbone else args.freeze)
         return model, None
+    if args.freeze or args.image_model:
+        raise UserError(f"--{'freeze' if args.freeze else 'image-model'} is for images with texts (--dataset medpix, image_text)")
     model = build_model(args.model, len(classes), resolution, args.patch_size, args.pretrained, dynamic=bool(getattr(args, "local_crops", 0)))
     note = start_weights(model, args.weights, args.init_checkpoint)
     model.set_dropout(args.dropout)
