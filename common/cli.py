@@ -377,9 +377,10 @@ def parse_flags(parser, argv):
     return args
 
 
-def grid_points(path):
+def grid_points(path, script=None):
     """[(name, {flag: value})] of a grid file: an object of lists is crossed, the last one varying fastest; a list of
-    objects is taken as it is, "name" naming a point.  Names are unique and fit for folders.  Raises UserError."""
+    objects is taken as it is, "name" naming a point and a script's name, as "distill.py", an object of flags for that script
+    alone.  Names are unique and fit for folders.  Raises UserError."""
     grid = read_json(path)
     if isinstance(grid, dict):
         for key, values in grid.items():
@@ -387,7 +388,7 @@ def grid_points(path):
                 raise UserError(f"{path}: the axis {key!r} must be a list of at least one value, not {json.dumps(values)}")
         points = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
     elif isinstance(grid, list) and all(isinstance(point, dict) for point in grid):
-        points = [dict(point) for point in grid]
+        points = [_of_script(path, point, script) for point in grid]
     else:
         points = []
     if not points or not all(points):
@@ -402,6 +403,14 @@ def grid_points(path):
     return list(zip(names, points))
 
 
+def _of_script(path, point, script):
+    """A point's flags without those of other scripts."""
+    for key, flags in point.items():
+        if key.endswith(".py") and not isinstance(flags, dict):
+            raise UserError(f"{path}: {key!r} must hold an object of flags, not {json.dumps(flags)}")
+    return {**{key: value for key, value in point.items() if not key.endswith(".py")}, **point.get(script, {})}
+
+
 def expand_sweep(parser, argv):
     """argv with --sweep GRID --sweep-index N replaced by the point's flags; its run folder is OUTPUT/NAME.
 
@@ -414,7 +423,7 @@ def expand_sweep(parser, argv):
         raise UserError("--sweep GRID.json and --sweep-index N belong together: which point of the grid?")
     if args.resume:
         raise UserError("--sweep and --resume contradict each other: name the point's run folder, --resume OUTPUT/POINT")
-    points = grid_points(args.sweep)
+    points = grid_points(args.sweep, os.path.basename(parser.prog))
     if args.sweep_index >= len(points):
         raise UserError(f"--sweep-index {args.sweep_index} is past the grid: {args.sweep} has {len(points)} points, 0 to {len(points) - 1}")
     name, values = points[args.sweep_index]

@@ -186,6 +186,11 @@ def hub_needs(args):
     """[(model, whether its weights are needed)] for all that would come from a hub."""
     asked = [(getattr(args, "model", None), getattr(args, "pretrained", False)),
              (getattr(args, "teacher_model", None), getattr(args, "teacher_pretrained", False))]  # fmt: skip
+    if getattr(args, "text_model", None):
+        from common.multimodal import IMAGE_MODELS, TEXT_MODELS
+
+        text = TEXT_MODELS.get(args.text_model, args.text_model)
+        asked += [(name, args.pretrained) for name in (IMAGE_MODELS.get(args.image_model, args.image_model), text if text.startswith("hf:") else None)]
     for name, pretrained in asked:
         if name and name.startswith("hf:"):
             if not os.path.isdir(name.removeprefix("hf:")):
@@ -235,7 +240,7 @@ def job(script, argv):
     """The records of one job."""
     module = load_script(script)
     parser = module.build_parser()
-    parser.prog = os.path.basename(script)
+    parser.prog = f"{module.__name__}.py"
     index = os.environ.get("SLURM_ARRAY_TASK_ID")
     if index:
         argv = expand_index(parser, argv, index)
@@ -303,6 +308,7 @@ def points(script, grid, argv, write=False, only=None):
     """Check every point of a grid; return its lines."""
     module = load_script(script)
     parser = module.build_parser()
+    parser.prog = f"{module.__name__}.py"
     if "--sweep" not in parser._option_string_actions:
         raise cli.UserError(f"{script} has no --sweep")
     names = [name for name, _ in cli.grid_points(grid)]

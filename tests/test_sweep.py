@@ -44,6 +44,25 @@ def test_a_list_of_named_points(flags):
     assert second.output == "runs/student/batch_size-8" and second.batch_size == 8 and second.lr is None
 
 
+def test_a_point_has_flags_for_each_script(flags, parser):
+    grid = [{"name": "a", "epochs": 3, "train_student.py": {"lr": 0.1}, "train_teacher.py": {"lr": 0.2, "model": "resnet18"}}]
+    parser.prog = "train_student.py"
+    args = flags(grid, 0)
+    assert (args.output, args.epochs, args.lr, args.model) == ("runs/student/a", 3, 0.1, "resnet8")
+
+
+def test_the_grid_of_medpix_swaps_the_backbones_of_teacher_and_student():
+    from pathlib import Path
+
+    grid = str(Path(cli.SCRIPT_FOLDER, "slurm/grids/medpix_swaps.json"))
+    teachers, students, alone = (dict(cli.grid_points(grid, script)) for script in ("train_teacher.py", "distill.py", "train_student.py"))
+    assert list(teachers) == ["original", "swap_image", "swap_text", "swap_both"] and students == alone
+    first, second = teachers["original"], students["original"]
+    for name, side in (("swap_image", "image-model"), ("swap_text", "text-model")):
+        assert teachers[name] == {**first, side: second[side]} and students[name] == {**second, side: first[side]}
+    assert (teachers["swap_both"], students["swap_both"]) == (second, first)
+
+
 def test_the_name_stands_in_any_value(flags):
     """A sweep of students follows a sweep of teachers."""
     grid = [{"name": "a", "lr": 0.1, "weights": "w/{name}.pth"}]
@@ -70,6 +89,7 @@ def test_the_command_line_s_config_stays_below_the_point(flags, tmp_path):
     ({}, 0, [], "no grid"),
     ([], 0, [], "no grid"),
     ([3], 0, [], "no grid"),
+    ([{"name": "a", "train_student.py": 3}], 0, [], "object of flags"),
     ("{", 0, [], "no JSON"),
     ([{"name": "a", "lr": 1}, {"name": "a", "lr": 2}], 0, [], "the name 'a'"),
     ({"lr": [1]}, 0, ["--lr=2"], "--lr is given"),
