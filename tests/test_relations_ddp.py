@@ -57,7 +57,8 @@ def shared_gradient():
 
     distributed.start(torch.device("cpu"))
     a, b = torch.ones(2, 3, requires_grad=True), torch.ones(2, 3, requires_grad=True)
-    (distributed.gather_rows(a) + distributed.gather_rows(b)).sum().backward()
+    both = distributed.gather_rows(a) + distributed.gather_rows(b)
+    (both * torch.ones_like(both)).sum().backward()  # a product: its gradient is a tensor of its own size in memory
     return {"a": a.grad, "b": b.grad, "size": distributed.size()}
 
 
