@@ -86,7 +86,7 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        gradient = gradient.contiguous()
+        gradient = gradient.clone(memory_format=torch.contiguous_format)  # autograd may hand the same tensor to others
         torch.distributed.all_reduce(gradient)
         return gradient[rank() * ctx.count : (rank() + 1) * ctx.count]
 

@@ -173,10 +173,12 @@ def resize_grid(tokens, count):
     return grid.flatten(2).transpose(1, 2)
 
 
-def pairwise_distances(x, eps=1e-12):
-    """Euclidean distances (B, B) of rows (B, D); eps inside the root, for its gradient at 0 is infinite."""
-    squared = x.square().sum(1)
-    return (squared[:, None] + squared[None] - 2 * x @ x.T).clamp(min=0).add(eps).sqrt()
+def pairwise_distances(x):
+    """Euclidean distances (B, B) of rows (B, D), from differences: products would cost the digits of close rows.
+
+    The gradient between equal rows is 0, where a root's is infinite.
+    """
+    return torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def rkd_distance(student, teacher):
@@ -186,22 +188,26 @@ def rkd_distance(student, teacher):
     """
     _several(student)
     with torch.autocast(student.device.type, enabled=False):
-        off = ~torch.eye(len(student), dtype=torch.bool, device=student.device)
         scaled = []
         for x in _float32(student, teacher):
-            distances = pairwise_distances(x - x.mean(0))  # shifted: large common parts would cost digits
-            positive = off & (distances.detach() > 1e-5)
-            scaled.append(torch.where(off, distances, 0) / (distances * positive).sum().div(positive.sum().clamp(min=1)).clamp(min=1e-12))
+            distances = pairwise_distances(x)
+            mean = distances.sum() / (distances > 0).sum().clamp(min=1)
+            scaled.append(distances / mean.clamp(min=1e-12))  # equal rows alone: zeros
         return F.smooth_l1_loss(*scaled)
 
 
 def rkd_angle(student, teacher):
-    """Huber loss between the cosines of the angles of all triples; embeddings as in `rkd_distance`, equation 6 there."""
+    """Huber loss between the cosines of the angles of all triples; embeddings as in `rkd_distance`, equation 6 there.
+
+    Rows equal up to rounding have no direction: their cosines are 0, without a gradient, which would be of 1 / distance.
+    """
     _several(student)
     with torch.autocast(student.device.type, enabled=False):
         cosines = []
         for x in _float32(student, teacher):
-            edges = F.normalize(x[None] - x[:, None], dim=2)  # (B, B, D)
+            lengths = pairwise_distances(x)
+            lengths = lengths.masked_fill(lengths <= 1e-5 * lengths.mean(), math.inf)
+            edges = (x[None] - x[:, None]) / lengths[:, :, None]  # (B, B, D)
             cosines.append(edges @ edges.transpose(1, 2))  # (B, B, B)
         return F.smooth_l1_loss(*cosines)
 
@@ -230,9 +236,9 @@ def mmd(student, teacher, scales=(0.25, 0.5, 1.0, 2.0, 4.0)):
     with torch.autocast(student.device.type, enabled=False):
         both = torch.cat(_float32(student, teacher))
         both, count = both - both.mean(0).detach(), len(student)
-        squared = pairwise_distances(both).square()
-        off = 2 * count * (2 * count - 1)
-        mean = (pairwise_distances(both.detach()).sum() / off).clamp(min=1e-12)
+        norms = both.square().sum(1)
+        squared = (norms[:, None] + norms[None] - 2 * both @ both.T).clamp(min=0)  # products: no (2B, 2B, D) in memory
+        mean = (pairwise_distances(both.detach()).sum() / (2 * count * (2 * count - 1))).clamp(min=1e-12)
         kernel = sum(torch.exp(-squared / (2 * (scale * mean) ** 2)) for scale in scales) / len(scales)
         return kernel[:count, :count].mean() + kernel[count:, count:].mean() - 2 * kernel[:count, count:].mean()
 

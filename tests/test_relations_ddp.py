@@ -1,0 +1,108 @@
+"""Losses that compare the images of a batch: two processes learn what one learns from the whole batch."""
+
+import os
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from test_distributed import ends, start
+from torch import nn
+
+from common.losses import RELATIONS, DistillationLoss
+
+
+def rand(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+class Small(nn.Module):
+    """A model and its loss, as distill.py puts them under DDP."""
+
+    def __init__(self, criterion):
+        super().__init__()
+        self.model, self.criterion = nn.Sequential(nn.Linear(7, 6), nn.Tanh(), nn.Linear(6, 5)), criterion
+
+    def forward(self, images, teacher):
+        return self.criterion({"embedding": self.model(images)}, {"embedding": teacher}, None)
+
+
+def learn(terms, half=False):
+    """Loss and gradients of a batch of eight, of which each process there is holds a part; the loss in eval mode."""
+    from common import distributed
+
+    device = torch.device("cpu")
+    distributed.start(device)
+    part = slice(distributed.rank() * 8 // distributed.size(), (distributed.rank() + 1) * 8 // distributed.size())
+    images, teacher = rand(8, 7), rand(8, 9, seed=1)
+    torch.manual_seed(0)
+    criterion = DistillationLoss({"projection": 0.5, **dict.fromkeys(terms, 1.0)}, gather=distributed.gather_rows)
+    small = Small(criterion)
+    criterion.build({"embedding": small.model(images.float())}, {"embedding": teacher.float()})
+    parallel = distributed.data_parallel(small if half else small.double(), device)
+    images, teacher = (x[part].float() if half else x[part] for x in (images, teacher))
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
+        loss = parallel(images, teacher)
+    loss.backward()
+    gradients = {name: p.grad for name, p in small.named_parameters()}
+    small.eval()
+    with torch.no_grad():
+        alone = small(images, teacher)
+    return {"loss": loss.detach(), "alone": alone, "gradients": gradients}
+
+
+def shared_gradient():
+    """Two gathered tensors in one sum: autograd gives both the same gradient, which must be left as it is."""
+    from common import distributed
+
+    distributed.start(torch.device("cpu"))
+    a, b = torch.ones(2, 3, requires_grad=True), torch.ones(2, 3, requires_grad=True)
+    both = distributed.gather_rows(a) + distributed.gather_rows(b)
+    (both * torch.ones_like(both)).sum().backward()  # a product: its gradient is a tensor of its own size in memory
+    return {"a": a.grad, "b": b.grad, "size": distributed.size()}
+
+
+RUNS = [*((name,) for name in RELATIONS), RELATIONS]
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory):
+    """{number of processes: [what each computed]}."""
+    folder, results = tmp_path_factory.mktemp("processes"), {}
+    for size in (1, 2):
+        codes, _, errors = ends(start(size, "tests/test_relations_ddp.py", folder / f"{size}"))
+        assert codes == [0] * size, errors
+        results[size] = [torch.load(folder / f"{size}.{rank}", weights_only=True) for rank in range(size)]
+    return results
+
+
+@pytest.mark.parametrize("run", range(len(RUNS)), ids=["-".join(terms) for terms in RUNS])
+def test_two_processes_learn_from_the_whole_batch(processes, run):
+    one, ranks = processes[1][0]["runs"][run], [r["runs"][run] for r in processes[2]]
+    for r in ranks:
+        for name, gradient in one["gradients"].items():
+            assert gradient.abs().max() > 1e-6, name
+            assert (r["gradients"][name] - gradient).abs().max() < 1e-13 * max(1, gradient.abs().max()), name
+    assert sum(r["loss"] for r in ranks).item() / 2 == pytest.approx(one["loss"].item(), rel=1e-13)
+    assert one["alone"].item() == pytest.approx(one["loss"].item(), rel=1e-13)
+    assert all(abs(r["alone"] - one["loss"]) > 1e-4 for r in ranks)  # of its own half
+
+
+def test_two_processes_in_bfloat16(processes):
+    """Rows in half precision can be sent, and the gradient is that of one process but for rounding."""
+    one, ranks = processes[1][0]["half"], [r["half"] for r in processes[2]]
+    for r in ranks:
+        for name, gradient in one["gradients"].items():
+            assert (r["gradients"][name] - gradient).norm() < 0.02 * gradient.norm(), name
+
+
+def test_a_shared_gradient_is_not_changed(processes):
+    for r in processes[2]:
+        assert r["shared"]["size"] == 2
+        assert torch.equal(r["shared"]["a"], torch.full((2, 3), 2.0)) and torch.equal(r["shared"]["b"], torch.full((2, 3), 2.0))
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    found = {"runs": [learn(terms) for terms in RUNS], "half": learn(RELATIONS, half=True), "shared": shared_gradient()}
+    torch.save(found, f"{sys.argv[1]}.{os.environ.get('RANK', 0)}")
