@@ -188,11 +188,15 @@ def verdict(results, path):
     if "accuracy" not in results["val"]:
         parts = [f"{split} {metric} {results[split][metric]:.4f}" for split in ("val", "test") if split in results]
         return f"{', '.join(parts)} {best}; last epoch {results['final_val'][metric]:.4f}; {path}"
-    test = results["test"]
-    names = {"accuracy": "accuracy", "balanced_accuracy": "balanced"}
-    interval = results["intervals"]["test"].get(metric)
-    figures = [f"{names.get(name, name)} {test[name]:.4f}" + (f" {brackets(interval)}" if interval and name == metric else "")
-               for name in dict.fromkeys([*names, *([metric] if interval else [])])]  # fmt: skip
+    test, intervals, tasks = results["test"], results["intervals"]["test"], tasks_of(results["dataset"]["classes"])
+    names, bracketed = {"accuracy": "accuracy", "balanced_accuracy": "balanced"}, {metric}
+    if len(tasks) > 1:  # their mean has no interval, each task's has
+        names = {"accuracy": "accuracy", **{f"{task}_accuracy": task for task in tasks}}
+        bracketed = {*names, metric}
+    if metric in intervals:
+        names.setdefault(metric, metric)
+    figures = [f"{name} {test[key]:.4f}" + (f" {brackets(intervals[key])}" if key in bracketed and intervals.get(key) else "")
+               for key, name in names.items()]  # fmt: skip
     return f"test {', '.join(figures)} {best}; last epoch {results['final_test']['accuracy']:.4f}; {path}"
 
 
