@@ -13,6 +13,7 @@ The teacher is frozen and judged on val before training.  Writes the run folder 
 cross-entropy and KL no label trains, the student has no head and val's distillation loss chooses the best epoch.
 Needs from common: augment.py, cli.py, data.py, dermatology.py, distributed.py, embeddings.py, evaluation.py, images.py,
 loader.py, losses.py, metrics.py, models.py, optimizer.py, probes.py, splitting.py, tables.py, teacher.py, training.py.
+Models and datasets of images and texts need image_text.py and multimodal.py too.
 Packages: torch, timm, numpy, pillow, scikit-learn, tqdm (torchvision for CIFAR, transformers for hf: names, datasets for
 --hf-dataset).
 """
@@ -23,7 +24,7 @@ import torch
 
 from common import cli, distributed
 from common.augment import Augmenter, Policy
-from common.data import DATASETS, load_splits
+from common.data import DATASETS, WITH_TEXTS, load_splits
 from common.evaluation import distillation_loss, predict, task_metrics, write_results
 from common.images import tasks_of
 from common.loader import Loader, save_sample_grid, several_views
@@ -108,8 +109,8 @@ def build_parser():
                    "its head takes")  # fmt: skip
     g.add_argument("--projector-weight-decay", type=cli.AMOUNT, default=0.0, help="of the projectors' matrices")
     g = parser.add_argument_group("k-NN during training")
-    g.add_argument("--eval-dataset", choices=[name for name in DATASETS if name not in ("unlabeled", "medpix", "image_text")], help=f"labelled images: {NEIGHBOURS} neighbours of train "
-                   "classify val, for student and teacher")  # fmt: skip
+    labelled = [name for name in DATASETS if name not in ("unlabeled", *WITH_TEXTS)]
+    g.add_argument("--eval-dataset", choices=labelled, help=f"labelled images: {NEIGHBOURS} neighbours of train classify val, for student and teacher")
     g.add_argument("--eval-data-root", help="its folder or file; by default --data-root where the dataset is the same, $DATA_ROOT or data/")
     g.add_argument("--eval-every", type=cli.POSITIVE, default=5, metavar="N", help="epochs between looks; the last of --epochs is always judged")
     return parser

@@ -6,14 +6,17 @@
     python evaluate.py runs/distill/best.pth --teacher-checkpoint runs/teacher/best.pth --knn --linear-probe
     python evaluate.py embeddings --knn --linear-probe           # what extract_embeddings.py stored; its plain view is used
     python evaluate.py runs/tokens/best.pth --dataset ham10000 --data-root DIR --knn --linear-probe     # trained without labels
+    python evaluate.py runs/medpix/best.pth --dataset image_text --data-root DIR     # images and texts of another place
 
 A checkpoint knows its model, classes, preprocessing and dataset; flags name another dataset with the same classes.
 k-NN and the probe take the embeddings of all of the run's train split, whatever its --limit-train, and are judged once
 on --split; the probe's learning rate and weight decay are chosen on a fifth of train, whole lesions or patients.
 Where the data have other classes than a checkpoint, these two judge its embeddings and its head is left out.
-Writes evaluation.json, predictions and the confusion matrix, and prints a table; `kept` is student / teacher.
+Of several tasks each figure is there as <task>_<figure>, k-NN's and the probe's too, and as their mean, <figure>.
+Writes evaluation.json, predictions and a confusion matrix for each task, and prints a table; `kept` is student / teacher.
 Needs from common: augment.py, cli.py, data.py, dermatology.py, distributed.py, embeddings.py, evaluation.py, images.py,
 loader.py, metrics.py, models.py, probes.py, splitting.py, tables.py, training.py.
+Models and datasets of images and texts need image_text.py and multimodal.py too.
 Packages: torch, timm, numpy, pillow, scikit-learn, tqdm (torchvision for CIFAR, transformers for hf: names).
 """
 
@@ -22,11 +25,11 @@ import os
 import numpy as np
 import torch
 
-from common import cli, metrics, probes
+from common import cli, probes
 from common.data import DATASETS, Splits
 from common.embeddings import open_splits
-from common.evaluation import brackets, cost, outputs, splits_of, uncertainty, write_predictions
-from common.images import DataError
+from common.evaluation import brackets, cost, outputs, splits_of, task_metrics, uncertainty, write_predictions
+from common.images import TASK, DataError, in_words, logits_name, tasks_of
 from common.loader import Loader
 from common.splitting import held_out
 from common.tables import note
@@ -62,19 +65,23 @@ def build_parser():
     parser.add_argument("--amp", default="off", choices=("auto", "off", "bf16", "fp16"), help="mixed precision")
     parser.add_argument("--output", default="runs/evaluate", help="folder that is written")
     cli.add_reading_flags(parser)
+    cli.add_text_flags(parser)
     parser.set_defaults(decode_size=None, window=None)  # the checkpoint's
     return parser
 
 
 def live(path, loaders, classes, batch_size, resolution, device, precision):
-    """(outputs {split: {"logits", "embedding"}}, what it is, what it costs) of a checkpoint on loaders {split: Loader}.
+    """(outputs {split: {"logits": {task: (N, C)}, "embedding": (N, D)}}, what it is, what it costs) of a checkpoint.
 
-    Logits of other classes than the data's are left out.
+    loaders: {split: Loader}.  Logits of other classes than the data's are left out: "logits" is empty then.
     """
     checkpoint = load_checkpoint(path)
     model, preprocess = load_model(checkpoint, device, resolution, path)
-    names = ("logits", "embedding") if checkpoint["classes"] == classes else ("embedding",)  # a student without labels has no head
-    found = {split: outputs(model, loader, preprocess, precision, names) for split, loader in loaders.items()}
+    heads = {task: logits_name(task) for task in tasks_of(classes)} if checkpoint["classes"] == classes else {}  # a student without labels has none
+    found = {}
+    for split, loader in loaders.items():
+        outs = outputs(model, loader, preprocess, precision, ("embedding", *heads.values()))
+        found[split] = {"embedding": outs["embedding"], "logits": {task: outs[name] for task, name in heads.items()}}
     described = {"checkpoint": path, "sha256": file_sha256(path), "model": model.name, "family": model.family, "resolution": preprocess.resolution}
     return found, described, cost(model, preprocess.resolution, batch_size, device, precision)
 
@@ -82,7 +89,10 @@ def live(path, loaders, classes, batch_size, resolution, device, precision):
 def stored(folder, data):
     """The same of stored embeddings, for the images of data {split: dataset or Store}, which are found by their ids."""
     stores = open_splits(folder, data)
-    found = {split: stores[split].plain(samples.ids) for split, samples in data.items()}
+    found = {}
+    for split, samples in data.items():
+        outs = stores[split].plain(samples.ids)
+        found[split] = {"embedding": outs["embedding"], "logits": {TASK: outs["logits"]} if "logits" in outs else {}}
     meta = next(iter(stores.values())).meta
     teacher = meta["teacher"]
     described = {"checkpoint": folder, "sha256": teacher["sha256"], "model": teacher["name"], "family": teacher["family"], "resolution": meta["resolution"]}
@@ -109,17 +119,38 @@ def read_data(args, wanted):
 
 
 def probe(found, train, judged, split, classes, args, device):
-    """{"knn": {k: metrics}, "linear_probe": metrics and the choice} of a model's embeddings; found: as `live` gives it."""
-    result, number = {}, len(classes)
-    x, y, features = (torch.from_numpy(v).to(device) for v in (found["train"]["embedding"], train.labels, found[split]["embedding"]))
+    """{"knn": {k: metrics}, "linear_probe": metrics and the choice} of a model's embeddings; found: as `live` gives it.
+
+    Metrics as in `task_metrics`; of several tasks the choice too is <task>_lr and so on.
+    """
+    result, votes, logits, chosen = {}, {}, {}, {}
+    x, features = (torch.from_numpy(found[name]["embedding"]).to(device) for name in ("train", split))
+    for task, names in tasks_of(classes).items():
+        y = torch.from_numpy(train.targets[task]).to(device)
+        if args.knn:
+            tiny = torch.finfo(torch.float32).tiny  # a class without a vote: its logarithm stays finite, the loss would say nothing
+            for k, share in probes.knn(x, y, features, len(names)).items():
+                votes.setdefault(k, {})[task] = share.clamp(min=tiny).log().cpu().numpy()
+        if args.linear_probe:
+            held = torch.from_numpy(held_out(train, HELD_OUT, args.seed, STREAM_PROBE))
+            own, choice = probes.linear_probe(x, y, held, features, len(names), seed=args.seed)
+            logits[task] = own.cpu().numpy()
+            chosen.update({prefix + name: value for prefix in prefixes(classes, task) for name, value in choice.items()})
     if args.knn:
-        tiny = torch.finfo(torch.float32).tiny  # a class without a vote: its logarithm stays finite, the loss would say nothing
-        votes = {k: share.clamp(min=tiny).log().cpu().numpy() for k, share in probes.knn(x, y, features, number).items()}
-        result["knn"] = {k: {**metrics.classification(logits, judged.labels), "loss": None} for k, logits in votes.items()}
+        result["knn"] = {k: without_loss(task_metrics(of, judged.targets)) for k, of in votes.items()}
     if args.linear_probe:
-        logits, chosen = probes.linear_probe(x, y, torch.from_numpy(held_out(train, HELD_OUT, args.seed, STREAM_PROBE)), features, number, seed=args.seed)
-        result["linear_probe"] = {**metrics.classification(logits.cpu().numpy(), judged.labels), **chosen}
+        result["linear_probe"] = {**task_metrics(logits, judged.targets), **chosen}
     return result
+
+
+def without_loss(found):
+    return {name: None if name == "loss" or name.endswith("_loss") else value for name, value in found.items()}
+
+
+def prefixes(classes, *tasks):
+    """Of the names of these tasks' figures, by default all tasks': "" of the only one."""
+    several = len(tasks_of(classes)) > 1
+    return [f"{task}_" if several else "" for task in tasks or tasks_of(classes)]
 
 
 def check_train(train, judged, classes, knn):
@@ -127,40 +158,47 @@ def check_train(train, judged, classes, knn):
     cut = [str(k) for k in probes.NEIGHBOURS if k > len(train)]
     if cut and knn:
         note(f"train has {len(train)} images: k of {', '.join(cut)} is cut to that")
-    lacking = [classes[c] for c in np.setdiff1d(judged.labels, train.labels)]
-    if lacking:
-        note(f"train has no image of {', '.join(lacking[:5])}, which --split has: k-NN and the probe cannot find it")
+    for task, names in tasks_of(classes).items():
+        lacking = [names[c] for c in np.setdiff1d(judged.targets[task], train.targets[task])]
+        if lacking:
+            of = "" if task == TASK else f" of the task {task}"
+            note(f"train has no image of {', '.join(lacking[:5])}{of}, which --split has: k-NN and the probe cannot find it")
 
 
-def scores(found):
-    """{row: accuracy} of the model itself, k-NN and the probe."""
-    own = {name: found[name] for name in ("accuracy", "balanced_accuracy") if name in found}
-    neighbours = {f"knn_{k}": of["accuracy"] for k, of in found.get("knn", {}).items()}
-    return {**own, **neighbours, **({"linear_probe": found["linear_probe"]["accuracy"]} if "linear_probe" in found else {})}
+def scores(found, classes):
+    """{row: accuracy} of the model itself, k-NN and the probe; of several tasks their means, then each task's."""
+    own, neighbours, probed = {}, {}, {}
+    for prefix in dict.fromkeys(["", *prefixes(classes)]):
+        own.update({prefix + name: found[prefix + name] for name in ("accuracy", "balanced_accuracy") if prefix + name in found})
+        neighbours.update({f"{prefix}knn_{k}": of[f"{prefix}accuracy"] for k, of in found.get("knn", {}).items()})
+        if "linear_probe" in found:
+            probed[f"{prefix}linear_probe"] = found["linear_probe"][f"{prefix}accuracy"]
+    return {**own, **neighbours, **probed}
 
 
-def rows_of(found):
+def rows_of(found, classes):
     """{row of the table: value} of what `main` found of a model; recalls of up to 20 classes."""
     rows = {key: value for key, value in found.items() if key not in ("checkpoint", "sha256") and not isinstance(value, dict)}
     rows["of 100 M parameters"] = f"{100 * found['parameters'] / PARAMETERS:.1f} %"
-    rows.update(scores(found))
-    rows.update({f"linear_probe {name}": f"{found['linear_probe'][name]:g}" for name in ("lr", "weight_decay") if "linear_probe" in found})
+    rows.update(scores(found, classes))
+    for prefix in prefixes(classes) if "linear_probe" in found else ():
+        rows.update({f"{prefix}linear_probe {name}": f"{found['linear_probe'][prefix + name]:g}" for name in ("lr", "weight_decay")})
     rows.update({f"kept {name}": f"{100 * share:.1f} %" for name, share in found.get("kept", {}).items()})
     recalls = found.get("class_recalls", {})
     return {**rows, **({f"recall {name}": recall for name, recall in recalls.items()} if len(recalls) <= 20 else {})}
 
 
-def print_table(columns):
+def print_table(columns, classes):
     """columns: {title: what `main` found}; one line a metric, with its interval where there is one."""
-    cells = {}
+    cells = {"": {title: f"{title:>14}" for title in columns}}
     for title, found in columns.items():
-        for row, value in rows_of(found).items():
+        for row, value in rows_of(found, classes).items():
             interval = found.get("intervals", {}).get(row)
-            cells.setdefault(row, {})[title] = f"{shown(value):>14} {brackets(interval) if interval else '':14}"
+            cells.setdefault(row, {})[title] = f"{shown(value):>14} {brackets(interval) if interval else ''}".rstrip()
     width = max(map(len, cells))
-    cells = {"": {title: f"{title:>14}{' ' * 15}" for title in columns}, **cells}
+    widths = {title: max(29, *(len(of.get(title, "")) for of in cells.values())) for title in columns}  # a model's name may be long
     for row, of in cells.items():
-        print(f"{row:{width}} {' '.join(of.get(title, ' ' * 29) for title in columns)}".rstrip())
+        print(f"{row:{width}} {' '.join(of.get(title, '').ljust(widths[title]) for title in columns)}".rstrip())
 
 
 def shown(value):
@@ -191,8 +229,7 @@ def check_classes(args, classes):
     if path and not (args.teacher_checkpoint and (args.knn or args.linear_probe)):  # these two compare embeddings
         others = open_splits(path, [args.split])[args.split].meta["classes"] if args.teacher_embeddings else load_checkpoint(path)["classes"]
         if others and others != classes:
-            raise cli.UserError(f"teacher and student have different classes: {len(others)} ({', '.join(others[:4])}, ...) "
-                                f"and {len(classes)} ({', '.join(classes[:4])}, ...)")  # fmt: skip
+            raise cli.UserError(f"teacher and student have different classes: the teacher knows {in_words(others)}, the student {in_words(classes)}")
 
 
 def main(args):
@@ -203,7 +240,7 @@ def main(args):
     splits = read_data(args, wanted)
     data, classes = {split: getattr(splits, split) for split in wanted}, splits.classes
     for split, part in data.items():
-        if part.labels.min() < 0:
+        if min(labels.min() for labels in part.targets.values()) < 0:
             raise cli.UserError(f"{split} of {args.checkpoint} has images without labels (-1): nothing can be judged, nor k-NN or a probe be built")
     check_classes(args, classes)
     dataset = data[args.split]
@@ -218,15 +255,15 @@ def main(args):
         if not path:
             continue
         outs, described, costs = live(path, loaders, classes, args.batch_size, sides[role], device, precision) if is_live[role] else stored(path, data)
-        logits = outs[args.split].get("logits")
-        if logits is None and "train" not in wanted:
+        logits = outs[args.split]["logits"]
+        if not logits and "train" not in wanted:
             raise cli.UserError(f"{path} holds no logits of a trained head: give --knn or --linear-probe, which need none")
         found[role] = outs
-        judged[role] = {**described, **({} if logits is None else metrics.classification(logits, dataset.labels)), **costs}
+        judged[role] = {**described, **(task_metrics(logits, dataset.targets) if logits else {}), **costs}
     student, teacher = judged["student"], judged["teacher"]
     logits, teacher_logits = (found.get(role, {}).get(args.split, {}).get("logits") for role in ("student", "teacher"))
-    if logits is not None and teacher_logits is not None:
-        student.update(metrics.fidelity(logits, teacher_logits, dataset.labels))
+    if logits and teacher_logits:
+        student.update(task_metrics(logits, dataset.targets, teacher_logits))  # with fidelity, behind what is there
     result = {
         "dataset": splits.describe(), "split": args.split, "student": student, "teacher": teacher,
         "peak_memory_mb": peak_memory_mb(device), "batch_size": args.batch_size, "amp": precision.name,
@@ -235,17 +272,17 @@ def main(args):
     for role in found:  # after the peak of memory was read
         if "train" in wanted:
             judged[role].update(probe(found[role], data["train"], dataset, args.split, classes, args, device))
-        if "logits" in found[role][args.split]:
+        if found[role][args.split]["logits"]:
             judged[role].update(uncertainty(found[role][args.split]["logits"], dataset, classes))
     if teacher:
-        reference = scores(teacher)
-        student["kept"] = {name: value / reference[name] for name, value in scores(student).items() if reference.get(name)}
+        reference = scores(teacher, classes)
+        student["kept"] = {name: value / reference[name] for name, value in scores(student, classes).items() if reference.get(name)}
     os.makedirs(args.output, exist_ok=True)
     cli.write_json(os.path.join(args.output, "evaluation.json"), result)
-    if logits is not None:
+    if logits:
         write_predictions(args.output, args.split, dataset, logits, classes)
     print(f"{splits}; {args.split} split, {device_name(device)}, batch {args.batch_size}, peak memory {result['peak_memory_mb']:,.0f} MB")
-    print_table({"student" if teacher else "model": student, **({"teacher": teacher} if teacher else {})})
+    print_table({"student" if teacher else "model": student, **({"teacher": teacher} if teacher else {})}, classes)
     print(os.path.join(args.output, "evaluation.json"))
 
 

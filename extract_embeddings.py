@@ -11,7 +11,8 @@ Writes OUTPUT/{train,val,test}_embeddings/: embeddings.npy (N, V, D), logits.npy
 groups.npy (lesions or patients), meta.json.  The same command goes on where an interrupted one stopped.  Of a folder of unlabelled images (--images) it writes
 OUTPUT/images_embeddings/.  --reference REAL, what this script stored of real images with the same model, ranks those images,
 or those of train, by the distance to the nearest real one: OUTPUT/kept.txt names the nearest, for the --include-list of any
-script, OUTPUT/distances.csv all.
+script, OUTPUT/distances.csv all.  A store holds the labels of one task and no texts: models and datasets of images and texts are
+refused, distill.py runs such a teacher live.
 Needs from common: augment.py, cli.py, data.py, dermatology.py, distributed.py, embeddings.py, evaluation.py, images.py, loader.py,
 metrics.py, models.py, splitting.py, tables.py, training.py.
 Packages: torch, timm, numpy, pillow, scikit-learn, tqdm (torchvision for CIFAR, transformers for hf: names).
@@ -31,7 +32,7 @@ from tqdm import tqdm
 
 from common import cli, distributed
 from common.augment import Augmenter
-from common.data import DATASETS, Splits, load_folder, load_splits
+from common.data import DATASETS, WITH_TEXTS, Splits, load_folder, load_splits
 from common.embeddings import DTYPES, Store, Writer, difference, merge, model_of, nearest, split_folder
 from common.evaluation import live_teacher
 from common.loader import Loader
@@ -55,6 +56,7 @@ PLAIN = "csv"  # whose resolution, normalization and views --images takes where 
 NOT_OF_IMAGES = ("dataset", "data_root", "hf_dataset", "download", "val_split",
                  "folds", "fold", "split_seed", "include_list", "extra_train", "binary", "negatives",
                  "table", "image_column", "label_column", "group_column", "split_column", "splits")  # fmt: skip
+LIVE = "distill.py --teacher-checkpoint FILE runs such a teacher live"
 FLUSH_SECONDS = 30  # what a machine that dies may lose
 
 
@@ -138,12 +140,16 @@ def settle(args):
     if args.limit_train:
         raise cli.UserError("--limit-train: a store holds all images of a split, so that any student finds its own")
     checkpoint = load_checkpoint(args.checkpoint) if args.checkpoint else None
+    if checkpoint and checkpoint["kind"] == "image_text":
+        raise cli.UserError(f"{args.checkpoint} reads texts or has several tasks, a store holds images with one label: {LIVE}")
     flags = checkpoint["flags"] if checkpoint else {"dataset": "digits", "data_root": None}
     if args.images:
         args.hair_removal = args.hair_removal or bool(flags.get("hair_removal"))
         args.split_seed = 0
         return checkpoint
     args.dataset = args.dataset or ("unlabeled" if args.hf_dataset else flags["dataset"])
+    if args.dataset in WITH_TEXTS:
+        raise cli.UserError(f"--dataset {args.dataset} has texts and several tasks, a store holds images with one label: {LIVE}")
     if args.dataset == flags["dataset"]:
         args.data_root = args.data_root or (None if args.hf_dataset else flags["data_root"])
         args.val_split = flags.get("val_split") if args.val_split is None else args.val_split

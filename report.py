@@ -9,10 +9,12 @@
 
 A group is the seeds of one distilled student: same test set, classes, training data, teacher file, student, method
 and flags. Beside it stand its teacher, found by the SHA-256 of its checkpoint, and its baseline: the same student on
-the same data without a teacher. What is missing is named and left empty.
+the same data without a teacher. What is missing is named and left empty. Of several tasks --metric takes each task's figures,
+as location_accuracy, or their mean, accuracy. The entries cnn and vit hold students that read images alone.
 
 Needs from common: augment.py, cli.py, data.py, dermatology.py, distributed.py, figures.py, images.py, metrics.py, splitting.py,
 tables.py; with --reevaluate also evaluation.py, loader.py, models.py, training.py.
+Runs on images and texts need image_text.py and multimodal.py too with --reevaluate.
 Packages: torch, numpy, pillow, matplotlib, scikit-learn; with --reevaluate timm too.
 """
 
@@ -433,10 +435,11 @@ def draw_figures(output, members, groups, runs, metric, missing):
         for file in sorted(Path(run["path"]).glob("confusion_test_*.npy")):
             counts, task = read(file, missing), file.stem[len("confusion_test_") :]
             if counts is not None:
-                classes = run["results"]["dataset"].get("classes") or []
-                classes = classes.get(task, []) if isinstance(classes, dict) else classes
+                classes, drawn = run["results"]["dataset"].get("classes") or [], title
+                if isinstance(classes, dict):
+                    classes, drawn = classes.get(task, []), f"{title}, {task}"
                 classes = classes if len(classes) == len(counts) else range(len(counts))
-                add(draw_confusion, f"confusion-{index}-{task}", f"Confusion matrix, {title}, {task}", title, counts, classes)
+                add(draw_confusion, f"confusion-{index}-{task}", f"Confusion matrix, {title}, {task}", drawn, counts, classes)
     return figures
 
 

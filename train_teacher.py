@@ -8,6 +8,7 @@
 Writes the run folder: best.pth, latest.pth, metrics.csv, metrics.json, results.json, predictions, confusion matrices.
 Needs from common: augment.py, cli.py, data.py, dermatology.py, distributed.py, evaluation.py, images.py, loader.py,
 losses.py, metrics.py, models.py, optimizer.py, splitting.py, tables.py, training.py.
+Models and datasets of images and texts need image_text.py and multimodal.py too.
 Packages: torch, timm, numpy, pillow, scikit-learn, tqdm (torchvision for CIFAR, transformers for hf: names,
 h5py for ISIC 2024, opencv-python-headless for --hair-removal).
 """

@@ -32,7 +32,8 @@ SPLIT_FLAGS = ("val_split", "split_seed", "limit_train", "on_bad_image", "decode
                "hair_removal", "folds", "fold", "binary", "negatives",
                "table", "image_column", "label_column", "group_column", "split_column", "hf_dataset",
                "text_fields", "tasks")  # fmt: skip
-STORED_FLAGS = tuple(name for name in SPLIT_FLAGS if name not in ("limit_train", "on_bad_image", "include_list", "extra_train"))
+NOT_STORED = ("limit_train", "on_bad_image", "include_list", "extra_train", "text_fields", "tasks")  # stores hold images with one label
+STORED_FLAGS = tuple(name for name in SPLIT_FLAGS if name not in NOT_STORED)
 DISK_ERRORS = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
                errno.ENOENT, errno.EIO, errno.ENAMETOOLONG}  # fmt: skip
 
@@ -188,10 +189,14 @@ def add_reading_flags(g):
     g.add_argument("--split-column", metavar="NAME", help="of csv: train, val or test (split); none is off: then a fifth, always the same, is test")
 
 
-def add_image_text_flags(parser, text_model):
-    g = parser.add_argument_group("image + text", "of the datasets medpix and image_text")
+def add_text_flags(g):
     g.add_argument("--text-fields", nargs="+", metavar="FIELD", help="whose values are the text, a line each (medpix: Caption; image_text: text)")
     g.add_argument("--tasks", nargs="+", metavar="NAME", help="of image_text: the keys of the labels")
+
+
+def add_image_text_flags(parser, text_model):
+    g = parser.add_argument_group("image + text", "of the datasets medpix and image_text")
+    add_text_flags(g)
     g.add_argument("--inputs", default="both", choices=("both", "image", "text"), help="train on one side alone")
     g.add_argument("--image-model", metavar="NAME", help="vit-large, deit-base, deit-small, or any name that --model takes (the default is --model)")
     g.add_argument("--text-model", default=text_model, metavar="NAME", help="bio-clinical-bert, distilbert, hf:NAME_OR_FOLDER, or bert-mini-scratch and "
@@ -227,8 +232,9 @@ def take_split_flags(args, flags):
     for name in SPLIT_FLAGS[SPLIT_FLAGS.index("hair_removal") :]:
         if name == "hf_dataset" and args.data_root:
             continue  # other images
-        if getattr(args, name) is None or getattr(args, name) is False:
-            setattr(args, name, flags.get(name, getattr(args, name)))
+        own = getattr(args, name, None)  # extract_embeddings.py has no flags of texts
+        if own is None or own is False:
+            setattr(args, name, flags.get(name, own))
 
 
 def add_augment_flags(parser):

@@ -1,8 +1,8 @@
 """Datasets and their splits.
 
 Needs augment.py, dermatology.py, distributed.py, images.py, splitting.py and tables.py of `common`, torch and numpy
-(scikit-learn for digits, torchvision for CIFAR, h5py for ISIC 2024, opencv-python-headless for hair removal, datasets
-for --hf-dataset).
+(image_text.py too for medpix and image_text; scikit-learn for digits, torchvision for CIFAR, h5py for ISIC 2024,
+opencv-python-headless for hair removal, datasets for --hf-dataset).
 
     splits = load_splits("imagefolder", "data/cifar10")              # .train .val .test .classes .domain
 
@@ -83,6 +83,7 @@ OWN_OPTIONS = {
     "image_text": ("text_fields", "tasks", "group_column"),
 }
 WITHOUT_TEST = ("csv", "isic2024")  # the first may have one
+WITH_TEXTS = ("medpix", "image_text")  # and several tasks
 
 
 @dataclass
@@ -149,7 +150,7 @@ def load_splits(name, root=None, *, val_split=None, split_seed=0, limit_train=No
         parts, found = _imagefolder(root, wanted, classes, decode_size, window)
     elif name == "unlabeled":
         parts, found, classes = {"train": _unlabeled(root, decode_size, window, **own)}, [], None
-    elif name in ("medpix", "image_text"):
+    elif name in WITH_TEXTS:
         from common.image_text import read_image_text, read_medpix
 
         if "group_column" in own:
@@ -170,7 +171,7 @@ def load_splits(name, root=None, *, val_split=None, split_seed=0, limit_train=No
             parts, found = read_isic2024(root, **decoding)
     if classes is not None and isinstance(classes, dict) != isinstance(found, dict):
         raise DataError(f"--dataset {name} has the tasks {', '.join(tasks_of(found))}, the checkpoint knows {', '.join(tasks_of(classes))}")
-    if classes is not None and list(classes) != list(found):
+    if classes is not None and not isinstance(found, dict) and list(classes) != list(found):
         parts = {k: _with_classes(v, found, list(classes), name) for k, v in parts.items()}
         found = classes
     if on_bad_image == "skip":

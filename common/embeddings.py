@@ -7,7 +7,7 @@
     store.read("embeddings", rows, views)                  # (B, D) float32, of view number views[i] of row i
 
 View 0 is the plain image; view v is that of `Augmenter(store.policy, store.seed)`, so that a student can be shown it again.
-Needs augment.py and cli.py of `common`, torch and numpy.
+Needs augment.py, cli.py and images.py of `common`, torch and numpy.
 """
 
 import contextlib
@@ -19,6 +19,7 @@ import torch
 
 from common.augment import Policy, uniform
 from common.cli import UserError, read_json, write_json
+from common.images import TASK
 
 FORMAT = 1
 PART = ".part"  # of all that is not complete
@@ -244,6 +245,11 @@ class Store:
 
     def __len__(self):
         return len(self.ids)
+
+    @property
+    def targets(self):
+        """{task: labels (N,)}, as a dataset's."""
+        return {TASK: self.labels}
 
     def fingerprint(self, classes):
         """SHA-256 of the dataset's ids and classes, as `ImageDataset.fingerprint`."""

@@ -1,6 +1,7 @@
 """Predictions, the frozen teacher, what a model costs, and the results of a run.
 
-Needs the other files of `common` but embeddings.py, losses.py, optimizer.py, probes.py and teacher.py, torch and numpy.
+Needs augment.py, cli.py, data.py, distributed.py, images.py, loader.py, metrics.py, models.py and training.py of `common` (and what
+these need), torch and numpy.
 """
 
 import math
@@ -247,15 +248,19 @@ def timed(run, device, at_least=1.0, most=200):
 
 
 def cost(model, resolution, batch_size, device, precision):
-    """Size and speed of a model: parameters, multiply-adds of one image, images/s at batch_size, latency at batch 1."""
+    """Size and speed of a model: parameters, multiply-adds of one image, images/s at batch_size, latency at batch 1.
+
+    A model that reads texts gets those of its max_length, the longest.
+    """
 
     @torch.no_grad()
     def forward(count):
-        images = torch.rand(count, 3, resolution, resolution, device=device).contiguous(memory_format=torch.channels_last)
+        batch = model.example(resolution, count)
+        batch["image"] = batch["image"].contiguous(memory_format=torch.channels_last)
 
         def run():
             with torch.no_grad(), precision.autocast():
-                model({"image": images})
+                model(batch)
 
         return run
 

@@ -213,17 +213,17 @@ def _full_name(field, own, joined):
 # ---------------------------------------------------------------------------------------------------- any folder of ours
 
 
-def read_image_text(root, *, tasks, splits=("train", "val", "test"), text_fields=("text",), group_field="group", classes=None,
+def read_image_text(root, *, tasks=None, splits=("train", "val", "test"), text_fields=("text",), group_field="group", classes=None,
                     on_bad_image="error", **decoding):  # fmt: skip
     """A folder with train.jsonl, test.jsonl (val.jsonl, if there is one) and images, a line an image:
 
         {"image": "scans/17.png", "text": "...", "organ": "liver", "group": "patient 4"}
 
-    image: its path in the folder or in its images/; tasks: the keys of the labels, whose classes are those in train, or
-    classes {task: names} in a checkpoint's order; group_field: the key of whose image it is, where lines have it.
+    image: its path in the folder or in its images/; tasks: the keys of the labels (by default those of classes), whose
+    classes are those in train, or classes {task: names} in a checkpoint's order; group_field: the key of whose image it is, where lines have it.
     """
     check_folder("image_text", root, "train.jsonl, test.jsonl and the images that they name")
-    tasks = list(tasks or [])
+    tasks = list(tasks or classes or [])
     if not tasks:
         raise DataError("--dataset image_text needs --tasks NAME ...: the keys of the labels in its JSONL files")
     for task in tasks:

@@ -21,6 +21,7 @@ from PIL import Image, ImageOps
 from common.augment import hash_id
 
 TASK = "label"  # the one task of a classification dataset
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 
 
 def tasks_of(classes):
@@ -31,7 +32,14 @@ def tasks_of(classes):
 def logits_name(task):
     """The key of a task's logits in a model's output."""
     return "logits" if task == TASK else f"logits_{task}"
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+
+
+def in_words(classes):
+    """10 (airplane, automobile, bird, cat, ...); of several tasks modality: 2 (CT, MR) and location: ..."""
+    parts = []
+    for task, names in tasks_of(classes).items():
+        parts.append(f"{'' if task == TASK else task + ': '}{len(names)} ({', '.join([*names[:4], *(['...'] if len(names) > 4 else [])])})")
+    return " and ".join(parts)
 
 # Pillow warns of damaged metadata in several lines; what it cannot read it raises
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")

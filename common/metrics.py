@@ -231,10 +231,15 @@ def fidelity(student_logits, teacher_logits, labels=None):
     return finite_or_none(result)
 
 
+def lower_is_better(name):
+    """Of a metric, or a <task>_<metric>."""
+    return name in LOWER_IS_BETTER or name.endswith(tuple(f"_{metric}" for metric in LOWER_IS_BETTER))
+
+
 def better(name, value, best):
     """Whether `value` of metric `name` beats `best`; an undefined or non-finite value never does and always loses."""
     if value is None or not np.isfinite(value):
         return False
     if best is None or not np.isfinite(best):
         return True
-    return value < best if name in LOWER_IS_BETTER else value > best
+    return value < best if lower_is_better(name) else value > best

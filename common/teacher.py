@@ -14,7 +14,7 @@ from common.augment import Policy
 from common.data import DATASETS, load_splits
 from common.embeddings import Store, StoredTeacher, difference, split_folder
 from common.evaluation import is_chance_level, live_teacher, outputs, predict, task_metrics
-from common.images import TASK, tasks_of
+from common.images import TASK, in_words, tasks_of
 from common.loader import Loader
 from common.metrics import classification
 from common.models import build_model
@@ -91,7 +91,8 @@ def load_teacher(args, path, checkpoint, classes, resolution, info):
     """(model, Preprocess, dict for results.json); the model on the CPU; classes: [] where no logits are needed."""
     if checkpoint is None:
         if isinstance(classes, dict):
-            raise cli.UserError(f"--teacher-model {args.teacher_model} has no head for each of {', '.join(classes)}: give --teacher-checkpoint, or --kl-weight 0")
+            raise cli.UserError(f"--teacher-model {args.teacher_model} has no head for each of {', '.join(classes)}: give --teacher-checkpoint, "
+                                "or --kl-weight 0")  # fmt: skip
         side = args.teacher_resolution or resolution
         teacher = build_model(args.teacher_model, len(classes), side, pretrained=args.teacher_pretrained)
         start_weights(teacher, args.teacher_weights, flag="--teacher-weights")
@@ -110,11 +111,6 @@ def load_teacher(args, path, checkpoint, classes, resolution, info):
 def need_image_model(model, flag):
     if model.kind != "image":
         raise cli.UserError(f"{flag} is for image models alone: {model.name} reads texts too, and fuses both")
-
-
-def in_words(classes):
-    """10 (airplane, automobile, bird, cat, ...)"""
-    return " and ".join(f"{'' if task == TASK else task + ': '}{len(names)} ({', '.join(names[:4])}, ...)" for task, names in tasks_of(classes).items())
 
 
 def live_source(args, weights, path, checkpoint, splits, resolution, augment, precision, interrupts):

@@ -1,6 +1,7 @@
 """What the training scripts call beside the optimizer: interrupts, device, precision, checkpoints, the run's record.
 
-Needs augment.py, cli.py, distributed.py, metrics.py and models.py of `common` and torch.  The epoch loop itself stands in each script.
+Needs augment.py, cli.py, distributed.py, metrics.py and models.py of `common` (image_text.py and multimodal.py too for models
+of images and texts) and torch.  The epoch loop itself stands in each script.
 """
 
 import contextlib
@@ -142,9 +143,11 @@ class Preprocess:
 
     def prepare(self, *datasets):
         """Tokenize the texts of these datasets, once."""
+        if self.tokenizer is None:
+            return
         from common.image_text import tokenize
 
-        for dataset in datasets if self.tokenizer is not None else ():
+        for dataset in datasets:
             if not hasattr(dataset, "texts"):
                 raise UserError("a model of images and texts was given images without texts: its datasets are medpix and image_text")
             if id(dataset) not in self._tokens:
