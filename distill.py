@@ -108,8 +108,8 @@ def build_parser():
                    "its head takes")  # fmt: skip
     g.add_argument("--projector-weight-decay", type=cli.AMOUNT, default=0.0, help="of the projectors' matrices")
     g = parser.add_argument_group("k-NN during training")
-    g.add_argument("--eval-dataset", choices=[name for name in DATASETS if name not in ("unlabeled", "medpix", "image_text")], help=f"labelled images: {NEIGHBOURS} neighbours of train "
-                   "classify val, for student and teacher")  # fmt: skip
+    labelled = [name for name in DATASETS if name not in ("unlabeled", "medpix", "image_text")]
+    g.add_argument("--eval-dataset", choices=labelled, help=f"labelled images: {NEIGHBOURS} neighbours of train classify val, for student and teacher")
     g.add_argument("--eval-data-root", help="its folder or file; by default --data-root where the dataset is the same, $DATA_ROOT or data/")
     g.add_argument("--eval-every", type=cli.POSITIVE, default=5, metavar="N", help="epochs between looks; the last of --epochs is always judged")
     return parser
@@ -238,7 +238,7 @@ def main(args):
     local_side, local_crops = local_augmenters(args, policy, resolution)
     splits = load_splits(args.dataset, cli.data_root(args.data_root), download=args.download, labels=labelled, **cli.split_flags(vars(args)))
     classes = splits.classes if labelled else type(splits.classes)()  # of several tasks a dict
-    balanced = len(splits.classes) if args.sampler == "balanced" else 0
+    balanced = cli.balanced_classes(args, tasks_of(splits.classes))
     train = Loader(splits.train, args.batch_size, device, True, args.seed, args.cache, args.workers, args.accumulation_steps, balanced)
     val = Loader(splits.val, args.batch_size, device, cache=args.cache, workers=args.workers)
     neighbours = Neighbours(args, device, precision, interrupts) if args.eval_dataset else None

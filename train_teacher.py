@@ -48,7 +48,7 @@ def main(args):
     policy = cli.augment_policy(args)
     augment = Augmenter(policy, args.seed)
     splits = load_splits(args.dataset, cli.data_root(args.data_root), download=args.download, **cli.split_flags(vars(args)))
-    balanced = len(splits.classes) if args.sampler == "balanced" else 0
+    balanced = cli.balanced_classes(args, tasks_of(splits.classes))
     train = Loader(splits.train, args.batch_size, device, True, args.seed, args.cache, args.workers, args.accumulation_steps, balanced)
     val = Loader(splits.val, args.batch_size, device, cache=args.cache, workers=args.workers)
 

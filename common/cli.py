@@ -215,6 +215,15 @@ def task_weights(args, tasks):
     return dict(zip(tasks, args.task_weights))
 
 
+def balanced_classes(args, tasks):
+    """Number of classes that --sampler balanced draws equally often, or 0; tasks: {task: class names}."""
+    if args.sampler != "balanced":
+        return 0
+    if len(tasks) > 1:
+        raise UserError(f"--sampler balanced is for one task, here are {', '.join(tasks)}: --class-weights balanced weighs the classes of each")
+    return len(next(iter(tasks.values())))
+
+
 def split_flags(flags):
     """load_splits' keywords from {flag: value} of a run, of any age: those that say something."""
     given = {name: flags.get(name) for name in SPLIT_FLAGS}

@@ -31,6 +31,8 @@ def tasks_of(classes):
 def logits_name(task):
     """The key of a task's logits in a model's output."""
     return "logits" if task == TASK else f"logits_{task}"
+
+
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 
 # Pillow warns of damaged metadata in several lines; what it cannot read it raises

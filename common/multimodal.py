@@ -1,4 +1,4 @@
-"""Models that read an image and a text.  Needs models.py of `common`, torch, timm and transformers.
+"""Models that read an image and a text.  Needs images.py and models.py of `common`, torch, timm and transformers.
 
     model = build_image_text_model("timm:resnet18", "bert-mini-scratch", {"modality": 2, "location": 5}, 96, texts=train_texts)
     out = model({"image": images, "input_ids": ids, "attention_mask": mask})    # (B, 3, H, W), (B, L), (B, L)
@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from common.images import logits_name
 from common.models import ModelError, build_model
 
 IMAGE_MODELS = {
@@ -388,7 +389,7 @@ class ImageTextModel(nn.Module):
             if self.fusion.uses_tokens:
                 self.token_projections[side] = nn.Sequential(nn.Linear(tokens, width), nn.LayerNorm(width))
         self.norm = nn.LayerNorm(width)
-        self.heads = nn.ModuleDict({f"logits_{task}": nn.Linear(width, classes) for task, classes in build_args["tasks"].items()})
+        self.heads = nn.ModuleDict({logits_name(task): nn.Linear(width, classes) for task, classes in build_args["tasks"].items()})
 
     def _widths(self, img_size):
         """{side: (width of its embedding, width of its tokens)}."""
