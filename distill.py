@@ -11,9 +11,10 @@
 
 The teacher is frozen and judged on val before training.  Writes the run folder as train_student.py does.  Without
 cross-entropy and KL no label trains, the student has no head and val's distillation loss chooses the best epoch.
-Needs from common: augment.py, cli.py, data.py, dermatology.py, distributed.py, embeddings.py, evaluation.py, images.py,
-loader.py, losses.py, metrics.py, models.py, optimizer.py, probes.py, splitting.py, tables.py, teacher.py, training.py.
-Packages: torch, timm, numpy, pillow, scikit-learn, tqdm (torchvision for CIFAR, transformers for hf: names, datasets for
+Needs from common: augment.py, cli.py, data.py, dermatology.py, distributed.py, embeddings.py, evaluation.py, image_text.py,
+images.py, loader.py, losses.py, metrics.py, models.py, multimodal.py, optimizer.py, probes.py, splitting.py, tables.py,
+teacher.py, training.py.
+Packages: torch, timm, numpy, pillow, scikit-learn, tqdm (torchvision for CIFAR, transformers for hf: names and texts, datasets for
 --hf-dataset).
 """
 

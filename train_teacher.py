@@ -6,9 +6,9 @@
     python train_teacher.py --resume runs/teacher
 
 Writes the run folder: best.pth, latest.pth, metrics.csv, metrics.json, results.json, predictions, confusion matrices.
-Needs from common: augment.py, cli.py, data.py, dermatology.py, distributed.py, evaluation.py, images.py, loader.py,
-losses.py, metrics.py, models.py, optimizer.py, splitting.py, tables.py, training.py.
-Packages: torch, timm, numpy, pillow, scikit-learn, tqdm (torchvision for CIFAR, transformers for hf: names,
+Needs from common: augment.py, cli.py, data.py, dermatology.py, distributed.py, evaluation.py, image_text.py, images.py,
+loader.py, losses.py, metrics.py, models.py, multimodal.py, optimizer.py, splitting.py, tables.py, training.py.
+Packages: torch, timm, numpy, pillow, scikit-learn, tqdm (torchvision for CIFAR, transformers for hf: names and texts,
 h5py for ISIC 2024, opencv-python-headless for --hair-removal).
 """
 
