@@ -14,7 +14,7 @@ cross-entropy and KL no label trains, the student has no head and val's distilla
 Needs from common: augment.py, cli.py, data.py, dermatology.py, distributed.py, embeddings.py, evaluation.py, images.py,
 loader.py, losses.py, metrics.py, models.py, optimizer.py, probes.py, splitting.py, tables.py, teacher.py, training.py.
 Models and datasets of images and texts need image_text.py and multimodal.py too.
-Packages: torch, timm, numpy, pillow, scikit-learn, tqdm (torchvision for CIFAR, transformers for hf: names, datasets for
+Packages: torch, timm, numpy, pillow, scikit-learn, tqdm (torchvision for CIFAR, transformers for hf: names and texts, datasets for
 --hf-dataset).
 """
 
@@ -239,7 +239,7 @@ def main(args):
     local_side, local_crops = local_augmenters(args, policy, resolution)
     splits = load_splits(args.dataset, cli.data_root(args.data_root), download=args.download, labels=labelled, **cli.split_flags(vars(args)))
     classes = splits.classes if labelled else type(splits.classes)()  # of several tasks a dict
-    balanced = len(splits.classes) if args.sampler == "balanced" else 0
+    balanced = cli.balanced_classes(args, tasks_of(splits.classes))
     train = Loader(splits.train, args.batch_size, device, True, args.seed, args.cache, args.workers, args.accumulation_steps, balanced)
     val = Loader(splits.val, args.batch_size, device, cache=args.cache, workers=args.workers)
     neighbours = Neighbours(args, device, precision, interrupts) if args.eval_dataset else None

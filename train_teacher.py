@@ -9,7 +9,7 @@ Writes the run folder: best.pth, latest.pth, metrics.csv, metrics.json, results.
 Needs from common: augment.py, cli.py, data.py, dermatology.py, distributed.py, evaluation.py, images.py, loader.py,
 losses.py, metrics.py, models.py, optimizer.py, splitting.py, tables.py, training.py.
 Models and datasets of images and texts need image_text.py and multimodal.py too.
-Packages: torch, timm, numpy, pillow, scikit-learn, tqdm (torchvision for CIFAR, transformers for hf: names,
+Packages: torch, timm, numpy, pillow, scikit-learn, tqdm (torchvision for CIFAR, transformers for hf: names and texts,
 h5py for ISIC 2024, opencv-python-headless for --hair-removal).
 """
 
@@ -49,7 +49,7 @@ def main(args):
     policy = cli.augment_policy(args)
     augment = Augmenter(policy, args.seed)
     splits = load_splits(args.dataset, cli.data_root(args.data_root), download=args.download, **cli.split_flags(vars(args)))
-    balanced = len(splits.classes) if args.sampler == "balanced" else 0
+    balanced = cli.balanced_classes(args, tasks_of(splits.classes))
     train = Loader(splits.train, args.batch_size, device, True, args.seed, args.cache, args.workers, args.accumulation_steps, balanced)
     val = Loader(splits.val, args.batch_size, device, cache=args.cache, workers=args.workers)
 

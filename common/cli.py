@@ -164,7 +164,7 @@ def add_data_flags(parser, dataset="digits", batch_size=32):
     g.add_argument("--limit-train", type=NATURAL, metavar="N", help="train on N images, classes in proportion; 0 is all "
                    "(the default, but 100 for students on digits that are trained with labels)")  # fmt: skip
     g.add_argument("--resolution", type=POSITIVE, help="input side in pixels; by default the dataset's (CIFAR and image "
-                   "folders 32, MedMNIST 28, digits 8, csv, skin lesions and unlabeled 224)")  # fmt: skip
+                   "folders 32, MedMNIST 28, digits 8, the others 224)")  # fmt: skip
     g.add_argument("--batch-size", type=POSITIVE, default=batch_size, help="images a step, over all processes and accumulation steps")
     add_reading_flags(g)
     g.add_argument("--include-list", metavar="FILE.txt", help="images one a line, by id, file name or end of path: train keeps only these; with "
@@ -185,7 +185,8 @@ def add_reading_flags(g):
     g.add_argument("--table", metavar="FILE.csv", help="of csv: the table, a row an image; by default the one in --data-root")
     g.add_argument("--image-column", metavar="NAME", help="of csv: paths or names of images in --data-root (image, image_id, isic_id, file, ...)")
     g.add_argument("--label-column", metavar="NAME", help="of csv: classes (label, target, class, diagnosis or dx)")
-    g.add_argument("--group-column", metavar="NAME", help="of csv: images that stay in one split (group, patient_id, patient, lesion_id); none is off")
+    g.add_argument("--group-column", metavar="NAME", help="of csv and image_text: images that stay in one split (csv: group, patient_id, patient, "
+                   "lesion_id, none is off; image_text: group)")  # fmt: skip
     g.add_argument("--split-column", metavar="NAME", help="of csv: train, val or test (split); none is off: then a fifth, always the same, is test")
 
 
@@ -220,6 +221,15 @@ def task_weights(args, tasks):
     return dict(zip(tasks, args.task_weights))
 
 
+def balanced_classes(args, tasks):
+    """Number of classes that --sampler balanced draws equally often, or 0; tasks: {task: class names}."""
+    if args.sampler != "balanced":
+        return 0
+    if len(tasks) > 1:
+        raise UserError(f"--sampler balanced is for one task, here are {', '.join(tasks)}: --class-weights balanced weighs the classes of each")
+    return len(next(iter(tasks.values())))
+
+
 def split_flags(flags):
     """load_splits' keywords from {flag: value} of a run, of any age: those that say something."""
     given = {name: flags.get(name) for name in SPLIT_FLAGS}
@@ -239,8 +249,8 @@ def take_split_flags(args, flags):
 
 def add_augment_flags(parser):
     g = parser.add_argument_group("augmentation", "by default the dataset's: CIFAR, image folders and csv are cropped with "
-                                  "padding and flipped, digits shifted and rotated, MedMNIST shifted, skin lesions have derm, unlabeled images "
-                                  "a random resized crop and flips")  # fmt: skip
+                                  "padding and flipped, digits and MedPix shifted and rotated, MedMNIST and image_text shifted, skin lesions have "
+                                  "derm, unlabeled images a random resized crop and flips")  # fmt: skip
     g.add_argument("--augment", choices=list(PRESETS), help="a preset, of which the flags below change a part; derm: both flips, rotation 30, "
                    "scale 0.8 to 1.2, colours 0.2")  # fmt: skip
     g.add_argument("--no-augment", action="store_true", help="train on plain images")

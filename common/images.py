@@ -41,6 +41,7 @@ def in_words(classes):
         parts.append(f"{'' if task == TASK else task + ': '}{len(names)} ({', '.join([*names[:4], *(['...'] if len(names) > 4 else [])])})")
     return " and ".join(parts)
 
+
 # Pillow warns of damaged metadata in several lines; what it cannot read it raises
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 

@@ -1,7 +1,7 @@
 """What teaches a student: a frozen model that is run, or what one has left in a store; and what it is worth.
 
-Needs from common: cli.py, data.py, embeddings.py, evaluation.py, loader.py, metrics.py, models.py, probes.py, training.py (and
-what these need) and torch.
+Needs from common: cli.py, data.py, embeddings.py, evaluation.py, images.py, loader.py, losses.py, metrics.py, models.py, probes.py,
+training.py (and what these need) and torch.
 """
 
 from collections.abc import Callable
@@ -16,6 +16,7 @@ from common.embeddings import Store, StoredTeacher, difference, split_folder
 from common.evaluation import is_chance_level, live_teacher, outputs, predict, task_metrics
 from common.images import TASK, in_words, tasks_of
 from common.loader import Loader
+from common.losses import RELATIONS
 from common.metrics import classification
 from common.models import build_model
 from common.probes import knn
@@ -68,7 +69,7 @@ def stored_source(args, stores, splits, weights):
     """Source of --teacher-embeddings."""
     if weights["feature"]:
         raise cli.UserError(f"--teacher-embeddings hold no feature maps: --method {args.method} needs a teacher, or --feature-weight 0")
-    of_terms = {"embedding": "embeddings", "cls": "embeddings", "patch": "tokens", "kl": "logits"}
+    of_terms = {**dict.fromkeys(("embedding", "cls", "projection", *RELATIONS), "embeddings"), "patch": "tokens", "kl": "logits"}
     wanted = list(dict.fromkeys(name for term, name in of_terms.items() if weights[term]))
     datasets = {split: getattr(splits, split) for split in stores}
     meta = stores["train"].meta

@@ -331,16 +331,22 @@ def test_the_view_is_a_function_of_seed_epoch_and_key(tmp_path):
     assert told.tolist() == [[chosen["view"][0], 199], [chosen["view"][1], 192]]  # by id, of the view that is shown
 
 
-def test_distillation_from_the_store_is_that_of_the_live_teacher(extracted, teacher, tmp_path):
+@pytest.mark.parametrize("method, terms", [
+    (["--method", "response"], ["ce", "kl"]),
+    (["--method", "combined", "--projection-weight", 1, "--rkd-distance-weight", 1, "--rkd-angle-weight", 1, "--mmd-weight", 1],
+     ["ce", "kl", "projection", "contrastive", "rkd_distance", "rkd_angle", "mmd"]),
+])  # fmt: skip
+def test_distillation_from_the_store_is_that_of_the_live_teacher(extracted, teacher, tmp_path, method, terms):
     """Plain images: the same losses, up to float16."""
-    flags = ["--resolution", 8, "--limit-train", 160, "--epochs", 2, "--device", "cpu"]
+    flags = ["--resolution", 8, "--limit-train", 160, "--epochs", 2, "--device", "cpu", *method]
     live = [*flags, "--dataset", "digits", "--no-augment", "--teacher-checkpoint", teacher / "best.pth"]
     succeed("distill.py", *live, "--output", tmp_path / "live")
     done = succeed("distill.py", *flags, "--teacher-embeddings", extracted, "--num-views", 1, "--output", tmp_path / "stored")
     assert "1 stored views" in done.stdout
     a, b = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("live", "stored"))
     for x, y in zip(a, b):
-        assert x["train_kl"] == pytest.approx(y["train_kl"], rel=0.05) and x["train_ce"] == pytest.approx(y["train_ce"], rel=0.05)
+        for name in terms:
+            assert x[f"train_{name}"] == pytest.approx(y[f"train_{name}"], rel=0.05), name
     ours, theirs = (json.loads((tmp_path / name / "results.json").read_text())["teacher"] for name in ("live", "stored"))
     assert ours["sha256"] == theirs["sha256"] and ours["val"]["accuracy"] == pytest.approx(theirs["val"]["accuracy"], abs=0.005)
 

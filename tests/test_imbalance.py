@@ -1,5 +1,6 @@
 """Rare classes and runs without labels: balanced sampling, frozen backbones, dropout, feature matching, the loss on val."""
 
+import argparse
 import json
 
 import numpy as np
@@ -75,6 +76,14 @@ def test_balanced_sampling_of_an_empty_class(tmp_path):
     flags = [*SMALL, "--limit-train", 5, "--batch-size", 5, "--sampler", "balanced", "--output", tmp_path / "run"]
     done = run_script("train_student.py", *flags)
     assert done.returncode == 2 and "has no image in train" in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_balanced_sampling_counts_the_classes_of_one_task():
+    args = argparse.Namespace(sampler="balanced")
+    assert cli.balanced_classes(args, {"organ": ["liver", "lung", "skin"]}) == 3
+    with pytest.raises(cli.UserError, match="--sampler balanced is for one task, here are organ, side"):
+        cli.balanced_classes(args, {"organ": ["liver", "lung", "skin"], "side": ["left", "right"]})
+    assert cli.balanced_classes(argparse.Namespace(sampler="shuffle"), {"organ": ["liver", "lung"], "side": ["left", "right"]}) == 0
 
 
 # -------------------------------------------------------------------------------------------- frozen backbones, dropout

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from common import multimodal
 from common.image_text import token_batch, tokenize
+from common.losses import task_cross_entropy
 from common.models import ModelError
 from common.multimodal import FUSIONS, AttentionBlock, Gated, build_image_text_model, build_text_model, train_wordpiece
 from common.optimizer import make_optimizer
@@ -377,6 +378,16 @@ def test_names_of_tasks_are_free():
     """Also those that nn.Module has as attributes."""
     model = build_image_text_model(IMAGE, "bert-tiny-scratch", {"type": 3, "half": 2}, 16, texts=TEXTS, fusion_dim=64)
     assert {key for key in model(batch_of(model)) if key.startswith("logits")} == {"logits_type", "logits_half"}
+
+
+def test_a_task_named_as_that_of_image_models():
+    """Its logits have the same name as theirs, which all that follows looks for."""
+    model = build_image_text_model(IMAGE, "bert-tiny-scratch", {"label": 3, "organ": 2}, 16, texts=TEXTS, fusion_dim=64)
+    out = model(batch_of(model))
+    assert {key: len(out[key][0]) for key in out if key.startswith("logits")} == {"logits": 3, "logits_organ": 2}
+    targets = {"label": torch.tensor([2, 0, 1]), "organ": torch.tensor([0, 1, 1])}
+    own = [F.cross_entropy(out[key], targets[task]) for task, key in (("label", "logits"), ("organ", "logits_organ"))]
+    assert torch.allclose(task_cross_entropy(out, targets), (own[0] + own[1]) / 2)
 
 
 def test_freezing_and_dropout():
