@@ -151,8 +151,16 @@ def test_task_weights_and_the_backbones_own_rate(tmp_path, data):
 @pytest.fixture(scope="module")
 def text_folders(tmp_path_factory):
     """A BERT-like and a DistilBERT-like folder with weights, as transformers saves them, each with a tokenizer of its own; and a ViT."""
-    from transformers import BertConfig, BertForMaskedLM, BertTokenizerFast, DistilBertConfig, DistilBertForMaskedLM, DistilBertTokenizerFast
-    from transformers import ViTConfig, ViTForImageClassification
+    from transformers import (
+        BertConfig,
+        BertForMaskedLM,
+        BertTokenizerFast,
+        DistilBertConfig,
+        DistilBertForMaskedLM,
+        DistilBertTokenizerFast,
+        ViTConfig,
+        ViTForImageClassification,
+    )
 
     root, folders = tmp_path_factory.mktemp("text"), {}
     small = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "seen", "today", "again", "axial", "no", "finding", "a", "mass"]
