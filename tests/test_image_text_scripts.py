@@ -143,13 +143,13 @@ def test_knn_and_the_probe_judge_each_task_on_the_fused_embedding(evaluated, run
     from common.data import load_splits
     from common.evaluation import outputs
     from common.loader import Loader
-    from common.training import Precision, load_checkpoint, load_model
+    from common.training import Precision, load_checkpoint, load_model, select_device
 
     output, stdout = evaluated
     checkpoint = load_checkpoint(runs / "teacher/best.pth")
     model, preprocess = load_model(checkpoint)
     splits = load_splits("image_text", checkpoint["flags"]["data_root"], tasks=list(CLASSES))
-    train, test = (outputs(model, Loader(part, 12, "cpu"), preprocess, Precision("off", "cpu"), ("embedding",))["embedding"]
+    train, test = (outputs(model, Loader(part, 12, "cpu"), preprocess, Precision("off", select_device("cpu")), ("embedding",))["embedding"]
                    for part in (splits.train, splits.test))  # fmt: skip
     found = read(output / "evaluation.json")["teacher"]
     assert list(found["knn"]) == ["10", "20", "36"]
