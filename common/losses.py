@@ -358,6 +358,8 @@ class DistillationLoss(nn.Module):
             ours, theirs = ({task: logits.shape[1] for task, logits in task_logits(out).items()} for out in (student, teacher))
             if ours != theirs:
                 raise LossError(f"the teacher has {_classes(theirs)}, the student {_classes(ours)}")
+        if self.compares:
+            _several(self.gather(student["embedding"]))
         self._build_sides(student, teacher)
         if "embedding" in self.weights:
             widths = (out["embedding"].shape[1] for out in (student, teacher))
