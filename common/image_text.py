@@ -227,8 +227,8 @@ def read_image_text(root, *, tasks=None, splits=("train", "val", "test"), text_f
     if not tasks:
         raise DataError("--dataset image_text needs --tasks NAME ...: the keys of the labels in its JSONL files")
     for task in tasks:
-        if not re.fullmatch(r"[\w-]+", task) or tasks.count(task) > 1 or task == "balanced":  # it names columns and files; balanced_accuracy is a metric
-            raise DataError(f"--tasks {task!r}: a task's name is of letters, digits, - and _, not balanced, and each is named once")
+        if not re.fullmatch(r"[\w-]+", task) or tasks.count(task) > 1 or task in ("balanced", "top5"):  # it names columns; balanced_accuracy is a metric
+            raise DataError(f"--tasks {task!r}: a task's name is of letters, digits, - and _, not balanced or top5, and each is named once")
     _check_tasks(classes, tasks, "image_text")
     paths = {split: os.path.join(root, f"{split}.jsonl") for split in ("train", "val", "test")}
     if not os.path.exists(paths["val"]):  # it is split off train then, which is the caller's to do
