@@ -2,12 +2,11 @@
 
 import csv
 import sys
-import tarfile
 
 import numpy as np
 import pytest
 import torch
-from conftest import run_script, shared_archive, succeed
+from conftest import run_script, succeed, unpack
 from PIL import Image, ImageDraw
 
 from common import cli, evaluation, images
@@ -464,10 +463,8 @@ def test_bad_flags_end_in_one_line(tmp_path, args, words):
 
 @pytest.fixture(scope="module")
 def real_ham(tmp_path_factory):
-    archive = shared_archive("ham10000.tar")
     folder = tmp_path_factory.mktemp("ham")
-    with tarfile.open(archive) as tar:
-        tar.extractall(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))  # Python before 3.11.4 has none
+    unpack("ham10000.tar", folder)
     return str(folder / "ham10000")
 
 

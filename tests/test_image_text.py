@@ -2,12 +2,11 @@
 
 import json
 import os
-import tarfile
 
 import numpy as np
 import pytest
 import torch
-from conftest import shared_archive
+from conftest import unpack
 from PIL import Image
 
 from common.image_text import DataError, as_text, read_image_text, read_jsonl, read_medpix, token_batch, tokenize
@@ -182,8 +181,7 @@ def test_medpix_cases_that_are_missing(medpix):
 
 def test_the_real_medpix(tmp_path):
     """Counts of the published splits, and a few labels and texts read off the files by hand."""
-    with tarfile.open(shared_archive("medpix-2-0.tar")) as tar:
-        tar.extractall(tmp_path, filter="data")
+    unpack("medpix-2-0.tar", tmp_path)
     parts, classes = read_medpix(tmp_path / "MedPix-2-0", text_fields=["Caption", "History"])
     assert {split: len(part) for split, part in parts.items()} == {"train": 1653, "val": 197, "test": 200}
     assert {split: len(set(part.groups)) for split, part in parts.items()} == {"train": 535, "val": 67, "test": 69}

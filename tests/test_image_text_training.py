@@ -3,12 +3,11 @@
 import json
 import shutil
 import signal
-import tarfile
 
 import numpy as np
 import pytest
 import torch
-from conftest import run_script, shared_archive, succeed
+from conftest import run_script, succeed, unpack
 from PIL import Image
 from test_distributed import two
 from test_resume import assert_same_run, lines_in, start, stop_when
@@ -310,8 +309,7 @@ def test_teachers_that_do_not_fit(tmp_path, data, taught, teacher):
 
 def test_medpix(tmp_path):
     """The real files: a teacher and a student of two tokenizers' vocabularies, images and captions, a few steps."""
-    with tarfile.open(shared_archive("medpix-2-0.tar")) as tar:
-        tar.extractall(tmp_path, filter="data")
+    unpack("medpix-2-0.tar", tmp_path)
     root = tmp_path / "MedPix-2-0"
     flags = ["--resolution", 32, "--decode-size", 48, "--limit-train", 300, "--epochs", 1, "--device", "cpu", "--optimizer", "adamw"]
     succeed("train_teacher.py", "--dataset", "medpix", "--data-root", root, *flags, "--image-model", "resnet8", "--text-fields", "Caption", "History",
