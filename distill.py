@@ -10,9 +10,9 @@
     python distill.py --resume runs/distill
 
 The teacher is frozen and judged on val before training.  Writes the run folder as train_student.py does.  Without
-cross-entropy and KL no label trains, the student has no head and val's distillation loss chooses the best epoch.
-Needs from common: augment.py, cli.py, data.py, dermatology.py, distributed.py, embeddings.py, evaluation.py, images.py,
-loader.py, losses.py, metrics.py, models.py, optimizer.py, probes.py, splitting.py, tables.py, teacher.py, training.py.
+cross-entropy and the teacher's logits no label trains, the student has no head and val's distillation loss chooses the best epoch.
+Needs from common: augment.py, cli.py, data.py, dermatology.py, distributed.py, dry_run.py, embeddings.py, evaluation.py,
+images.py, loader.py, losses.py, metrics.py, models.py, optimizer.py, probes.py, splitting.py, tables.py, teacher.py, training.py.
 Models and datasets of images and texts need image_text.py and multimodal.py too.
 Packages: torch, timm, numpy, pillow, scikit-learn, tqdm (torchvision for CIFAR, transformers for hf: names and texts, datasets for
 --hf-dataset).
@@ -22,13 +22,25 @@ import os
 
 import torch
 
-from common import cli, distributed
+from common import cli, distributed, dry_run
 from common.augment import Augmenter, Policy
 from common.data import DATASETS, WITH_TEXTS, load_splits
 from common.evaluation import distillation_loss, predict, task_metrics, write_results
 from common.images import tasks_of
 from common.loader import Loader, save_sample_grid, several_views
-from common.losses import FEATURE_LOSSES, METHODS, TEACHER_PROJECTORS, DistillationLoss, method_weights, task_accuracy, task_class_weights
+from common.losses import (
+    FEATURE_LOSSES,
+    FEATURE_TERMS,
+    LOGIT_TERMS,
+    METHODS,
+    TEACHER_PROJECTORS,
+    TEMPERATURES,
+    DistillationLoss,
+    method_weights,
+    task_accuracy,
+    task_class_weights,
+    uses,
+)
 from common.metrics import CLASSIFICATION, FIDELITY
 from common.optimizer import make_updater
 from common.teacher import NEIGHBOURS, Neighbours, differences, judge_teacher, live_source, need_image_model, open_stores, stored_source
@@ -76,11 +88,23 @@ def build_parser():
                    "epoch_N.pth every 10; of the others: resnet8, sgd (embedding: adamw), 32 epochs, batch 32")  # fmt: skip
     g.add_argument("--alpha", type=float, help="response, feature: alpha * cross-entropy + (1 - alpha) * T^2 * KL; feature_matching: "
                    "(1 - alpha) * cross-entropy + alpha * features (0.5)")  # fmt: skip
-    g.add_argument("--temperature", type=float, help="T of the KL (4; vanilla and combined 2)")
+    g.add_argument("--temperature", type=float, help="T of all terms on logits, whatever each would take alone: by default the method's "
+                   "(vanilla, combined, logit_standardization 2; dist 1; others 4)")  # fmt: skip
+    g.add_argument("--distillation-warmup-epochs", type=cli.AMOUNT, default=0, help="in epoch e all terms but the cross-entropy have min(1, e / this) of "
+                   "their weights; 0: their whole weights from the start")  # fmt: skip
     g.add_argument("--ce-weight", type=float, help="of the cross-entropy; by default the method's")
     g.add_argument("--kl-weight", type=float, help="of T^2 * KL(teacher || student); by default the method's")
+    g.add_argument("--dkd-weight", type=float, help="of the decoupled KL, T^2 * (alpha * target against the rest + beta * within the rest); dkd: 1")
+    g.add_argument("--dkd-alpha", type=cli.AMOUNT, default=1.0, help="alpha in it")
+    g.add_argument("--dkd-beta", type=cli.AMOUNT, default=8.0, help="beta in it")
+    g.add_argument("--dist-weight", type=float, help="of 1 - correlation of both models' probabilities: T^2 * (beta * over classes + gamma * over the "
+                   "images of a batch); dist: 2")  # fmt: skip
+    g.add_argument("--dist-beta", type=cli.AMOUNT, default=1.0, help="beta in it")
+    g.add_argument("--dist-gamma", type=cli.AMOUNT, default=1.0, help="gamma in it")
+    g.add_argument("--standardized-kl-weight", type=float, help="of T^2 * KL of logits with mean 0 and deviation 1; logit_standardization: 9")
     g.add_argument("--feature-weight", type=float, help="of the feature loss; by default the method's")
     g.add_argument("--feature-loss", default="mse", choices=FEATURE_LOSSES, help="on projected and pooled maps")
+    g.add_argument("--attention-weight", type=float, help="of the squared difference of the layers' attention maps, mean over layers; attention: 1000")
     g.add_argument("--student-layer", nargs="+", default=[], metavar="PATH", help="module paths of the student's features, as layer3, layers.2 or blocks.5")
     g.add_argument("--teacher-layer", nargs="+", default=[], metavar="PATH", help="module paths of the teacher's features, paired in order")
     g.add_argument("--embedding-weight", type=float, help="of the embedding loss; by default the method's")
@@ -136,10 +160,11 @@ def settle(args):
         args.method, args.alpha, ce=args.ce_weight, kl=args.kl_weight, feature=args.feature_weight,
         embedding=args.embedding_weight, cls=args.cls_weight, patch=args.patch_weight,
         projection=args.projection_weight, contrastive=args.contrastive_weight, rkd_distance=args.rkd_distance_weight,
-        rkd_angle=args.rkd_angle_weight, mmd=args.mmd_weight,
+        rkd_angle=args.rkd_angle_weight, mmd=args.mmd_weight, dkd=args.dkd_weight, dist=args.dist_weight,
+        standardized_kl=args.standardized_kl_weight, attention=args.attention_weight,
     )  # fmt: skip
-    if not weights["feature"] and (args.student_layer or args.teacher_layer):
-        raise cli.UserError(f"--student-layer and --teacher-layer with --method {args.method}: its feature weight is 0")
+    if not uses(weights, FEATURE_TERMS) and (args.student_layer or args.teacher_layer):
+        raise cli.UserError(f"--student-layer and --teacher-layer with --method {args.method}: its weights of {' and '.join(FEATURE_TERMS)} are 0")
     if args.local_crops and not weights["cls"]:
         raise cli.UserError(f"--local-crops {args.local_crops} are matched to class tokens, whose weight is 0: --method tokens or --cls-weight")
     defaults = TOKEN_DEFAULTS if args.method == "tokens" else DEFAULTS
@@ -149,17 +174,20 @@ def settle(args):
         if getattr(args, name) is None and (name not in ("lr", "weight_decay") or args.optimizer == "adamw"):  # these are adamw's
             setattr(args, name, value)
     if args.temperature is None:
-        args.temperature = 2.0 if args.method in ("vanilla", "combined") else 4.0
+        args.temperature = TEMPERATURES.get(args.method, 4.0)
     if args.warmup_epochs is None:
         args.warmup_epochs = min(10.0, args.epochs / 10)
-    labelled = bool(weights["ce"] or weights["kl"])  # else nothing trains the logits
+    if args.distillation_warmup_epochs > args.epochs:
+        raise cli.UserError(f"--distillation-warmup-epochs {args.distillation_warmup_epochs:g} is longer than --epochs {args.epochs}")
+    labelled = uses(weights, ("ce", *LOGIT_TERMS))  # else nothing trains the logits
     args.select_metric = args.select_metric or ("accuracy" if labelled else "distillation_loss")
     if not labelled and args.select_metric != "distillation_loss":
-        raise cli.UserError(f"--select-metric {args.select_metric}: without cross-entropy and KL the student has no logits, distillation_loss is left")
+        raise cli.UserError(f"--select-metric {args.select_metric}: without cross-entropy and the teacher's logits "
+                            "the student has none, distillation_loss is left")  # fmt: skip
     for name, given in (("--freeze-backbone", args.freeze_backbone), ("--class-weights", args.class_weights != "none"),
                         ("--sampler balanced", args.sampler == "balanced")):  # fmt: skip
         if given and not labelled:
-            raise cli.UserError(f"{name} needs labels and a head: without cross-entropy and KL there are none")
+            raise cli.UserError(f"{name} needs labels and a head: without cross-entropy and the teacher's logits there are none")
     return weights, labelled
 
 
@@ -202,7 +230,8 @@ def make_loss(args, weights, model, source, train, shown, classes):
     embedding = {"shared_dim": args.shared_dim, "teacher": args.teacher_projector,
                  "lambda_feat": args.lambda_feat, "lambda_cos": args.lambda_cos}  # fmt: skip
     criterion = DistillationLoss(weights, args.temperature, args.feature_loss, args.label_smoothing, class_weight, embedding,
-                                 cli.task_weights(args, tasks), contrastive, distributed.gather_rows)  # fmt: skip
+                                 cli.task_weights(args, tasks), contrastive, distributed.gather_rows, {"alpha": args.dkd_alpha, "beta": args.dkd_beta},
+                                 {"beta": args.dist_beta, "gamma": args.dist_gamma})  # fmt: skip
     dry = source.choose_view(next(train.batches()))
     with torch.no_grad():
         criterion.build(model.eval()(shown(dry)), source.targets(dry))
@@ -223,7 +252,7 @@ def local_augmenters(args, policy, resolution):
 
 def main(args):
     interrupts = Interrupts()
-    run = cli.RunFolder(args.output, bool(args.resume), args.overwrite)
+    run = cli.RunFolder(args.output, bool(args.resume), args.overwrite, cli.is_dry(args))
     device = select_device(args.device)
     precision = Precision(args.amp, device)
     weights, labelled = settle(args)
@@ -268,6 +297,11 @@ def main(args):
         model.compile()
     updater = make_updater(args, model, precision, len(train), criterion, Student(model, criterion), not labelled)
 
+    if cli.is_dry(args):
+        loaders = [train, val, *(neighbours.loaders if neighbours else [])]
+        return dry_run.show(args, run, splits, loaders, updater, preprocess, classes, weights_from, source=source, criterion=criterion,
+                            views=[(resolution, args.global_crops), (local_side, len(local_crops))])  # fmt: skip
+
     # the teacher is judged before it teaches; val images are plain, so its logits there are computed once
     teacher_logits = {"val": source.logits("val", val)}
     run.log(judge_teacher(source, teacher_logits["val"], splits, neighbours, args))
@@ -307,6 +341,7 @@ def main(args):
     with recorder.saving_when_interrupted():
         for epoch in recorder.epochs():
             model.train()
+            criterion.warm_up(epoch, args.distillation_warmup_epochs)
             for raw in recorder.batches(train):
                 batch = source.choose_view(several_views(raw, args.global_crops))  # G * B rows
                 taught = source.targets(batch)  # {"logits": (G * B, C), ...}, of the same views at the teacher's resolution

@@ -6,6 +6,7 @@
     python evaluate.py runs/distill/best.pth --teacher-checkpoint runs/teacher/best.pth --knn --linear-probe
     python evaluate.py embeddings --knn --linear-probe           # what extract_embeddings.py stored; its plain view is used
     python evaluate.py runs/tokens/best.pth --dataset ham10000 --data-root DIR --knn --linear-probe     # trained without labels
+    python evaluate.py runs/student/best.pth --predict FOLDER a.png --output predictions.csv     # probabilities of new images, no dataset is read
     python evaluate.py runs/medpix/best.pth --dataset image_text --data-root DIR     # images and texts of another place
 
 A checkpoint knows its model, classes, preprocessing and dataset; flags name another dataset with the same classes.
@@ -15,7 +16,7 @@ Where the data have other classes than a checkpoint, these two judge its embeddi
 Of several tasks each figure is there as <task>_<figure>, k-NN's and the probe's too, and as their mean, <figure>.
 Writes evaluation.json, predictions and a confusion matrix for each task, and prints a table; `kept` is student / teacher.
 Needs from common: augment.py, cli.py, data.py, dermatology.py, distributed.py, embeddings.py, evaluation.py, images.py,
-loader.py, metrics.py, models.py, probes.py, splitting.py, tables.py, training.py.
+loader.py, metrics.py, models.py, prediction.py, probes.py, splitting.py, tables.py, training.py.
 Models and datasets of images and texts need image_text.py and multimodal.py too.
 Packages: torch, timm, numpy, pillow, scikit-learn, tqdm (torchvision for CIFAR, transformers for hf: names).
 """
@@ -31,6 +32,7 @@ from common.embeddings import open_splits
 from common.evaluation import brackets, cost, outputs, splits_of, task_metrics, uncertainty, write_predictions
 from common.images import TASK, DataError, in_words, logits_name, tasks_of
 from common.loader import Loader
+from common.prediction import check_predict_flags, predict_files
 from common.splitting import held_out
 from common.tables import note
 from common.training import (
@@ -44,6 +46,7 @@ from common.training import (
 )
 
 PARAMETERS = 100_000_000  # the mark that a deployable student stays below
+OUTPUT = "runs/evaluate"
 HELD_OUT, STREAM_PROBE = 0.2, 1007  # the share of train on which the probe is chosen, and the stream that draws it
 
 
@@ -63,7 +66,10 @@ def build_parser():
     parser.add_argument("--batch-size", type=cli.POSITIVE, default=128, help="images a step")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--amp", default="off", choices=("auto", "off", "bf16", "fp16"), help="mixed precision")
-    parser.add_argument("--output", default="runs/evaluate", help="folder that is written")
+    parser.add_argument("--output", default=OUTPUT, help="folder that is written; with --predict a file, by default predictions.csv")
+    parser.add_argument("--predict", nargs="+", metavar="PATH", help="write the class probabilities of these images, and of all in these folders, as "
+                        "CSV; nothing is judged")  # fmt: skip
+    parser.add_argument("--overwrite", action="store_true", help="of --predict: replace the file")
     cli.add_reading_flags(parser)
     cli.add_text_flags(parser)
     parser.set_defaults(decode_size=None, window=None)  # the checkpoint's
@@ -211,6 +217,7 @@ def check_flags(args):
     contradictions = [
         (args.teacher_checkpoint and args.teacher_embeddings, "--teacher-checkpoint and --teacher-embeddings contradict each other"),
         (args.teacher_resolution and not args.teacher_checkpoint, "--teacher-resolution belongs to --teacher-checkpoint FILE"),
+        (args.overwrite, "--overwrite belongs to --predict: evaluation.json is always replaced"),
         (args.split == "train" and (args.knn or args.linear_probe), "--split train contradicts --knn and --linear-probe, which learn from train"),
         (os.path.exists(os.path.join(args.output, "config.json")), f"--output {args.output} holds a run: name a folder of its own"),
     ]
@@ -233,6 +240,9 @@ def check_classes(args, classes):
 
 
 def main(args):
+    if args.predict:
+        check_predict_flags(build_parser())
+        return predict_files(args, "predictions.csv" if args.output == OUTPUT else args.output)
     check_flags(args)
     device = select_device(args.device)
     precision = Precision(args.amp, device)

@@ -6,8 +6,8 @@
     python train_student.py --resume runs/student
 
 Writes the run folder: best.pth, latest.pth, metrics.csv, metrics.json, results.json, predictions, confusion matrices.
-Needs from common: augment.py, cli.py, data.py, dermatology.py, distributed.py, evaluation.py, images.py, loader.py,
-losses.py, metrics.py, models.py, optimizer.py, splitting.py, tables.py, training.py.
+Needs from common: augment.py, cli.py, data.py, dermatology.py, distributed.py, dry_run.py, evaluation.py, images.py,
+loader.py, losses.py, metrics.py, models.py, optimizer.py, splitting.py, tables.py, training.py.
 Models and datasets of images and texts need image_text.py and multimodal.py too.
 Packages: torch, timm, numpy, pillow, scikit-learn, tqdm (torchvision for CIFAR, transformers for hf: names and texts,
 h5py for ISIC 2024, opencv-python-headless for --hair-removal).
@@ -15,7 +15,7 @@ h5py for ISIC 2024, opencv-python-headless for --hair-removal).
 
 import torch
 
-from common import cli
+from common import cli, dry_run
 from common.augment import Augmenter
 from common.data import DATASETS, load_splits
 from common.evaluation import predict, task_metrics, write_results
@@ -39,7 +39,7 @@ def build_parser():
 
 def main(args):
     interrupts = Interrupts()
-    run = cli.RunFolder(args.output, bool(args.resume), args.overwrite)
+    run = cli.RunFolder(args.output, bool(args.resume), args.overwrite, cli.is_dry(args))
     device = select_device(args.device)
     precision = Precision(args.amp, device)
 
@@ -66,6 +66,9 @@ def main(args):
     tasks = tasks_of(splits.classes)
     weights = task_class_weights(args.class_weights, splits.train.targets, {task: len(names) for task, names in tasks.items()})
     task_weights = cli.task_weights(args, tasks)
+
+    if cli.is_dry(args):
+        return dry_run.show(args, run, splits, [train, val], updater, preprocess, splits.classes, weights_from)
 
     # run folder
     recorder = Recorder(

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 CROPS = ("none", "pad", "resized")
 COLOURS = ("brightness", "contrast", "saturation", "hue")
 POSITION_STEPS = 1024  # source positions are rounded to 1/1024 pixel, see `render`
+PIXELS_A_CORE = 400_000  # of images and of their fine samples, resampled together by one core of a CPU (measured on AMD EPYC)
 
 
 class PolicyError(ValueError):
@@ -199,21 +200,34 @@ def render(images, sizes, params, resolution):
     shrinks it is sampled finer and average-pooled, else it is bilinear; the reference is torchvision's crop, then
     resize with antialias=True.
     """
-    device, images = images.device, _pad_to_power_of_two(images)
-    filters = antialiasing(params["extent"], resolution)
+    device, filters = images.device, antialiasing(params["extent"], resolution)
     affine = [params["matrix"].flatten(1), params["shift"], sizes.float(), params["border"]]
     affine = torch.cat(affine, 1)  # (B, 10), one transfer
-    affine = affine.to(device, non_blocking=True)
-    kinds = filters.unique(dim=0)
-    if len(kinds) == 1:
-        out = _resample(images, affine, resolution, *kinds[0].tolist())
+    affine, parts = affine.to(device, non_blocking=True), []
+    for kind in filters.unique(dim=0):
+        rows, most = (filters == kind).all(1).nonzero()[:, 0], _images_at_once(images, resolution, *kind.tolist())
+        parts += [(part, kind.tolist()) for part in rows.split(most)]
+    if len(parts) == 1:
+        out = _resample(images, affine, resolution, *parts[0][1])
     else:
         out = torch.empty(len(images), 3, resolution, resolution, device=device)
-        for kind in kinds:
-            rows = (filters == kind).all(1).nonzero()[:, 0].to(device)
-            out[rows] = _resample(images[rows], affine[rows], resolution, *kind.tolist())
+        for rows, kind in parts:
+            rows = rows.to(device)
+            out[rows] = _resample(images[rows], affine[rows], resolution, *kind)
     colours = {name: params[name].to(device, non_blocking=True) for name in COLOURS if name in params}
     return _colour(out, colours) if colours else out
+
+
+def _padded_side(images):
+    return 1 << (max(images.shape[-2:]) - 1).bit_length()
+
+
+def _images_at_once(images, resolution, k_x, k_y, reach_x, reach_y):
+    """How many a CPU resamples together, so that they stay in its caches: 1.8 times as fast for 16 of 176 px to 96 px.  A GPU takes all."""
+    if images.device.type != "cpu":
+        return len(images)
+    pixels = _padded_side(images) ** 2 + (resolution * k_x + 2 * reach_x) * (resolution * k_y + 2 * reach_y)
+    return max(1, PIXELS_A_CORE // pixels) * torch.get_num_threads()  # grid_sample gives each thread whole images
 
 
 def _pad_to_power_of_two(images):
@@ -223,11 +237,8 @@ def _pad_to_power_of_two(images):
     1/1024 pixel its float32 arithmetic is exact, so the padding (which other images of the batch decide) leaves no
     trace in the result.
     """
-    height, width = images.shape[-2:]
-    side = 1 << (max(height, width) - 1).bit_length()
-    if (height, width) == (side, side):
-        return images.float()
-    return F.pad(images.float(), (0, side - width, 0, side - height))
+    (height, width), side = images.shape[-2:], _padded_side(images)
+    return F.pad(images, (0, side - width, 0, side - height)).float()
 
 
 def _fine_centres(resolution, k, reach, device):
@@ -236,8 +247,25 @@ def _fine_centres(resolution, k, reach, device):
     return (2 * fine + 1) / (resolution * k) - 1
 
 
+def _grid_positions(along_x, along_y, shift, size, side):
+    """One coordinate of grid_sample's positions: (B, 1, S_x) + (B, S_y, 1) + shift, relative to the image -> (B, S_y, S_x) of the padded side.
+
+    In place, for the passes over memory, not the arithmetic, are what it costs.  Scaling by powers of two is exact.
+    """
+    grid = along_x + along_y
+    grid += shift
+    grid += 1
+    grid *= size * (POSITION_STEPS / 2)  # steps from the source's edge
+    grid -= POSITION_STEPS / 2  # from the centre of its pixel 0
+    grid.round_()
+    grid += POSITION_STEPS / 2
+    grid *= 2 / (POSITION_STEPS * side)
+    return grid.sub_(1)
+
+
 def _resample(images, affine, resolution, k_x, k_y, reach_x, reach_y):
-    """images: (B, 3, P, P) float32 of 0..255; affine (B, 10) -> (B, 3, R, R) float32 of 0..1."""
+    """images: (B, 3, H, W) uint8; affine (B, 10) -> (B, 3, R, R) float32 of 0..1."""
+    images = _pad_to_power_of_two(images)
     side = images.shape[-1]
     fine_x = _fine_centres(resolution, k_x, reach_x, images.device)  # (S_x,)
     fine_y = _fine_centres(resolution, k_y, reach_y, images.device)  # (S_y,)
@@ -245,12 +273,9 @@ def _resample(images, affine, resolution, k_x, k_y, reach_x, reach_y):
     # past the centres of its outermost pixels a crop goes on as they are: neither black nor what was cut off
     x = torch.maximum(torch.minimum(fine_x[None, None, :], border_x), -border_x)  # (B, 1, S_x)
     y = torch.maximum(torch.minimum(fine_y[None, :, None], border_y), -border_y)  # (B, S_y, 1)
-    # relative -> pixels of the source, where pixel 0 has its centre at 0; (B, S_y, S_x)
-    source_x = ((xx * x + xy * y + shift_x + 1) * size_x - 1) / 2
-    source_y = ((yx * x + yy * y + shift_y + 1) * size_y - 1) / 2
-    source_x = torch.round(source_x * POSITION_STEPS) / POSITION_STEPS
-    source_y = torch.round(source_y * POSITION_STEPS) / POSITION_STEPS
-    grid = (2 * torch.stack([source_x, source_y], -1) + 1) / side - 1  # past the image is padding or nothing: black
+    grid_x = _grid_positions(xx * x, xy * y, shift_x, size_x, side)
+    grid_y = _grid_positions(yx * x, yy * y, shift_y, size_y, side)
+    grid = torch.stack([grid_x, grid_y], -1)  # past the image is padding or nothing: black
     out = F.grid_sample(images, grid, mode="bilinear", align_corners=False)
     if reach_x or reach_y:
         out = F.avg_pool2d(out, (2 * reach_y + 1, 2 * reach_x + 1), stride=1)  # 2 * reach + 1 is k, or 1 without

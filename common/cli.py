@@ -16,9 +16,12 @@ import math
 import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
+
+import torch
 
 from common import distributed
 from common.augment import CROPS, PRESETS, Policy
@@ -26,8 +29,8 @@ from common.data import DATASETS
 from common.metrics import CLASSIFICATION
 
 SCRIPT_FOLDER = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-RESUME_MAY_CHANGE = {"resume", "device", "workers", "epochs", "output", "overwrite", "config"}
-NOT_IN_CONFIG = {"resume", "output", "overwrite", "config", "sweep", "sweep_index"}
+RESUME_MAY_CHANGE = {"resume", "device", "workers", "epochs", "output", "overwrite", "config", "dry_run"}
+NOT_IN_CONFIG = {"resume", "output", "overwrite", "config", "sweep", "sweep_index", "dry_run"}
 SPLIT_FLAGS = ("val_split", "split_seed", "limit_train", "on_bad_image", "decode_size", "window", "include_list", "extra_train",
                "hair_removal", "folds", "fold", "binary", "negatives",
                "table", "image_column", "label_column", "group_column", "split_column", "hf_dataset",
@@ -140,6 +143,7 @@ def add_run_flags(parser, output):
     g = parser.add_argument_group("run")
     g.add_argument("--output", default=output, help="run folder that this run writes")
     g.add_argument("--overwrite", action="store_true", help="replace the run that is in the run folder")
+    g.add_argument("--dry-run", action="store_true", default=argparse.SUPPRESS, help="print what the run would read, build, take and write, and stop")
     g.add_argument("--resume", metavar="RUN", help="continue this run folder; needs no other flag")
     g.add_argument("--config", metavar="FILE.json", help="flags from a JSON object or a run's config.json; the command line wins")
     g.add_argument("--sweep", metavar="GRID.json", help="take flags from a point of this grid: {flag: [values]} or a list of points; runs go to OUTPUT/POINT")
@@ -210,6 +214,11 @@ def add_image_text_flags(parser, text_model):
     g.add_argument("--freeze", nargs="+", choices=("image", "text"), help="these backbones keep their weights; --freeze-backbone: both")
     g.add_argument("--backbone-lr", type=number(float, 0, above=True), help="peak learning rate of both backbones; by default --lr")
     g.add_argument("--task-weights", type=AMOUNT, nargs="+", metavar="W", help="of the tasks in the mean of their losses, in order; by default equal")
+
+
+def is_dry(args):
+    """Whether --dry-run was given; it is no attribute of other runs' flags, so that none saves it."""
+    return getattr(args, "dry_run", False)
 
 
 def task_weights(args, tasks):
@@ -515,7 +524,7 @@ def environment(device):
         commit = None
     commit = commit or os.environ.get("GIT_COMMIT")  # a job's copy of the scripts has no .git
     return {"python": platform.python_version(), **versions, "git_commit": commit, "device": device,
-            "threads": os.cpu_count(), "processes": distributed.size(), "platform": platform.platform(), "command": " ".join(sys.argv)}  # fmt: skip
+            "threads": torch.get_num_threads(), "processes": distributed.size(), "platform": platform.platform(), "command": shlex.join(sys.argv)}  # fmt: skip
 
 
 class RunFolder:
@@ -523,7 +532,7 @@ class RunFolder:
 
     OWN = ("config.json", "metrics.csv", "metrics.json", "results.json", "log.txt", "*.pth", "confusion_*.npy", "predictions_*.npz")
 
-    def __init__(self, folder, resume=False, overwrite=False):
+    def __init__(self, folder, resume=False, overwrite=False, dry=False):
         self.folder, self.resume, self.rows, self._log, self._early = folder, resume, [], None, []
         self.writes = distributed.environment().rank == 0
         if resume:
@@ -531,13 +540,14 @@ class RunFolder:
                 raise UserError("--resume and --overwrite contradict each other")
             if not os.path.exists(self.path("latest.pth")):
                 raise UserError(f"{folder} has no latest.pth: nothing to resume, start again with --overwrite")
-        elif not overwrite and self._own_files():
+        elif not overwrite and not dry and self.own_files():
             raise UserError(f"{folder} holds a run: --resume {folder} continues it, --overwrite replaces it, --output names another folder")
 
     def path(self, name):
         return os.path.join(self.folder, name)
 
-    def _own_files(self):
+    def own_files(self):
+        """Paths of what a run has left in the folder."""
         return [f for pattern in self.OWN for f in glob.glob(os.path.join(glob.escape(self.folder), pattern))]
 
     def open(self, flags, environment, rows=0, log_bytes=0):
@@ -551,7 +561,7 @@ class RunFolder:
             with open(self.path("log.txt"), "a+") as file:
                 file.truncate(min(log_bytes, os.path.getsize(self.path("log.txt"))))
         else:
-            for file in self._own_files():
+            for file in self.own_files():
                 os.remove(file)
         write_json(self.path("config.json"), {"flags": flags, "environment": environment})
         self._log = open(self.path("log.txt"), "a", buffering=1)

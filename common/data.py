@@ -175,7 +175,7 @@ def load_splits(name, root=None, *, val_split=None, split_seed=0, limit_train=No
         parts = {k: _with_classes(v, found, list(classes), name) for k, v in parts.items()}
         found = classes
     if on_bad_image == "skip":
-        parts = {k: _without_bad_images(v) for k, v in parts.items()}
+        parts = {k: without_bad_images(v) for k, v in parts.items()}
     known = {i for part in parts.values() for i in part.ids} if extra_train else None
     pool = [parts[k] for k in ("train", "val") if k in parts and (k == "train" or folds)]  # what train is chosen from
     parts = _divide(name, parts, val_split, split_seed, folds, fold, negatives)
@@ -210,7 +210,7 @@ def load_folder(folder, decode_size=512, window=None, on_bad_image="error", hair
         opencv()
     dataset = _tree("--images", folder, decode_size, window)
     dataset.hair_removal = hair_removal
-    return _without_bad_images(dataset) if on_bad_image == "skip" else dataset
+    return without_bad_images(dataset) if on_bad_image == "skip" else dataset
 
 
 def _tree(flag, folder, decode_size, window):
@@ -463,7 +463,7 @@ def _imagefolder(root, splits, classes, decode_size, window):
     return parts, found
 
 
-def _without_bad_images(dataset):
+def without_bad_images(dataset):
     """Decode every file once, say which are broken and leave them out (before val is split off)."""
     if dataset.paths is None:
         return dataset

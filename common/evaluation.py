@@ -21,8 +21,6 @@ from common.loader import Loader
 from common.models import multiply_adds
 from common.training import Precision, file_sha256, load_checkpoint, load_model, peak_memory_mb, select_device
 
-INTERVALS = ("accuracy", "balanced_accuracy", "auc", "average_precision", "pauc")
-
 
 def predict(model, loader, preprocess, precision, interrupts=None):
     """{task: logits (N, C) float32 numpy} of a loader's samples on their plain images, the model in eval mode."""
@@ -92,7 +90,7 @@ def distillation_loss(model, criterion, targets, loader, preprocess, precision, 
         valid = batch["valid"]
         if valid == 1 and criterion.compares:
             continue
-        loss = criterion(_rows(out, valid), _rows(targets(batch), valid), None)
+        loss = criterion(_rows(out, valid), _rows(targets(batch), valid), _rows(batch["targets"], valid), ce=False)
         total, count = total + loss * valid, count + valid
         if interrupts is not None and distributed.size() == 1:
             interrupts.check()
@@ -179,6 +177,13 @@ def write_results(run, splits, loaders, recorder, preprocess, precision, *, scri
     found = {split: uncertainty(logits, loaders[split].dataset, splits.classes) for split, logits in best_logits.items()}
     results.update({key: {split: of[key] for split, of in found.items()} for key in ("intervals", "class_recalls")})
     write_json(run.path("results.json"), results)
+    try:  # the figures above are safe by now
+        fresh, _ = load_model(best, precision.device)  # neither compiled nor wrapped
+        batch = min(next(iter(loaders.values())).batch_size, 64)
+        results["model"].update(cost(fresh, preprocess.resolution, batch, precision.device, precision, at_least=0.2))
+        write_json(run.path("results.json"), results)
+    except RuntimeError as error:  # out of memory above all
+        run.log(f"warning: the model's cost could not be measured: {str(error).splitlines()[0]}")
     run.log(verdict(results, run.path("results.json")))
     return results
 
@@ -210,7 +215,7 @@ def uncertainty(logits, dataset, classes):
     result = {"intervals": {}, "class_recalls": {}}
     for task, names in tasks_of(classes).items():
         labels, prefix = dataset.targets[task], f"{task}_" if len(logits) > 1 else ""
-        chosen = INTERVALS if len(names) <= 100 else INTERVALS[:2]  # curves of each class take minutes on ImageNet
+        chosen = metrics.RESAMPLED if len(names) <= 100 else metrics.RESAMPLED[:2]  # curves of each class take minutes on ImageNet
         found = metrics.bootstrap(logits[task], labels, dataset.groups, names=chosen)
         result["intervals"].update({prefix + name: value for name, value in found.items()})
         recalls = metrics.class_recalls(logits[task], labels)
@@ -247,9 +252,10 @@ def timed(run, device, at_least=1.0, most=200):
     return sorted(seconds)[len(seconds) // 2]
 
 
-def cost(model, resolution, batch_size, device, precision):
+def cost(model, resolution, batch_size, device, precision, at_least=1.0):
     """Size and speed of a model: parameters, multiply-adds of one image, images/s at batch_size, latency at batch 1.
 
+    at_least: seconds of each of the two measurements.
     A model that reads texts gets those of its max_length, the longest.
     """
 
@@ -267,8 +273,8 @@ def cost(model, resolution, batch_size, device, precision):
     return {
         "parameters": model.num_parameters,
         "multiply_adds": multiply_adds(model, resolution),
-        "images_per_second": round(batch_size / timed(forward(batch_size), device), 1),
-        "latency_ms": round(1000 * timed(forward(1), device), 3),
+        "images_per_second": round(batch_size / timed(forward(batch_size), device, at_least), 1),
+        "latency_ms": round(1000 * timed(forward(1), device, at_least), 3),
     }
 
 
@@ -292,6 +298,13 @@ def evaluate_checkpoint(path, split="test", device="auto", batch_size=128, data_
     dataset = getattr(splits_of(checkpoint, data_root=data_root, split=split), split)
     logits = predict(model, Loader(dataset, batch_size, device), preprocess, Precision("off", device))
     return task_metrics(logits, dataset.targets)
+
+
+def measure_checkpoint(path, device="auto", batch_size=128):
+    """`cost` of a checkpoint's model, in float32 and not compiled."""
+    device, checkpoint = select_device(device), load_checkpoint(path)
+    model, preprocess = load_model(checkpoint, device, path=path)
+    return cost(model, preprocess.resolution, batch_size, device, Precision("off", device))
 
 
 def splits_of(checkpoint, dataset=None, data_root=None, split="test", **reading):

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-TERMS = ("ce", "kl", "feature", "embedding", "cls", "patch", "projection", "contrastive", "rkd_distance", "rkd_angle", "mmd")
+TERMS = ("ce", "kl", "feature", "embedding", "cls", "patch", "projection", "contrastive", "rkd_distance", "rkd_angle", "mmd", "dkd", "dist",
+         "standardized_kl", "attention")  # fmt: skip
 # Weights a published combination sets, others are 0; --ce-weight, --kl-weight, ... override one by one, 0 leaves a term out.
 METHODS = {
     "response": {"ce": 0.5, "kl": 0.5},  # Hinton et al. 2015, arXiv:1503.02531
@@ -23,8 +24,15 @@ METHODS = {
     "crd": {"ce": 1.0, "contrastive": 1.0},  # Tian et al. 2020, arXiv:1910.10699, with the batch's negatives
     "rkd": {"ce": 1.0, "rkd_distance": 25.0, "rkd_angle": 50.0},  # Park et al. 2019, arXiv:1904.05068
     "mmd": {"ce": 1.0, "mmd": 1.0},  # Huang and Wang 2017, arXiv:1707.01219, on embeddings
+    "dkd": {"ce": 1.0, "dkd": 1.0},  # Zhao et al. 2022, arXiv:2203.08679; their code warms it up over 20 of 240 epochs: `warm_up`
+    "dist": {"ce": 1.0, "dist": 2.0},  # Huang et al. 2022, arXiv:2205.10536: both relations weigh 2 there, 1 each within our term
+    "logit_standardization": {"ce": 0.1, "standardized_kl": 9.0},  # Sun et al. 2024, arXiv:2403.01993, their code's weights
+    "attention": {"ce": 1.0, "attention": 1000.0},  # Zagoruyko and Komodakis 2017, arXiv:1612.03928; theirs sums over layers, ours is the mean
 }
-RELATIONS = ("contrastive", "rkd_distance", "rkd_angle", "mmd")  # terms that compare the images of a batch
+TEMPERATURES = {"vanilla": 2.0, "combined": 2.0, "dist": 1.0, "logit_standardization": 2.0}  # of methods, by default; others: 4
+LOGIT_TERMS = ("kl", "dkd", "dist", "standardized_kl")  # terms that need the teacher's logits, of the student's classes
+FEATURE_TERMS = ("feature", "attention")  # terms that need feature maps of both
+RELATIONS = ("contrastive", "rkd_distance", "rkd_angle", "mmd", "dist")  # terms that compare the images of a batch
 ALPHA = {"response": ("ce", "kl"), "feature": ("ce", "kl"), "feature_matching": ("feature", "ce")}  # alpha weighs the first, 1 - alpha the second
 FEATURE_LOSSES = ("mse", "cosine")
 COLLAPSED = 0.1  # share of its first variance below which the shared space counts as collapsed (0.014 measured)
@@ -90,6 +98,56 @@ def temperature_kl(student_logits, teacher_logits, temperature=4.0):
         return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
 
 
+def decoupled_kl(student_logits, teacher_logits, labels, temperature=4.0, alpha=1.0, beta=8.0):
+    """DKD: T^2 * (alpha * KL of (target, all others) + beta * KL among the others alone), teacher || student, batchmean.
+
+    Logits (B, C), C of at least 2 (the second KL is 0 at 2); labels (B,) int64.  Zhao et al. 2022, arXiv:2203.08679.
+    """
+    with torch.autocast(student_logits.device.type, enabled=False):
+        columns = torch.arange(student_logits.shape[1] - 1, device=labels.device).expand(len(labels), -1)
+        columns = columns + (columns >= labels[:, None])  # (B, C - 1), the target is left out: a mask of -inf gives 0 * inf
+        sides = []
+        for logits in _float32(student_logits, teacher_logits):
+            own, others = ((logits / temperature).gather(1, i) for i in (labels[:, None], columns))
+            sides.append([F.log_softmax(x, dim=1) for x in (torch.cat([own, others.logsumexp(1, keepdim=True)], 1), others)])
+        target, rest = (F.kl_div(student, teacher, reduction="batchmean", log_target=True) for student, teacher in zip(*sides))
+        return temperature**2 * (alpha * target + beta * rest)
+
+
+def _centred(x, dim):
+    """x less its mean; 0 without a gradient where all are equal up to rounding (a direction would have one of 1 / eps)."""
+    centred = x - x.mean(dim, keepdim=True)
+    flat = centred.norm(dim=dim, keepdim=True) <= 1e-5 * x.norm(dim=dim, keepdim=True)
+    return centred.masked_fill(flat, 0.0)
+
+
+def dist(student_logits, teacher_logits, temperature=1.0, beta=1.0, gamma=1.0):
+    """T^2 * (beta * inter + gamma * intra), each 1 - Pearson correlation of softmax(logits / T), student's and teacher's.
+
+    inter: over the classes, mean over images; intra: over the images of the batch, mean over classes.  Logits (B, C), B
+    of at least 2.  Huang et al. 2022, arXiv:2205.10536; T^2 and the eps of 1e-8, which quiets classes that no image of the
+    batch is given, are their code's.
+    """
+    _several(student_logits)
+    with torch.autocast(student_logits.device.type, enabled=False):
+        pair = [(x / temperature).softmax(1) for x in _float32(student_logits, teacher_logits)]
+        losses = []
+        for dim in (1, 0):
+            student, teacher = (_centred(x, dim) for x in pair)
+            losses.append(1 - ((student * teacher).sum(dim) / (student.norm(dim=dim) * teacher.norm(dim=dim) + 1e-8)).mean())
+        return temperature**2 * (beta * losses[0] + gamma * losses[1])
+
+
+def standardized_kl(student_logits, teacher_logits, temperature=2.0):
+    """`temperature_kl` of logits (B, C) with mean 0 and (unbiased) deviation 1 over the classes, C of at least 2.
+
+    The student need not match the teacher's scale then.  Sun et al. 2024, arXiv:2403.01993, with the eps of their code.
+    """
+    with torch.autocast(student_logits.device.type, enabled=False):
+        centred = (_centred(x, 1) for x in _float32(student_logits, teacher_logits))
+        return temperature_kl(*(x / (x.std(1, keepdim=True) + 1e-7) for x in centred), temperature)
+
+
 def task_logits(out):
     """{task: (B, C)} of a model's output: `logits` are those of the task "label", `logits_<task>` of another."""
     return {name.removeprefix("logits_") if name != "logits" else "label": value for name, value in out.items() if name.split("_")[0] == "logits"}
@@ -138,6 +196,17 @@ def feature_cosine(student, teacher):
     with torch.autocast(student.device.type, enabled=False):
         student, teacher = same_size(*_float32(student, teacher))
         return (1 - F.cosine_similarity(student, teacher, dim=1)).mean()
+
+
+def attention_transfer(student, teacher):
+    """Mean squared difference of attention maps: squares of (B, C, H, W) averaged over channels, flattened, at unit length.
+
+    Widths may differ, sizes are pooled to the smaller.  Zagoruyko and Komodakis 2017, arXiv:1612.03928, equation 2 with p 2;
+    the mean over batch and positions, as in their code, is what the weight of 1000 belongs to.
+    """
+    with torch.autocast(student.device.type, enabled=False):
+        maps = (F.normalize(x.square().mean(1).flatten(1), dim=1) for x in same_size(*_float32(student, teacher)))
+        return F.mse_loss(*maps)
 
 
 def embedding_loss(student, teacher, lambda_feat=1.0, lambda_cos=1.0):
@@ -270,6 +339,11 @@ def _classes(counts):
     return ", ".join(f"{count} classes" + ("" if task == "label" else f" of {task}") for task, count in counts.items()) or "none"
 
 
+def uses(weights, terms):
+    """Whether any of these terms weighs something; weights: {term: float}."""
+    return any(weights.get(term) for term in terms)
+
+
 class EmbeddingProjectors(nn.Module):
     """Linear maps of student (B, D_s) and teacher (B, D_t) into a space of shared_dim.
 
@@ -323,12 +397,14 @@ class DistillationLoss(nn.Module):
     """Sum of the terms whose weight is not 0; owns the projectors.
 
     weights: {of TERMS: float}; embedding: settings of that term, {"shared_dim", "teacher",
-    "lambda_feat", "lambda_cos"}, see EmbeddingProjectors and embedding_loss; temperature: of the KL; feature_loss: "mse" or "cosine".
+    "lambda_feat", "lambda_cos"}, see EmbeddingProjectors and embedding_loss; temperature: of all LOGIT_TERMS;
+    feature_loss: "mse" or "cosine"; dkd, dist: {"alpha", "beta"} and {"beta", "gamma"} of decoupled_kl and dist.
 
     `build(student, teacher)` once, on outputs of a dry batch and before optimizer, EMA and DDP see the parameters,
     makes a 1x1 projector from the student's width to the teacher's for each pair of features.
-    `loss(student, teacher, labels)` (labels None: without cross-entropy): model outputs (`logits` (B, C), `features` {layer: (B, C_l, H_l, W_l)}, paired in
-    order) and (B,) int64 labels -> scalar; `loss.terms` holds each term's value, unweighted and detached.
+    `loss(student, teacher, labels)` (labels None or ce False: without cross-entropy): model outputs (`logits` (B, C),
+    `features` {layer: (B, C_l, H_l, W_l)}, paired in order) and (B,) int64 labels -> scalar; `loss.terms` holds each
+    term's value, unweighted and detached.
     local: class tokens (N, B, D) of N local crops of each image, for the term cls, where the others' rows are G global
     crops of B images, crop after crop.
     The mean over equal parts of a batch (processes, accumulation) is the loss of the batch; `batch_labels`, those of
@@ -337,7 +413,7 @@ class DistillationLoss(nn.Module):
     """
 
     def __init__(self, weights, temperature=4.0, feature_loss="mse", label_smoothing=0.0, class_weights=None, embedding=None,
-                 task_weights=None, contrastive=None, gather=None):  # fmt: skip
+                 task_weights=None, contrastive=None, gather=None, dkd=None, dist=None):  # fmt: skip
         super().__init__()
         if not 0 < temperature < math.inf:
             raise LossError(f"--temperature {temperature} is no number above 0")
@@ -349,17 +425,25 @@ class DistillationLoss(nn.Module):
         self.embedding_projectors = None
         self.token_projectors, self.side_projectors = nn.ModuleDict(), nn.ModuleDict()
         self.task_weights, self.contrastive = task_weights, {"temperature": 0.07, "base_temperature": 0.07, **(contrastive or {})}
+        self.dkd, self.dist = dkd or {}, dist or {}
         self.gather = gather or (lambda rows: rows)
-        self.compares = any(name in RELATIONS for name in self.weights)  # a batch of one says nothing then
-        self.terms = {}
+        self.compares = uses(self.weights, RELATIONS)  # a batch of one says nothing then
+        self.share, self.terms = 1.0, {}
+
+    def warm_up(self, epoch, epochs):
+        """In training all terms but the cross-entropy have epoch / epochs of their weights, from epoch 1, until it is 1 (0: at once).
+
+        Per epoch, as in the code of DKD (arXiv:2203.08679), whose large weight drowns the labels of an untrained student.
+        """
+        self.share = min(1.0, epoch / epochs) if epochs else 1.0
 
     def build(self, student, teacher):
-        if "kl" in self.weights:
+        if uses(self.weights, LOGIT_TERMS):
             ours, theirs = ({task: logits.shape[1] for task, logits in task_logits(out).items()} for out in (student, teacher))
             if ours != theirs:
                 raise LossError(f"the teacher has {_classes(theirs)}, the student {_classes(ours)}")
         if self.compares:
-            _several(self.gather(student["embedding"]))
+            _several(self.gather(student["embedding"] if "embedding" in student else next(iter(task_logits(student).values()))))
         self._build_sides(student, teacher)
         if "embedding" in self.weights:
             widths = (out["embedding"].shape[1] for out in (student, teacher))
@@ -372,35 +456,42 @@ class DistillationLoss(nn.Module):
                 self.token_projectors[term] = nn.Linear(student[key].shape[-1], teacher[key].shape[-1]).to(student[key].device)
         if "patch" in self.weights:
             resize_grid(teacher["tokens"], student["tokens"].shape[1])  # refuses grids that cannot be aligned
-        if "feature" not in self.weights:
-            return
+        if uses(self.weights, FEATURE_TERMS):
+            self._build_features(student, teacher)
+
+    def _build_features(self, student, teacher):
+        """Projectors of the term feature, after a look at the pairs of maps."""
         students, teachers = (list(out.get("features", {}).values()) for out in (student, teacher))
         if len(students) != len(teachers) or not students:
             raise LossError(
                 f"--student-layer names {len(students)} layers and --teacher-layer {len(teachers)}: "
-                "the feature term pairs them in order, give the same number (at least 1)"
+                "they are paired in order, give the same number (at least 1)"
             )
         for s, t in zip(students, teachers):
-            self.projectors.append(nn.Conv2d(s.shape[1], t.shape[1], 1).to(s.device))
+            if "attention" in self.weights and same_size(s, t)[0][0, 0].numel() == 1:
+                raise LossError(f"the term attention compares positions, maps of {[*s.shape[-2:]]} and {[*t.shape[-2:]]} share but one: take earlier layers")
+            if "feature" in self.weights:
+                self.projectors.append(nn.Conv2d(s.shape[1], t.shape[1], 1).to(s.device))
 
-    def forward(self, student, teacher, labels, batch_labels=None, local=None):
-        loss, self.terms = 0.0, {}
+    def forward(self, student, teacher, labels, batch_labels=None, local=None, ce=True):
+        loss, share, self.terms = 0.0, self.share if self.training else 1.0, {}
         for name, weight in self.weights.items():
-            if name == "ce" and labels is None:
+            if name == "ce" and (labels is None or not ce):
                 continue
             if name == "ce":
                 term = task_cross_entropy(student, _by_task(labels), self.label_smoothing, _by_task(self.class_weights), _by_task(batch_labels),
                                           self.task_weights)  # fmt: skip
-            elif name == "kl":
-                theirs = task_logits(teacher)
-                term = task_mean({task: temperature_kl(logits, theirs[task], self.temperature) for task, logits in task_logits(student).items()},
-                                 self.task_weights)  # fmt: skip
+            elif name in LOGIT_TERMS:
+                term = self.on_logits(name, task_logits(student), task_logits(teacher), _by_task(labels))
             elif name == "projection":
                 term = torch.stack([feature_error(self.side(key, student[key]), teacher[key]) for key in self.sides]).mean()
             elif name in RELATIONS:
                 term = self.relation(name, student["embedding"], teacher["embedding"])
             elif name == "feature":
                 term = self.feature(student["features"], teacher["features"])
+            elif name == "attention":
+                pairs = zip(*(out["features"].values() for out in (student, teacher)), strict=True)
+                term = torch.stack([attention_transfer(*pair) for pair in pairs]).mean()
             elif name == "embedding":
                 term = self.embedded(student["embedding"], teacher["embedding"])
             elif name == "cls":
@@ -408,13 +499,26 @@ class DistillationLoss(nn.Module):
             elif name == "patch":
                 tokens = self.projected("patch", student["tokens"])
                 term = normalized_mse(tokens, resize_grid(teacher["tokens"], tokens.shape[1]))
-            loss = loss + weight * term
+            loss = loss + (weight if name == "ce" else share * weight) * term
             self.terms[name] = term.detach()
         if local is not None:
             term = self.local(local, teacher["embedding"])
-            loss = loss + self.weights["cls"] * term
+            loss = loss + share * self.weights["cls"] * term
             self.terms["local"] = term.detach()
         return loss
+
+    def on_logits(self, name, student, teacher, labels):
+        """A term on logits {task: (B, C)}, mean over tasks; labels: {task: (B,)}, for dkd."""
+
+        def of_task(task):
+            pair = student[task], teacher[task]
+            if name == "dkd":
+                return decoupled_kl(*pair, labels[task], self.temperature, **self.dkd)
+            if name == "dist":  # over all processes in training, as in `relation`
+                return dist(*(map(self.gather, pair) if self.training else pair), self.temperature, **self.dist)
+            return {"kl": temperature_kl, "standardized_kl": standardized_kl}[name](*pair, self.temperature)
+
+        return task_mean({task: of_task(task) for task in student}, self.task_weights)
 
     def _build_sides(self, student, teacher):
         """Linear maps from the student's width to the teacher's: of both models' sides, else of their embeddings."""

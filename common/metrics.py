@@ -11,6 +11,7 @@ CLASSIFICATION = ("accuracy", "balanced_accuracy", "macro_f1", "auc", "average_p
                   "sensitivity_at_90_specificity", "top5_accuracy", "loss", "ece")  # fmt: skip
 FIDELITY = ("agreement", "teacher_right_kept", "teacher_kl")
 LOWER_IS_BETTER = {"loss", "ece", "teacher_kl", "distillation_loss"}
+RESAMPLED = ("accuracy", "balanced_accuracy", "auc", "average_precision", "pauc")  # metrics that get intervals
 
 
 def log_softmax(logits):
@@ -105,20 +106,28 @@ def class_recalls(logits, labels):
     return [float(np.mean(predicted[labels == c] == c)) if (labels == c).any() else None for c in range(np.shape(logits)[1])]
 
 
-def bootstrap(logits, labels, groups=None, repeats=1000, seed=0,
-              names=("accuracy", "balanced_accuracy", "auc", "average_precision", "pauc")):  # fmt: skip
+def resamples(count, groups=None, repeats=1000, seed=0):
+    """Weights (N, R) int32, some columns at a time: how often each of N = count samples is drawn in each of `repeats` resamples.
+
+    groups (N,): drawn whole, with replacement, as many as there are; None: samples are.
+    """
+    rng = np.random.default_rng(seed)
+    _, group = np.unique(np.arange(count) if groups is None else np.asarray(groups), return_inverse=True)
+    units, step = group.max() + 1, max(1, 2**21 // count)  # 8 MB of weights, and about ten arrays of up to twice that
+    for start in range(0, repeats, step):
+        drawn = [np.bincount(rng.integers(units, size=units), minlength=units) for _ in range(min(step, repeats - start))]
+        yield np.array(drawn, np.int32).T[group]
+
+
+def bootstrap(logits, labels, groups=None, repeats=1000, seed=0, names=RESAMPLED):
     """95 % percentile intervals {name: [low, high] or None} over resamples with replacement (Efron 1979).
 
     groups (N,): lesions or patients, drawn whole, since their images are not independent; None: samples.  Resamples
     without a metric (a class is absent) do not count; None where fewer than half count.  names: see `weighted`.
     """
-    labels, rng = np.asarray(labels), np.random.default_rng(seed)
-    _, group = np.unique(np.arange(len(labels)) if groups is None else np.asarray(groups), return_inverse=True)
-    count, values = group.max() + 1, {name: [] for name in names}
-    step = max(1, 2**21 // len(labels))  # resamples at a time: 8 MB of weights, and about ten arrays of up to twice that
-    for start in range(0, repeats, step):
-        drawn = [np.bincount(rng.integers(count, size=count), minlength=count) for _ in range(min(step, repeats - start))]
-        for name, found in weighted(logits, labels, np.array(drawn, np.int32).T[group], names).items():
+    values = {name: [] for name in names}
+    for weights in resamples(len(labels), groups, repeats, seed):
+        for name, found in weighted(logits, labels, weights, names).items():
             values[name].extend(found[np.isfinite(found)])
     return {name: [float(v) for v in np.percentile(found, (2.5, 97.5))] if len(found) >= repeats / 2 else None
             for name, found in values.items()}  # fmt: skip
@@ -137,7 +146,8 @@ def weighted(logits, labels, weights, names):
         starts = np.flatnonzero(np.diff(labels[order], prepend=-1))  # of each class that occurs
         there, hits = (np.add.reduceat(w[order], starts, axis=0) for w in (weights, weights * right[:, None]))
         result = {"accuracy": hits.sum(0) / there.sum(0), "balanced_accuracy": np.nanmean(hits / there, axis=0)}
-        log_odds, classes, broken = ranked_scores(log_softmax(logits), labels)  # rounded as `classification` does: the same ties
+        if values:  # rounded as `classification` does: the same ties
+            log_odds, classes, broken = ranked_scores(log_softmax(logits), labels)
         for c in classes if values else ():
             for name, value in curve_metrics(*roc_counts(labels == c, log_odds[:, c], weights), values).items():
                 values[name].append(value)

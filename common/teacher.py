@@ -16,7 +16,7 @@ from common.embeddings import Store, StoredTeacher, difference, split_folder
 from common.evaluation import is_chance_level, live_teacher, outputs, predict, task_metrics
 from common.images import TASK, in_words, tasks_of
 from common.loader import Loader
-from common.losses import RELATIONS
+from common.losses import FEATURE_TERMS, LOGIT_TERMS, RELATIONS, uses
 from common.metrics import classification
 from common.models import build_model
 from common.probes import knn
@@ -67,9 +67,11 @@ def open_stores(args):
 
 def stored_source(args, stores, splits, weights):
     """Source of --teacher-embeddings."""
-    if weights["feature"]:
-        raise cli.UserError(f"--teacher-embeddings hold no feature maps: --method {args.method} needs a teacher, or --feature-weight 0")
-    of_terms = {**dict.fromkeys(("embedding", "cls", "projection", *RELATIONS), "embeddings"), "patch": "tokens", "kl": "logits"}
+    of_maps = [f"--{name}-weight 0" for name in FEATURE_TERMS if weights[name]]
+    if of_maps:
+        raise cli.UserError(f"--teacher-embeddings hold no feature maps: --method {args.method} needs a teacher, or {' '.join(of_maps)}")
+    of_terms = {**dict.fromkeys(("embedding", "cls", "projection", *RELATIONS), "embeddings"), "patch": "tokens",
+                **dict.fromkeys(LOGIT_TERMS, "logits")}  # fmt: skip
     wanted = list(dict.fromkeys(name for term, name in of_terms.items() if weights[term]))
     datasets = {split: getattr(splits, split) for split in stores}
     meta = stores["train"].meta
@@ -79,7 +81,7 @@ def stored_source(args, stores, splits, weights):
     title = f"teacher {kept['name']}: {kept['parameters']:,} parameters, {meta['resolution']} px, {stored.num_views} stored views"
     if args.global_crops > stored.num_views:
         raise cli.UserError(f"--global-crops {args.global_crops}: {args.teacher_embeddings} gives {stored.num_views} views of an image")
-    judged = splits.classes and (weights["kl"] or meta["teacher"]["weights"] == "checkpoint")  # others have no trained head
+    judged = splits.classes and (uses(weights, LOGIT_TERMS) or meta["teacher"]["weights"] == "checkpoint")  # others have no trained head
     return Source(stored.targets, stored.choose_view, lambda split, loader: by_task(stored.logits(split)) if judged else None, None,
                   meta["resolution"], title, described)  # fmt: skip
 
@@ -93,7 +95,7 @@ def load_teacher(args, path, checkpoint, classes, resolution, info):
     if checkpoint is None:
         if isinstance(classes, dict):
             raise cli.UserError(f"--teacher-model {args.teacher_model} has no head for each of {', '.join(classes)}: give --teacher-checkpoint, "
-                                "or --kl-weight 0")  # fmt: skip
+                                "or a method without the teacher's logits")  # fmt: skip
         side = args.teacher_resolution or resolution
         teacher = build_model(args.teacher_model, len(classes), side, pretrained=args.teacher_pretrained)
         start_weights(teacher, args.teacher_weights, flag="--teacher-weights")
@@ -116,7 +118,8 @@ def need_image_model(model, flag):
 
 def live_source(args, weights, path, checkpoint, splits, resolution, augment, precision, interrupts):
     """Source of a teacher that is run."""
-    teacher, preprocess, described = load_teacher(args, path, checkpoint, splits.classes if weights["kl"] else [], resolution, DATASETS[args.dataset])
+    of_logits = uses(weights, LOGIT_TERMS)
+    teacher, preprocess, described = load_teacher(args, path, checkpoint, splits.classes if of_logits else [], resolution, DATASETS[args.dataset])
     teacher.set_feature_layers(args.teacher_layer)
     if args.teacher_pooling:
         need_image_model(teacher, "--teacher-pooling")
@@ -128,7 +131,7 @@ def live_source(args, weights, path, checkpoint, splits, resolution, augment, pr
     if use_compile(args.compile, precision.device):
         teacher.compile()
     title = f"teacher {described['name']}: {described['parameters']:,} parameters, {preprocess.resolution} px"
-    judged = splits.classes and (weights["kl"] or checkpoint and checkpoint["classes"] == splits.classes)
+    judged = splits.classes and (of_logits or checkpoint and checkpoint["classes"] == splits.classes)
     return Source(lambda batch, split="train": targets(batch), lambda batch: batch,
                   lambda split, loader: predict(teacher, loader, preprocess, precision, interrupts) if judged else None,
                   (teacher, preprocess), preprocess.resolution, title, described)  # fmt: skip

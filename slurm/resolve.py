@@ -111,6 +111,8 @@ def check_output(args):
     """Refuse what the script would refuse, if it saw the user's folder."""
     if os.path.normpath(args.output) == ".":
         raise cli.UserError("--output . is the folder of the job itself: name one of its own")
+    if getattr(args, "predict", None):
+        raise cli.UserError("--predict in a job: it writes one file, and a job brings back a folder; run evaluate.py by itself")
     if hasattr(args, "resume"):
         cli.RunFolder(args.output, bool(args.resume), args.overwrite)
     elif hasattr(args, "checkpoint") and os.path.exists(os.path.join(args.output, "config.json")):

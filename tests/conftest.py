@@ -32,7 +32,8 @@ def unpack(name, folder):
 
 def script_environment():
     environment = {k: v for k, v in os.environ.items() if k != "DATA_ROOT"}
-    return {**environment, "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    threads = {"OMP_NUM_THREADS": "1"} if "PYTEST_XDIST_WORKER" in os.environ else {}  # each worker has a core
+    return {**environment, **threads, "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
 
 
 def run_script(name, *args, cwd=None, timeout=300, root=ROOT):

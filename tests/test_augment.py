@@ -13,6 +13,7 @@ from conftest import SHARED_DATA
 from PIL import Image
 from torchvision.transforms import InterpolationMode
 
+from common import augment
 from common.augment import (
     Augmenter,
     Policy,
@@ -382,6 +383,19 @@ def test_same_bits_in_every_batch(policy, resolution):
     assert torch.equal(batch_of([images[i] for i in order], order, policy, resolution), every[order])
     for height, width in ((85, 64), (128, 128), (129, 90), (300, 500)):
         assert torch.equal(batch_of(images, list(range(21)), policy, resolution, height=height, width=width), every)
+
+
+@pytest.mark.parametrize("pixels", [1, 40_000])
+def test_same_bits_whatever_is_resampled_together(monkeypatch, pixels):
+    """All at once, in parts of as many images as threads, and in larger ones that do not divide the batch."""
+    photos, sizes = load("photos"), []
+    images = [photos[i, :, : 20 + 13 * i % 60, : 64 - 17 * i % 40] for i in range(21)]
+    every = batch_of(images, list(range(21)))
+    resample = augment._resample
+    monkeypatch.setattr(augment, "_resample", lambda images, *rest: sizes.append(len(images)) or resample(images, *rest))
+    monkeypatch.setattr(augment, "PIXELS_A_CORE", pixels)
+    assert torch.equal(batch_of(images, list(range(21))), every)
+    assert sum(sizes) == 21 and max(sizes) <= torch.get_num_threads() * max(1, pixels // 64**2)
 
 
 def test_same_bits_with_any_number_of_threads():

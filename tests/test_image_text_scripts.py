@@ -242,9 +242,15 @@ def test_a_report_of_mixed_runs_shows_a_task_s_metric_and_confusions(tmp_path, r
 def test_a_confusion_figure_has_its_task_s_class_names(tmp_path, runs, monkeypatch):
     """The figures' own function is asked what it is given."""
     import report
+    from common import figures
 
-    drawn = []
-    monkeypatch.setattr(report, "draw_confusion", lambda path, title, counts, classes: drawn.append((title, counts.shape, list(classes))))
+    drawn, draw = [], figures.draw_confusion
+
+    def note(path, title, counts, classes):
+        drawn.append((title, counts.shape, list(classes)))
+        draw(path, title, counts, classes)
+
+    monkeypatch.setattr(figures, "draw_confusion", note)
     monkeypatch.chdir(tmp_path)
     report.main(report.build_parser().parse_args([str(runs), "--metric", "macro_f1"]))
     assert len(drawn) == 6
@@ -257,7 +263,7 @@ def test_select_by_a_task_s_loss_takes_the_lowest(tmp_path, runs):
     done = succeed("report.py", runs / "student", runs / "teacher", "--select", "val_plane_loss", "--output", tmp_path / "r")
     losses = {role: read(runs / role / "results.json")["val"]["plane_loss"] for role in ("student", "teacher")}
     best = min(losses, key=losses.get)
-    assert done.stdout.splitlines()[-2].startswith(f"best val_plane_loss: {losses[best]:.4f}, {runs / best}")
+    assert done.stdout.splitlines()[-3].startswith(f"best val_plane_loss: {losses[best]:.4f}, {runs / best}")
 
 
 # --------------------------------------------------------------------------------------------------------- copying out

@@ -85,7 +85,7 @@ def test_a_teacher_learns_both_tasks(taught):
 
 @pytest.mark.parametrize("method, terms", [
     ("vanilla", {"ce", "kl", "projection"}), ("combined", {"ce", "kl", "projection", "contrastive"}), ("crd", {"ce", "contrastive"}),
-    ("rkd", {"ce", "rkd_distance", "rkd_angle"}), ("mmd", {"ce", "mmd"}),
+    ("rkd", {"ce", "rkd_distance", "rkd_angle"}), ("mmd", {"ce", "mmd"}), ("dkd", {"ce", "dkd"}), ("dist", {"ce", "dist"}),
 ])  # fmt: skip
 def test_each_method_teaches(tmp_path, data, taught, method, terms):
     """The teacher's dataset and tasks are the student's; the student's width and fusion are others."""
@@ -94,7 +94,7 @@ def test_each_method_teaches(tmp_path, data, taught, method, terms):
     row = json.loads((tmp_path / "run/metrics.json").read_text())[0]
     assert {f"train_{term}" for term in terms} == {key for key in row if key.startswith("train_")} - {"train_loss", "train_accuracy"}
     assert all(np.isfinite(row[f"train_{term}"]) for term in terms)
-    weights = {"ce": 1, "kl": 1, "projection": 100, "contrastive": 1, "rkd_distance": 25, "rkd_angle": 50, "mmd": 1}
+    weights = {"ce": 1, "kl": 1, "projection": 100, "contrastive": 1, "rkd_distance": 25, "rkd_angle": 50, "mmd": 1, "dkd": 1, "dist": 2}
     assert row["train_loss"] == pytest.approx(sum(weights[term] * row[f"train_{term}"] for term in terms), rel=1e-4)
     found = results(tmp_path / "run")
     assert 0 <= found["test"]["organ_agreement"] <= 1 and found["teacher"]["val"]["sign_accuracy"] > 0.8

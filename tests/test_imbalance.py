@@ -229,5 +229,5 @@ def test_the_method_s_optimizer():
     assert settled() == ("sgd", "accuracy") and settled("--method", "embedding") == ("adamw", "accuracy")
     assert settled("--embedding-weight", "0.1", "--optimizer", "sgd") == ("sgd", "accuracy")
     assert settled("--method", "embedding", "--ce-weight", "0") == ("adamw", "distillation_loss")
-    with pytest.raises(cli.UserError, match="no logits"):
+    with pytest.raises(cli.UserError, match="the student has none"):
         settled("--method", "embedding", "--ce-weight", "0", "--select-metric", "auc")

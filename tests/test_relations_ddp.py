@@ -16,6 +16,11 @@ def rand(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+def outputs(rows):
+    """Of rows (B, D): an embedding, whose first five columns are logits too."""
+    return {"embedding": rows, "logits": rows[:, :5]}
+
+
 class Small(nn.Module):
     """A model and its loss, as distill.py puts them under DDP."""
 
@@ -24,7 +29,7 @@ class Small(nn.Module):
         self.model, self.criterion = nn.Sequential(nn.Linear(7, 6), nn.Tanh(), nn.Linear(6, 5)), criterion
 
     def forward(self, images, teacher):
-        return self.criterion({"embedding": self.model(images)}, {"embedding": teacher}, None)
+        return self.criterion(outputs(self.model(images)), outputs(teacher), None)
 
 
 def learn(terms, half=False):
@@ -38,7 +43,7 @@ def learn(terms, half=False):
     torch.manual_seed(0)
     criterion = DistillationLoss({"projection": 0.5, **dict.fromkeys(terms, 1.0)}, gather=distributed.gather_rows)
     small = Small(criterion)
-    criterion.build({"embedding": small.model(images.float())}, {"embedding": teacher.float()})
+    criterion.build(outputs(small.model(images.float())), outputs(teacher.float()))
     parallel = distributed.data_parallel(small if half else small.double(), device)
     images, teacher = (x[part].float() if half else x[part] for x in (images, teacher))
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):

@@ -218,3 +218,10 @@ def test_shards(monkeypatch, folder):
         with pytest.raises(UserError, match=words):
             job("extract_embeddings.py", *model, *argv)
     assert "2/4" in job("extract_embeddings.py", *model, "--shard", "{index}/4")["A"]
+
+
+def test_a_prediction_is_no_job(folder):
+    """Its file would stay in the job's own folder."""
+    touch(folder / "a.png")
+    assert "--predict in a job" in refused("evaluate", "x.pth", "--predict", "a.png")
+    assert job("evaluate", "x.pth")["O"] == ["runs/evaluate"]

@@ -473,3 +473,15 @@ def test_the_readme_s_commands_parse(monkeypatch):
             flags = flags.replace(f"${name} ", value + " ")
         flags = re.sub(r"\$D ", "", flags).replace("$seed", "0").split(">")[0].split()
         __import__(script[:-3]).build_parser().parse_args(flags)
+
+
+def test_environment_has_the_threads_that_torch_uses():
+    """They decide the last bits and the speed, not the machine's cores."""
+    from common.cli import environment
+
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(os.cpu_count() + 1)
+        assert environment("cpu")["threads"] == os.cpu_count() + 1
+    finally:
+        torch.set_num_threads(threads)

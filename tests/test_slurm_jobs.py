@@ -80,12 +80,13 @@ def here(project, script, *args, env=None):
     return subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, timeout=900)
 
 
-def processes(job):
-    """Pids of a job's script, by its path in the stage."""
+def processes(slurm, job):  # noqa: F811
+    """Pids of a job's script, by its path in the stage: job numbers alone are the same in every Slurm of this machine."""
+    script = re.compile(rf"{re.escape(str(slurm.folder))}/[^\0]*-{job}/code/train_student\.py\0")
     found = []
     for entry in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            if f"-{job}/code/train_student.py" in entry.read_text():
+            if script.search(entry.read_text()):
                 found.append(int(entry.parent.name))
         except OSError:  # it has ended
             pass
@@ -229,7 +230,7 @@ def test_scancel_brings_the_results_back(slurm, project, submit):  # noqa: F811
     job, run = start_long(slurm, submit, project, "cancelled", SYNC_MINUTES=0.01)
     slurm.run("scancel", job, check=True)
     slurm.wait(job, ["CANCELLED"])
-    until(lambda: not processes(job), "ended")
+    until(lambda: not processes(slurm, job), "ended")
     assert "interrupted by SIGTERM" in slurm.log(job)
     stopped = torch.load(run / "latest.pth", weights_only=True)
     assert f"in epoch {stopped['epoch']} after step {stopped['step']}" in slurm.log(job) and stopped["step"] > 0
@@ -239,7 +240,8 @@ def test_scancel_brings_the_results_back(slurm, project, submit):  # noqa: F811
 @pytest.mark.parametrize("what", ["script", "node"])
 def test_sigkill_leaves_what_was_synced(slurm, project, submit, uninterrupted, what):  # noqa: F811
     job, run = start_long(slurm, submit, project, f"killed_{what}")
-    (script,) = processes(job)
+    until(lambda: len(processes(slurm, job)) == 1, "one process")  # a child that was just forked bears the script's name
+    (script,) = processes(slurm, job)
     if what == "node":  # the batch shell with all its children
         shell = int(re.search(r"PPid:\s*(\d+)", Path(f"/proc/{script}/status").read_text())[1])
         children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(shell)], capture_output=True, text=True).stdout.split()
@@ -432,12 +434,12 @@ def test_two_nodes(slurm, project, submit):  # noqa: F811
     run = project / "runs" / "two"
     two = ["--nodes=2", "--ntasks-per-node=1", "-C", "a100"]
     job = submit("train_student", *LONG, "--output", "runs/two", options=two)
-    until(lambda: len(processes(job)) == 2 and lines_in(run / "log.txt", "epoch 1/3:") and (run / "latest.pth").exists(), "epoch 1")
-    stages = {Path(f"/proc/{pid}/cwd").resolve().parent for pid in processes(job)}
+    until(lambda: len(processes(slurm, job)) == 2 and lines_in(run / "log.txt", "epoch 1/3:") and (run / "latest.pth").exists(), "epoch 1")
+    stages = {Path(f"/proc/{pid}/cwd").resolve().parent for pid in processes(slurm, job)}
     assert {stage.parent.name for stage in stages} == {f"a1.{job}", f"a2.{job}"}
     slurm.run("scancel", "--batch", "--signal=USR1", job, check=True)
     until(lambda: slurm.jobs(job)[0]["Restarts"] == "1", "requeued")
-    assert not processes(job) and not any(stage.exists() for stage in stages)
+    assert not processes(slurm, job) and not any(stage.exists() for stage in stages)
     epoch, step = re.search(r"interrupted by SIGUSR1 in epoch (\d) after step (\d+)", slurm.log(job)).groups()
     stopped = torch.load(run / "latest.pth", weights_only=True)
     assert (stopped["epoch"], stopped["step"]) == (int(epoch), int(step))

@@ -1,0 +1,161 @@
+"""Which figures report.py draws of which runs.
+
+Needs cli.py, comparison.py, evidence.py, figures.py and metrics.py of `common` (and what these need), numpy, scikit-learn and matplotlib.
+"""
+
+import itertools
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+
+from common import figures
+from common.comparison import KEYS, KINDS, NOT_PERCENT, cell, label, number
+from common.evidence import reliability
+
+MARKERS = "osD^vPX*<>h"  # eleven to twelve colours: 132 pairs
+COLOURS = ("#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999933", "#882255", "#44AA99", "#332288", "#661100", "#6699CC", "#AA4499", "#117733")
+
+
+def read(file, missing):
+    """The rows of metrics.json or a confusion matrix (C, C); None, and a sentence, where the file cannot be read."""
+    try:
+        if file.suffix == ".json":
+            return [row for row in json.loads(file.read_text(encoding="utf-8")) if number(row["epoch"]) is not None]
+        counts = np.load(file, allow_pickle=False)
+        if counts.ndim != 2 or len(set(counts.shape)) != 1 or not counts.size:
+            raise ValueError(f"its shape is {counts.shape}")
+        return counts
+    except (OSError, ValueError, TypeError, KeyError, EOFError) as error:
+        missing.append(f"no figure of {file}: {error}")
+
+
+class Charts:
+    """Draws figures into a folder and remembers them: `titles` {file name: title}."""
+
+    def __init__(self, folder, metric, missing):
+        self.folder, self.metric, self.missing, self.titles = folder, metric, missing, {}
+        self.scale = 1 if metric.endswith(NOT_PERCENT) else 100
+        self.axis = f"test {metric}" + (" (%)" if self.scale == 100 else "")
+
+    def add(self, draw, name, title, *content):
+        name = re.sub(r"[^\w.-]+", "-", name)
+        while f"{name}.png".lower() in map(str.lower, self.titles):  # tasks "a b" and "a-b"
+            name += "_"
+        name += ".png"
+        draw(self.folder / name, *content)
+        self.titles[name] = title
+
+    def of_group(self, draw_all, *content):
+        """Names of the figures that draw_all(*content) adds."""
+        before = set(self.titles)
+        draw_all(*content)
+        return [name for name in self.titles if name not in before]
+
+    def bars(self, groups):
+        rows = []
+        for group in groups:
+            part = group if self.metric == "accuracy" else group[self.metric]
+            found = [part[key.format(self.metric)] for key in KEYS]
+            rows.append((label(group), [(kind["mean"] and self.scale * kind["mean"], kind["std"] and self.scale * kind["std"],
+                                         "missing" if kind["mean"] is None else cell(kind["mean"], self.metric, kind["std"])) for kind in found]))  # fmt: skip
+        self.add(figures.draw_bars, self.metric, f"Test {self.metric}", rows, KINDS, self.axis, self.scale == 100)
+
+    def costs(self, groups):
+        """One figure a dataset: teachers, baselines and each method against multiply-adds, or parameters where those are not known."""
+        for dataset in dict.fromkeys(group["dataset"] for group in groups):
+            own = [group for group in groups if group["dataset"] == dataset]
+            known = all(cost["multiply_adds"] for group in own for cost in group["cost"].values())
+            key, name = ("multiply_adds", "multiply-adds of one image") if known else ("parameters", "parameters")
+            points = {}
+            for group in own:
+                part = group if self.metric == "accuracy" else group[self.metric]
+                alone = "" if group["method"] else group["variant"]
+                names = (f"{group['teacher']} (teacher)", ", ".join(filter(None, (group["student"], "alone", alone))),
+                         ", ".join(filter(None, (group["student"], group["method"], group["variant"]))))  # fmt: skip
+                for kind, stats_key, point in zip(KINDS, KEYS, names):
+                    stats, x = part[stats_key.format(self.metric)], group["cost"].get(kind, {}).get(key)
+                    if stats["mean"] is not None and x:
+                        points.setdefault((kind, point, x, stats["mean"]), stats["std"])
+            styles = {kind: zip(itertools.cycle(COLOURS), itertools.cycle(MARKERS)) for kind in KINDS}
+            drawn = []
+            for (kind, point, x, mean), std in points.items():
+                colour, marker = next(styles[kind])
+                colour = colour if kind == "student with KD" else KINDS[kind]
+                point = point if len(points) <= 30 else kind  # a longer legend would hide the figure
+                drawn.append((point, colour, marker, x, self.scale * mean, std and self.scale * std))
+            if len(drawn) > 1:
+                self.add(figures.draw_cost, f"cost-{dataset}", f"Test {self.metric} against cost, {dataset}", f"{dataset}: {self.metric} against cost",
+                         drawn, name, self.axis)  # fmt: skip
+
+    def curves(self, name, title, runs):
+        """runs: [(name, colour, run)]"""
+        lines = [(kind, colour, read(Path(run["path"], "metrics.json"), self.missing) or [], run["results"]) for kind, colour, run in runs]
+        self.add(figures.draw_curves, name, f"Training curves: {title}", title, lines)
+
+    def group(self, index, members, group):
+        lines = [(f"{kind} ({len(some)} seeds)" if some[1:] else kind, colour, run) for (kind, colour), some in zip(KINDS.items(), members) for run in some]
+        self.curves(f"curves-{index}", label(group), lines)
+
+    def predicted(self, index, group, kinds):
+        """kinds: {kind: [Predictions]}, the group's evidence beside: reliability, ROC and precision-recall, classes."""
+        from sklearn.metrics import precision_recall_curve, roc_curve
+
+        first = next(iter(kinds.values()))[0]
+        for task, classes in first.classes.items():
+            title = label(group) + (f", {task}" if len(first.classes) > 1 else "")
+            drawn = [(kind, KINDS[kind], reliability(runs, task)) for kind, runs in kinds.items()]
+            self.add(figures.draw_reliability, f"reliability-{index}-{task}", f"Calibration: {title}", title, drawn)
+            if len(classes) == 2 and len(set(first.targets[task])) == 2:
+                curves = []
+                for kind, runs in kinds.items():
+                    for run in runs:
+                        scores = run.probabilities(task)[:, 1]
+                        fpr, tpr, _ = roc_curve(run.targets[task], scores)
+                        precision, recall, _ = precision_recall_curve(run.targets[task], scores)
+                        curves.append((kind, KINDS[kind], fpr, tpr, recall, precision))
+                self.add(figures.draw_two_class, f"curves-{index}-{task}-two-class", f"ROC and precision-recall: {title}", title, classes[1], curves)
+            rows = group["evidence"].get("classes", {}).get(task, [])
+            if 1 < len(rows) <= 100:
+                colours = [KINDS[kind] for kind in list(KINDS)[1:]]
+                self.add(figures.draw_class_gains, f"classes-{index}-{task}", f"Recall of each class: {title}", title, rows, colours)
+
+    def confusion(self, index, run):
+        title = f"{run['path']}: {run['results']['role']} {run['id']['student']}"
+        for file in sorted(Path(run["path"]).glob("confusion_test_*.npy")):
+            counts, task = read(file, self.missing), file.stem[len("confusion_test_") :]
+            if counts is not None:
+                classes, drawn = run["results"]["dataset"].get("classes") or [], title
+                if isinstance(classes, dict):
+                    classes, drawn = classes.get(task, []), f"{title}, {task}"
+                classes = classes if len(classes) == len(counts) else range(len(counts))
+                self.add(figures.draw_confusion, f"confusion-{index}-{task}", f"Confusion matrix, {title}, {task}", drawn, counts, classes)
+
+
+def draw_report(folder, metric, members, groups, predictions, runs, missing):
+    """Writes all figures; {file name: title}.  Each group gets the names of its own as group["figures"].
+
+    members: three lists of runs a group; predictions: {kind: [Predictions]} a group.
+    """
+    charts, shown, numbers = Charts(folder, metric, missing), {}, {}
+    if groups:
+        charts.bars(groups)
+        charts.costs(groups)
+    for index, (some, group, kinds) in enumerate(zip(members, groups, predictions), 1):
+        group["figures"] = charts.of_group(charts.group, index, some, group)
+        if kinds:
+            group["figures"] += charts.of_group(charts.predicted, index, group, kinds)
+        for run in (seeds[0] for seeds in some if seeds):  # confusion matrices: the first seed's, drawn once a run
+            if run["path"] not in shown:
+                numbers[run["path"]] = len(numbers) + 1
+                shown[run["path"]] = charts.of_group(charts.confusion, numbers[run["path"]], run)
+            group["figures"] += shown[run["path"]]
+    grouped = {run["path"] for some in members for seeds in some for run in seeds}
+    others = [run for run in runs if run["path"] not in grouped]
+    for start in range(0, len(others), 6):  # more lines in a figure could not be told apart
+        lines = [(run["path"], f"C{index}", run) for index, run in enumerate(others[start : start + 6])]
+        charts.curves(f"curves-others-{start // 6 + 1}", "Runs in no group", lines)
+    for index, run in enumerate(others, len(numbers) + 1):
+        charts.confusion(index, run)
+    return charts.titles

@@ -1,0 +1,216 @@
+"""What the stored predictions of runs say: is a gain larger than the noise, does the student follow the teacher, where does it fail.
+
+Needs metrics.py of `common`, numpy, scipy and scikit-learn (which brings scipy).
+"""
+
+import zipfile
+from dataclasses import dataclass
+
+import numpy as np
+
+from common import metrics
+
+
+@dataclass
+class Predictions:
+    """A run's outputs on one split.  ids (N,); groups (N,) or None; targets {task: (N,)}; logits {task: (N, C)}; classes {task: [name]}."""
+
+    ids: np.ndarray
+    groups: np.ndarray | None
+    targets: dict
+    logits: dict
+    classes: dict
+
+    def probabilities(self, task):
+        """(N, C) float64."""
+        return np.exp(metrics.log_softmax(self.logits[task]))
+
+    def right(self, task):
+        """(N,) bool."""
+        return self.logits[task].argmax(1) == self.targets[task]
+
+    def value(self, metric, weights=None):
+        """A metric of metrics.RESAMPLED, the mean over tasks, or <task>_<metric>: one for each column of weights (N, R).
+
+        None where it is another one, or of curves of more than 100 classes, which take hours.
+        """
+        named = {f"{task}_{name}": ([task], name) for task in self.targets for name in metrics.RESAMPLED}
+        tasks, name = {**named, **{name: (list(self.targets), name) for name in metrics.RESAMPLED}}.get(metric, ([], None))
+        if not tasks or (name not in metrics.RESAMPLED[:2] and max(len(self.classes[task]) for task in tasks) > 100):
+            return None
+        weights = np.ones((len(self.ids), 1), np.int32) if weights is None else weights
+        values = [metrics.weighted(self.logits[task], self.targets[task], weights, (name,))[name] for task in tasks]
+        return np.mean(values, axis=0)
+
+
+def read_predictions(file):
+    """Predictions of a predictions_<split>.npz.  Raises OSError, ValueError or KeyError where it is damaged or not finite."""
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            found = dict(arrays)
+    except zipfile.BadZipFile as error:
+        raise ValueError(str(error)) from None
+    tasks = [name.removeprefix("logits_") for name in found if name.startswith("logits_")] or ["label"]
+    by_task = {key: {task: found[key if "logits" in found else f"{key}_{task}"] for task in tasks} for key in ("labels", "logits", "classes")}
+    result = Predictions(found["ids"], found.get("groups"), by_task["labels"], by_task["logits"],
+                         {task: [str(name) for name in names] for task, names in by_task["classes"].items()})  # fmt: skip
+    for task in tasks:
+        if result.logits[task].shape != (len(result.ids), len(result.classes[task])) or len(result.targets[task]) != len(result.ids):
+            raise ValueError(f"{len(result.ids)} ids and {len(result.classes[task])} classes with logits of shape {result.logits[task].shape}")
+        if not np.isfinite(result.logits[task]).all():
+            raise ValueError("some logits are not finite")
+    return result
+
+
+def align(predictions, like):
+    """`predictions` with the rows in the order of `like`.  Raises ValueError where images, labels or classes differ."""
+    rows = {sample: row for row, sample in enumerate(predictions.ids)}
+    if set(rows) != set(like.ids):
+        raise ValueError(f"its {len(rows)} test images are not the {len(like.ids)} of the other runs")
+    if predictions.classes != like.classes:
+        raise ValueError("its classes, or their order, are not those of the other runs")
+    same = np.array_equal(predictions.ids, like.ids)  # a slice copies nothing
+    order = slice(None) if same else [rows[sample] for sample in like.ids]
+    part = Predictions(like.ids, like.groups, *({task: values[order] for task, values in of.items()}
+                                                for of in (predictions.targets, predictions.logits)), like.classes)  # fmt: skip
+    if any((part.targets[task] != like.targets[task]).any() for task in like.targets):
+        raise ValueError("its test labels are not those of the other runs")
+    return part
+
+
+def paired_bootstrap(before, after, metric="accuracy", repeats=2000, seed=0):
+    """The gain in `metric` and its 95 % percentile interval {"gain", "interval" [low, high], "units"}, or None for a metric not known.
+
+    before, after: lists of Predictions on the same rows, one a seed; the gain is the mean over the seeds of after - before.  Each resample
+    draws the same images for all of them, whole lesions, patients or cases where there are groups (Efron and Tibshirani 1993, chapter 8).
+    It covers the choice of test images, not that of seeds.
+    """
+    first = before[0]
+    if first.value(metric) is None:
+        return None
+
+    def gain(weights=None):
+        return np.mean([b.value(metric, weights) - a.value(metric, weights) for a, b in zip(before, after, strict=True)], axis=0)
+
+    gains, whole = np.concatenate([gain(weights) for weights in metrics.resamples(len(first.ids), first.groups, repeats, seed)]), gain()[0]
+    gains = gains[np.isfinite(gains)]  # a resample without a class has no curve of it
+    if len(gains) < repeats / 2 or not np.isfinite(whole):
+        return None
+    return {"gain": float(whole), "interval": [float(value) for value in np.percentile(gains, (2.5, 97.5))],
+            "units": len(first.ids if first.groups is None else set(first.groups))}  # fmt: skip
+
+
+def mcnemar(before, after):
+    """Exact two-sided test of McNemar (1947): of the images that one student alone gets right, is either one's share above one half?
+
+    before, after (N,) bool: what is right.  {"gained": images right in `after` alone, "lost": in `before` alone, "p": value}.
+    """
+    from scipy.stats import binomtest
+
+    gained, lost = int((after & ~before).sum()), int((before & ~after).sum())
+    return {"gained": gained, "lost": lost, "p": float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0}
+
+
+def seeds_interval(gains):
+    """95 % interval [low, high] of the mean of the seeds' gains by Student's t, or None for fewer than two."""
+    from scipy.stats import t
+
+    if len(gains) < 2:
+        return None
+    half = t.ppf(0.975, len(gains) - 1) * np.std(gains, ddof=1) / np.sqrt(len(gains))
+    return [float(np.mean(gains) - half), float(np.mean(gains) + half)]
+
+
+def verdict(gain, images, seeds):
+    """(word, sentence) for a gain in shares of 1, its 95 % interval over test images and the one over seeds or None.
+
+    Words: gain, loss, "within noise".
+    """
+
+    def points(interval):
+        return f"{100 * interval[0]:+.2f} to {100 * interval[1]:+.2f} points"
+
+    intervals = [(images, f"{points(images)} over test images")] + ([(seeds, f"{points(seeds)} over seeds")] if seeds else [])
+    noisy = [text for interval, text in intervals if interval[0] <= 0 <= interval[1]]
+    clear = [text for interval, text in intervals if not interval[0] <= 0 <= interval[1]]
+    word = "gain" if gain >= 0 else "loss"
+    start = f"The {word} of {100 * abs(gain):.2f} points is"
+    if noisy:
+        holds = f"its 95 % interval{'s' * (len(noisy) > 1)}, {' and '.join(noisy)}, hold{'s' * (len(noisy) == 1)} 0"
+        return "within noise", f"{start} within noise: {holds}{f' ({clear[0]} does not)' if clear else ''}."
+    if not seeds:
+        return word, f"{start} larger than the noise of the test images (95 % interval {clear[0]}); one seed says nothing of training's noise."
+    return word, f"{start} larger than noise: its 95 % intervals, {' and '.join(clear)}, exclude 0."
+
+
+def mean_fidelity(students, teacher):
+    """`metrics.fidelity` of Predictions to the teacher's, mean over tasks and seeds; None where it is undefined."""
+    found = [metrics.fidelity(student.logits[task], teacher.logits[task], student.targets[task]) for student in students for task in student.logits]
+    return {name: None if any(of[name] is None for of in found) else float(np.mean([of[name] for of in found])) for name in found[0]}
+
+
+def reliability(runs, task, bins=15):
+    """{"confidence", "accuracy", "share" (bins,), "ece"} of the answers of all runs (seeds); NaN in empty bins.  Bins as in metrics."""
+    confidence = np.concatenate([run.probabilities(task).max(1) for run in runs])
+    right = np.concatenate([run.right(task) for run in runs])
+    which = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    counts = np.bincount(which, minlength=bins)
+    with np.errstate(invalid="ignore"):
+        shown = {name: np.bincount(which, values, minlength=bins) / counts for name, values in (("confidence", confidence), ("accuracy", right))}
+    return {**shown, "share": counts / counts.sum(), "ece": calibration_error(runs, task, bins)}
+
+
+def calibration_error(runs, task, bins=15):
+    """Expected calibration error of Predictions, mean over runs (seeds)."""
+    return float(np.mean([metrics.expected_calibration_error(run.probabilities(task), run.targets[task], bins) for run in runs]))
+
+
+def class_gains(before, after, task):
+    """[{"class", "images", "before", "after"}] recalls of each class that occurs, mean over seeds."""
+    recalls = [np.mean([np.array(metrics.class_recalls(run.logits[task], run.targets[task]), float) for run in runs], axis=0)
+               for runs in (before, after)]  # fmt: skip
+    counts = np.bincount(before[0].targets[task], minlength=len(recalls[0]))
+    return [{"class": name, "images": int(count), "before": float(a), "after": float(b)}
+            for name, count, a, b in zip(before[0].classes[task], counts, *recalls) if count]  # fmt: skip
+
+
+def disagreements(before, after, task, most=12):
+    """Rows on which one of two students is right and the other wrong, half of them gained and half lost, largest changes of the true
+    class's probability first, one image a group where there are groups.  before, after: Predictions of one seed.
+    """
+    labels, rows = before.targets[task], np.arange(len(before.ids))
+    change = after.probabilities(task)[rows, labels] - before.probabilities(task)[rows, labels]
+    gained, lost = (np.flatnonzero(a.right(task) & ~b.right(task)) for a, b in ((after, before), (before, after)))
+    gained, lost = gained[np.argsort(-change[gained], kind="stable")], lost[np.argsort(change[lost], kind="stable")]
+    if before.groups is not None:  # one image a lesion, patient or case
+        gained, lost = (rows[np.sort(np.unique(before.groups[rows], return_index=True)[1])] for rows in (gained, lost))
+    half = most // 2
+    return [*gained[: max(most - half, most - len(lost))], *lost[: max(half, most - len(gained))]]
+
+
+def weigh(teacher, before, after, metric, runs):
+    """What the predictions of a group say, for report.json.
+
+    teacher: Predictions or None; before, after: {seed: Predictions} without and with KD, all on the same rows; runs: how many runs the
+    larger of both kinds has, with or without predictions.  Keys are absent where there is nothing to compare: gain, interval, units,
+    seeds, seeds_interval, verdict, sentence, mcnemar, grouped, classes; fidelity, calibration.
+    """
+    seeds = [seed for seed in after if seed in before]
+    kinds = {"teacher": [teacher] if teacher else [], "student without KD": [*before.values()], "student with KD": [*after.values()]}
+    kinds, result = {kind: some for kind, some in kinds.items() if some}, {"metric": metric}
+    paired = paired_bootstrap([before[seed] for seed in seeds], [after[seed] for seed in seeds], metric) if seeds else None
+    if paired:
+        gains = [float((after[seed].value(metric) - before[seed].value(metric))[0]) for seed in seeds]
+        result.update(paired, seeds=seeds, seeds_interval=seeds_interval(gains))
+        result["verdict"], result["sentence"] = verdict(result["gain"], result["interval"], result["seeds_interval"])
+        if len(seeds) < runs:
+            which = f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
+            result["sentence"] = f"On {which} alone, of which both kinds have predictions: {result['sentence'][0].lower()}{result['sentence'][1:]}"
+    if seeds:
+        tasks, result["grouped"] = list(after[seeds[0]].targets), after[seeds[0]].groups is not None
+        result["mcnemar"] = [{"seed": seed, "task": task, **mcnemar(before[seed].right(task), after[seed].right(task))} for seed in seeds for task in tasks]
+        result["classes"] = {task: class_gains([before[seed] for seed in seeds], [after[seed] for seed in seeds], task) for task in tasks}
+    if teacher:
+        result["fidelity"] = {kind: mean_fidelity(some, teacher) for kind, some in kinds.items() if kind != "teacher"}
+    result["calibration"] = {kind: {task: calibration_error(some, task) for task in some[0].targets} for kind, some in kinds.items()}
+    return result

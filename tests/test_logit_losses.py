@@ -1,0 +1,413 @@
+"""Losses of logits (decoupled KL, DIST, logit standardization) and attention transfer, against the papers' formulas in float64."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL, run_script, succeed
+from scipy.stats import pearsonr, zscore
+from test_losses import full, kl_by_hand, pool_by_hand, rand
+
+from common.losses import (
+    LOGIT_TERMS,
+    METHODS,
+    DistillationLoss,
+    LossError,
+    attention_transfer,
+    decoupled_kl,
+    dist,
+    method_weights,
+    standardized_kl,
+    temperature_kl,
+)
+from distill import build_parser, settle
+
+B, C = 6, 5
+LABELS = torch.tensor([0, 3, 4, 3, 1, 2])
+# (student, teacher) -> scalar, of logits (B, C) with LABELS
+OF_LOGITS = {"dkd": lambda s, t: decoupled_kl(s, t, LABELS[: len(s)]), "dist": dist, "standardized_kl": standardized_kl}
+ALL = {**OF_LOGITS, "attention": attention_transfer}
+
+
+# -------------------------------------------------------------------------------------------------- formulas, by numpy
+
+
+def softmax(row, temperature):
+    exps = np.exp((row - row.max()) / temperature)
+    return exps / exps.sum()
+
+
+def kl(p, q):
+    return sum(a * (math.log(a) - math.log(b)) for a, b in zip(p, q))
+
+
+def dkd_by_hand(student, teacher, labels, temperature, alpha, beta):
+    total = 0.0
+    for s, t, label in zip(student, teacher, labels):
+        p, q = softmax(t, temperature), softmax(s, temperature)
+        binary = kl((p[label], 1 - p[label]), (q[label], 1 - q[label]))
+        others = [c for c in range(len(p)) if c != label]
+        within = kl([p[c] / (1 - p[label]) for c in others], [q[c] / (1 - q[label]) for c in others])
+        total += alpha * binary + beta * within
+    return temperature**2 * total / len(student)
+
+
+def dist_by_hand(student, teacher, temperature, beta, gamma):
+    p, q = (np.array([softmax(row, temperature) for row in x]) for x in (student, teacher))
+    inter = np.mean([1 - pearsonr(a, b).statistic for a, b in zip(p, q)])
+    intra = np.mean([1 - pearsonr(a, b).statistic for a, b in zip(p.T, q.T)])
+    return temperature**2 * (beta * inter + gamma * intra)
+
+
+def standardized_by_hand(student, teacher, temperature):
+    pairs = zip(zscore(student, axis=1, ddof=1), zscore(teacher, axis=1, ddof=1))
+    return temperature**2 * np.mean([kl(softmax(t, temperature), softmax(s, temperature)) for s, t in pairs])
+
+
+def attention_by_hand(student, teacher):
+    size = [min(a, b) for a, b in zip(student.shape[2:], teacher.shape[2:])]
+    total, count = 0.0, len(student) * size[0] * size[1]
+    for s, t in zip(pool_by_hand(student, size).numpy(), pool_by_hand(teacher, size).numpy()):
+        s, t = ((sum(channel**2 for channel in x) / len(x)).ravel() for x in (s, t))
+        total += sum((s / math.sqrt(sum(s**2)) - t / math.sqrt(sum(t**2))) ** 2)
+    return total / count
+
+
+# ---------------------------------------------------------------------------------------------- values and gradients
+
+
+@pytest.mark.parametrize("temperature, alpha, beta", [(4.0, 1.0, 8.0), (1.0, 0.0, 1.0), (3.0, 1.0, 0.0), (0.5, 2.0, 0.5)])
+def test_decoupled_kl(temperature, alpha, beta):
+    student, teacher = rand(B, C, scale=2), rand(B, C, seed=1, scale=2)
+    loss = decoupled_kl(student, teacher, LABELS, temperature, alpha, beta).item()
+    assert loss == pytest.approx(dkd_by_hand(student.numpy(), teacher.numpy(), LABELS, temperature, alpha, beta), rel=1e-10)
+    if (temperature, alpha, beta) == (4.0, 1.0, 8.0):
+        assert decoupled_kl(student, teacher, LABELS).item() == loss
+
+
+def test_decoupled_kl_is_the_kl_where_beta_is_what_the_teacher_leaves():
+    """KL = target's KL + (1 - p_teacher(target)) * KL among the others, image by image."""
+    student, teacher = rand(B, C, scale=3), rand(B, C, seed=1, scale=3)
+    for i, label in enumerate(LABELS):
+        own = slice(i, i + 1)
+        beta = 1 - (teacher[i] / 2.5).softmax(0)[label].item()
+        expected = kl_by_hand(student[own], teacher[own], 2.5)
+        assert decoupled_kl(student[own], teacher[own], LABELS[own], 2.5, 1.0, beta).item() == pytest.approx(expected, rel=1e-10)
+
+
+def test_two_classes_leave_nothing_among_the_others():
+    student, teacher, labels = rand(B, 2, grad=True), rand(B, 2, seed=1), LABELS % 2
+    assert decoupled_kl(student, teacher, labels, 3.0, 1.0, 50.0).item() == pytest.approx(kl_by_hand(student, teacher, 3.0), rel=1e-10)
+    (gradient,) = torch.autograd.grad(decoupled_kl(student, teacher, labels, 3.0, 0.0, 50.0), student)
+    assert torch.equal(gradient, torch.zeros_like(gradient))
+    for loss in (dist, standardized_kl):  # two classes tell the sign alone: finite
+        value = loss(student, teacher)
+        assert value.isfinite() and torch.autograd.grad(value, student)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("temperature, beta, gamma", [(1.0, 1.0, 1.0), (4.0, 2.0, 0.0), (2.0, 0.0, 1.0), (0.5, 1.0, 3.0)])
+def test_dist(temperature, beta, gamma):
+    student, teacher = rand(B, C), rand(B, C, seed=1)
+    loss = dist(student, teacher, temperature, beta, gamma).item()
+    assert loss == pytest.approx(dist_by_hand(student.numpy(), teacher.numpy(), temperature, beta, gamma), rel=1e-5)  # the eps of 1e-8
+    if (temperature, beta, gamma) == (1.0, 1.0, 1.0):
+        assert dist(student, teacher).item() == loss
+
+
+def test_dist_quiets_classes_that_no_image_is_given():
+    """A class of probability 1e-6 on both sides: its correlation counts a hundredth or less, by the eps, whatever its noise."""
+    student, teacher = rand(B, C), rand(B, C, seed=1)
+    student[:, 2], teacher[:, 2] = student[:, 2] - 14, teacher[:, 2] - 14
+    p, q = (x.softmax(1).numpy() for x in (student, teacher))
+    found = [pearsonr(a, b).statistic for a, b in zip(p.T, q.T)]
+    found[2] *= np.std(p[:, 2]) * np.std(q[:, 2]) * B / 1e-8
+    assert abs(found[2]) < 0.01
+    assert dist(student, teacher, 1.0, 0.0, 1.0).item() == pytest.approx(1 - np.mean(found), rel=1e-4)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 4.0])
+def test_standardized_kl(temperature):
+    student, teacher = rand(B, C, scale=3) + 7, rand(B, C, seed=1)
+    loss = standardized_kl(student, teacher, temperature).item()
+    assert loss == pytest.approx(standardized_by_hand(student.numpy(), teacher.numpy(), temperature), rel=1e-6)  # the eps of 1e-7
+    assert standardized_kl(teacher, student, temperature).item() != pytest.approx(loss, rel=1e-3)
+    if temperature == 2:
+        assert standardized_kl(student, teacher).item() == loss
+
+
+def test_standardized_kl_knows_no_scale_or_shift():
+    student, teacher = rand(B, C), rand(B, C, seed=1)
+    scale, shift = rand(B, 1, seed=2).abs() + 0.5, rand(B, 1, seed=3, scale=9)
+    loss = standardized_kl(student, teacher).item()
+    assert standardized_kl(student * scale + shift, teacher).item() == pytest.approx(loss, rel=1e-5)
+    assert standardized_kl(student, teacher * scale + shift).item() == pytest.approx(loss, rel=1e-5)
+    assert standardized_kl(student, student * scale + shift).item() < 1e-12
+    assert temperature_kl(student, student * scale + shift, 2.0) > 1e-3
+
+
+@pytest.mark.parametrize("sizes", [((3, 4, 4), (6, 4, 4)), ((6, 8, 8), (3, 4, 4)), ((2, 3, 5), (5, 6, 5)), ((1, 1, 2), (4, 2, 2))])
+def test_attention_transfer(sizes):
+    student, teacher = rand(B, *sizes[0]), rand(B, *sizes[1], seed=1)
+    loss = attention_transfer(student, teacher).item()
+    assert loss == pytest.approx(attention_by_hand(student, teacher), rel=1e-10)
+    scale = rand(B, 1, 1, 1, seed=2).abs() + 0.1
+    assert attention_transfer(student * scale, teacher).item() == pytest.approx(loss, rel=1e-10)
+    assert attention_transfer(student, teacher / scale).item() == pytest.approx(loss, rel=1e-10)
+    assert attention_transfer(-student, student.flip(1) * scale).item() < 1e-20  # signs and the order of channels say nothing
+
+
+def samples(name, grad=False):
+    shape = (B, 3, 4, 4) if name == "attention" else (B, C)
+    return rand(*shape, grad=grad), rand(*shape, seed=1)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_gradients_by_finite_differences(name):
+    student, teacher = samples(name, grad=True)
+    assert torch.autograd.gradcheck(ALL[name], (student, teacher))
+    ALL[name](student, teacher).backward()
+    assert student.grad.norm() > 1e-4
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_float32_scalars_of_bfloat16(name):
+    """The float32 loss of those numbers, inside autocast and outside."""
+    student, teacher = ((x * 5).to(torch.bfloat16) for x in samples(name))
+    exact = ALL[name](student.float(), teacher.float())
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = ALL[name](student, teacher)
+    for value in (inside, ALL[name](student, teacher)):
+        assert value.dtype == torch.float32 and value.dim() == 0 and torch.equal(value, exact)
+
+
+@pytest.mark.parametrize("name", OF_LOGITS)
+def test_extreme_logits_stay_finite(name):
+    """Certain of the right class, of a wrong one, of nothing; all classes alike."""
+    rows = torch.tensor([[1e4, -1e4, 0, 0, 0], [-1e4, 1e4, 1e4, -1e4, -1e4], [0, 0, 0, 0, 0], [1e4, 1e4, 1e4, 1e4, 1e4], [0, 1, 2, 3, 4]])
+    for shift in range(len(rows)):
+        student, teacher = rows.clone().requires_grad_(), rows.roll(shift, 0).flip(1 if shift % 2 else 0)
+        value = OF_LOGITS[name](student, teacher)
+        (gradient,) = torch.autograd.grad(value, student)
+        assert value.isfinite() and gradient.isfinite().all() and gradient.norm() < 100
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-7])
+def test_a_student_that_says_the_same_of_all(noise):
+    """A head that starts at zero: correlations are 0, the standardized row is 0, and no gradient of 1 / eps."""
+    student, teacher = (rand(B, C, scale=noise) + 1).float().requires_grad_(), rand(B, C, seed=1).float()
+    value = dist(student, teacher, 2.0, 1.0, 3.0)
+    assert value.item() == pytest.approx(4 * (1 + 3), rel=1e-5)
+    assert torch.autograd.grad(value, student)[0].norm() < 1
+    value = standardized_kl(student, teacher)
+    uniform = np.mean([kl(softmax(t, 2.0), np.full(C, 1 / C)) for t in zscore(teacher.double().numpy(), axis=1, ddof=1)])
+    assert value.item() == pytest.approx(4 * uniform, rel=1e-4)
+    assert torch.autograd.grad(value, student)[0].norm() < 1
+    for same, other in ((student, teacher), (teacher.clone().requires_grad_(), student.detach())):  # a column of equal rows
+        rows = same[:1].repeat(B, 1)
+        (gradient,) = torch.autograd.grad(dist(rows, other, 1.0, 0.0, 1.0), same)
+        assert gradient.norm() < 1e-3
+
+
+def test_dead_maps_have_no_attention():
+    student = torch.zeros(2, 3, 4, 4, requires_grad=True)
+    value = attention_transfer(student, torch.ones(2, 5, 4, 4))
+    assert value.item() == pytest.approx(1 / 16)
+    assert torch.equal(torch.autograd.grad(value, student)[0], torch.zeros_like(student))
+
+
+# ---------------------------------------------------------------------------------------------------- terms, methods
+
+
+SIZES = {"organ": 4, "modality": 2}
+TARGETS = {"organ": torch.tensor([0, 3, 1, 2, 0, 0]), "modality": torch.tensor([1, 0, 0, 1, 1, 1])}
+
+
+@pytest.mark.parametrize("term", ["dkd", "dist", "standardized_kl"])
+def test_terms_are_means_over_tasks(term):
+    """With their settings, the temperature of all and the tasks' weights."""
+    student, teacher = ({f"logits_{task}": rand(B, n, seed=seed + n) for task, n in SIZES.items()} for seed in (0, 20))
+    settings = {"dkd": {"alpha": 0.5, "beta": 3.0}, "dist": {"beta": 0.5, "gamma": 3.0}}
+    by_hand = {"dkd": lambda s, t, task: dkd_by_hand(s, t, TARGETS[task], 3.0, 0.5, 3.0),
+               "dist": lambda s, t, _: dist_by_hand(s, t, 3.0, 0.5, 3.0), "standardized_kl": lambda s, t, _: standardized_by_hand(s, t, 3.0)}[term]  # fmt: skip
+    expected = {task: by_hand(student[f"logits_{task}"].numpy(), teacher[f"logits_{task}"].numpy(), task) for task in SIZES}
+    assert expected["organ"] != pytest.approx(expected["modality"], rel=0.01)
+    for task_weights, (a, b) in ((None, (1, 1)), ({"organ": 3.0, "modality": 1.0}, (3, 1))):
+        criterion = DistillationLoss({term: 2.0}, temperature=3.0, task_weights=task_weights, **settings)
+        criterion.build(student, teacher)
+        mean = (a * expected["organ"] + b * expected["modality"]) / (a + b)
+        assert criterion(student, teacher, TARGETS).item() == pytest.approx(2 * mean, rel=1e-5)
+        assert criterion.terms[term].item() == pytest.approx(mean, rel=1e-5) and not list(criterion.parameters())
+
+
+def test_cross_entropy_is_left_out_and_labels_still_reach_the_decoupled_kl():
+    student, teacher = {"logits": rand(B, C)}, {"logits": rand(B, C, seed=1)}
+    criterion = DistillationLoss(method_weights("dkd"))
+    expected = dkd_by_hand(student["logits"].numpy(), teacher["logits"].numpy(), LABELS, 4.0, 1.0, 8.0)
+    assert criterion(student, teacher, LABELS, ce=False).item() == pytest.approx(expected, rel=1e-9)
+    assert criterion(student, teacher, LABELS).item() == pytest.approx(expected + torch.nn.functional.cross_entropy(student["logits"], LABELS).item())
+
+
+def test_warm_up_spares_the_cross_entropy_and_evaluation():
+    student, teacher = {"logits": rand(B, C)}, {"logits": rand(B, C, seed=1)}
+    criterion = DistillationLoss(method_weights("dkd"))
+    ce = torch.nn.functional.cross_entropy(student["logits"], LABELS).item()
+    whole = dkd_by_hand(student["logits"].numpy(), teacher["logits"].numpy(), LABELS, 4.0, 1.0, 8.0)
+    for epoch, epochs, share in ((1, 4, 0.25), (3, 4, 0.75), (4, 4, 1), (9, 4, 1), (1, 2.5, 0.4), (1, 0.5, 1), (1, 0, 1)):
+        criterion.warm_up(epoch, epochs)
+        assert criterion.train()(student, teacher, LABELS).item() == pytest.approx(ce + share * whole, rel=1e-9)
+        assert criterion.terms["dkd"].item() == pytest.approx(whole, rel=1e-9)
+        assert criterion.eval()(student, teacher, LABELS).item() == pytest.approx(ce + whole, rel=1e-9)
+
+
+def test_warm_up_of_the_class_tokens_of_local_crops():
+    student, teacher, local = {"embedding": rand(B, 4)}, {"embedding": rand(B, 4, seed=1)}, rand(3, B, 4, seed=2)
+    criterion = DistillationLoss({"cls": 2.0}).double()
+    criterion.build(student, teacher)
+    criterion.double()
+    whole = criterion(student, teacher, None, local=local).item()
+    criterion.warm_up(1, 4)
+    assert criterion(student, teacher, None, local=local).item() == pytest.approx(whole / 4, rel=1e-9)
+
+
+def test_attention_is_a_mean_over_layers_and_needs_no_projector():
+    maps = {"a": rand(B, 3, 4, 4), "b": rand(B, 5, 2, 2, seed=1)}
+    guides = {"x": rand(B, 7, 2, 2, seed=2), "y": rand(B, 4, 3, 3, seed=3)}
+    expected = (attention_by_hand(maps["a"], guides["x"]) + attention_by_hand(maps["b"], guides["y"])) / 2
+    criterion = DistillationLoss({"attention": 1000.0})
+    criterion.build({"features": maps}, {"features": guides})
+    assert criterion({"features": maps}, {"features": guides}, None).item() == pytest.approx(1000 * expected, rel=1e-9)
+    assert not list(criterion.parameters())
+    both = DistillationLoss({"attention": 1.0, "feature": 1.0})
+    both.build({"features": maps}, {"features": guides})
+    assert [tuple(p.weight.shape[:2]) for p in both.projectors] == [(7, 3), (4, 5)]
+
+
+@pytest.mark.parametrize("term", LOGIT_TERMS)
+def test_other_numbers_of_classes_are_refused(term):
+    with pytest.raises(LossError, match="the teacher has 7 classes, the student 3"):
+        DistillationLoss({term: 1.0}).build({"logits": rand(2, 3)}, {"logits": rand(2, 7)})
+
+
+def test_what_cannot_be_compared_is_refused():
+    with pytest.raises(LossError, match="at least 2"):
+        dist(rand(1, C), rand(1, C))
+    with pytest.raises(LossError, match="at least 2"):
+        DistillationLoss({"dist": 1.0}).build({"logits": rand(1, C)}, {"logits": rand(1, C)})
+    maps = lambda count, side: {"features": {f"layer{i}": rand(2, 3, side, side) for i in range(count)}}  # noqa: E731
+    with pytest.raises(LossError, match="--student-layer names 1 layers and --teacher-layer 2"):
+        DistillationLoss({"attention": 1.0}).build(maps(1, 4), maps(2, 4))
+    with pytest.raises(LossError, match="share but one"):
+        DistillationLoss({"attention": 1.0}).build(maps(1, 4), maps(1, 1))
+    DistillationLoss({"feature": 1.0}).build(maps(1, 4), maps(1, 1))
+
+
+@pytest.mark.parametrize("flags, weights, temperature", [
+    (["--method", "dkd"], {"ce": 1.0, "dkd": 1.0}, 4.0),
+    (["--method", "dist"], {"ce": 1.0, "dist": 2.0}, 1.0),
+    (["--method", "logit_standardization"], {"ce": 0.1, "standardized_kl": 9.0}, 2.0),
+    (["--method", "attention"], {"ce": 1.0, "attention": 1000.0}, 4.0),
+    (["--method", "vanilla"], {"ce": 1.0, "kl": 1.0, "projection": 100.0}, 2.0),
+    (["--method", "response"], {"ce": 0.5, "kl": 0.5}, 4.0),
+    (["--method", "dist", "--temperature", "3", "--dkd-weight", "0.5", "--attention-weight", "7"],
+     {"ce": 1.0, "dist": 2.0, "dkd": 0.5, "attention": 7.0}, 3.0),
+    (["--ce-weight", "0", "--kl-weight", "0", "--standardized-kl-weight", "2"], {"standardized_kl": 2.0}, 4.0),
+])  # fmt: skip
+def test_weights_and_temperature_of_the_flags(flags, weights, temperature):
+    args = build_parser().parse_args(flags)
+    found, labelled = settle(args)
+    assert found == full(**weights) and args.temperature == temperature
+    assert labelled is True and args.select_metric == "accuracy"
+
+
+def test_attention_alone_needs_no_head():
+    args = build_parser().parse_args(["--method", "attention", "--ce-weight", "0", "--student-layer", "layer2", "--teacher-layer", "layer2"])
+    assert settle(args)[1] is False and args.select_metric == "distillation_loss"
+
+
+@pytest.mark.parametrize("method", ["dkd", "dist", "logit_standardization", "attention"])
+def test_alpha_is_not_theirs(method):
+    with pytest.raises(LossError, match="--alpha with --method"):
+        method_weights(method, alpha=0.5)
+
+
+# ----------------------------------------------------------------------------------------------------------- scripts
+
+
+FLAGS = ["--resolution", 8, "--batch-size", 32, "--limit-train", 160, "--epochs", 1, "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def extracted(tmp_path_factory, teacher):
+    folder = tmp_path_factory.mktemp("logits") / "all"
+    succeed("extract_embeddings.py", "--checkpoint", teacher / "best.pth", "--save-logits", "--device", "cpu", "--no-augment", "--output", folder)
+    return folder
+
+
+def read(folder):
+    return json.loads((folder / "metrics.json").read_text())[0]
+
+
+def batches(loss, *columns):
+    """Mean over images of a loss of batches of 32, in order; the last is smaller."""
+    count = len(columns[0])
+    parts = [[column[start : start + 32] for column in columns] for start in range(0, count, 32)]
+    return sum(loss(*part) * len(part[0]) for part in parts) / count
+
+
+@pytest.mark.parametrize("method, term, by_hand", [
+    ("dkd", "dkd", lambda s, t, labels: dkd_by_hand(s, t, labels, 4.0, 1.0, 8.0)),
+    ("dist", "dist", lambda s, t, _: 2 * dist_by_hand(s, t, 1.0, 1.0, 1.0)),
+    ("logit_standardization", "standardized_kl", lambda s, t, _: 9 * standardized_by_hand(s, t, 2.0)),
+])  # fmt: skip
+def test_methods_of_logits_live_and_stored(extracted, teacher, tmp_path, method, term, by_hand):
+    """The same losses on plain images, up to float16; val's distillation loss is the formula on what the run wrote."""
+    flags = [*FLAGS, "--lr", 0.01, "--method", method, "--select-metric", "distillation_loss"]  # small steps: rounding must not grow
+    succeed("distill.py", *flags, "--dataset", "digits", "--no-augment", "--teacher-checkpoint", teacher / "best.pth", "--output", tmp_path / "live")
+    succeed("distill.py", *flags, "--teacher-embeddings", extracted, "--output", tmp_path / "stored")
+    live, stored = (read(tmp_path / name) for name in ("live", "stored"))
+    for key in ("loss", "ce", term):
+        assert live[f"train_{key}"] == pytest.approx(stored[f"train_{key}"], rel=0.02), key
+    weights = METHODS[method]
+    assert live["train_loss"] == pytest.approx(sum(weights[key] * live[f"train_{key}"] for key in ("ce", term)), rel=1e-4)
+    written = np.load(tmp_path / "stored/predictions_val.npz", allow_pickle=False)
+    ids, taught = (np.load(extracted / f"val_embeddings/{name}.npy", allow_pickle=False) for name in ("ids", "logits"))
+    rows = [ids.tolist().index(name) for name in written["ids"]]
+    expected = batches(by_hand, written["logits"].astype(np.float64), taught[rows, 0].astype(np.float64), written["labels"])
+    assert stored["val_distillation_loss"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_attention_teaches_with_and_without_labels(teacher, tmp_path):
+    flags = [*SMALL, "--epochs", 1, "--method", "attention", "--student-layer", "layer2", "layer3", "--teacher-layer", "layer2", "layer3",
+             "--teacher-checkpoint", teacher / "best.pth"]  # fmt: skip
+    succeed("distill.py", *flags, "--output", tmp_path / "a")
+    row = read(tmp_path / "a")
+    assert row["train_attention"] > 0 and row["train_loss"] == pytest.approx(row["train_ce"] + 1000 * row["train_attention"], rel=1e-4)
+    succeed("distill.py", *flags, "--ce-weight", 0, "--output", tmp_path / "b")
+    row = read(tmp_path / "b")
+    assert "val_accuracy" not in row and "train_ce" not in row and 0 < row["val_distillation_loss"] < 1000
+
+
+def test_warm_up_by_epoch(teacher, tmp_path):
+    flags = [*SMALL, "--epochs", 3, "--method", "dkd", "--distillation-warmup-epochs", 2, "--teacher-checkpoint", teacher / "best.pth"]
+    succeed("distill.py", *flags, "--output", tmp_path / "a")
+    rows = json.loads((tmp_path / "a" / "metrics.json").read_text())
+    for row, share in zip(rows, (0.5, 1, 1), strict=True):
+        assert row["train_loss"] == pytest.approx(row["train_ce"] + share * row["train_dkd"], rel=1e-5) and row["train_dkd"] > 0.1
+    done = run_script("distill.py", *flags, "--distillation-warmup-epochs", 3.5, "--output", tmp_path / "b")
+    assert done.returncode == 2 and "--distillation-warmup-epochs 3.5 is longer than --epochs 3" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "b").exists()
+
+
+def test_stores_without_maps_or_logits_are_refused(extracted, teacher, tmp_path):
+    run = ["--output", tmp_path / "run"]
+    plain = tmp_path / "plain"
+    succeed("extract_embeddings.py", "--checkpoint", teacher / "best.pth", "--device", "cpu", "--no-augment", "--output", plain)
+    for flags, words in (
+        (["--teacher-embeddings", extracted, "--method", "attention"], "hold no feature maps: --method attention needs a teacher, or --attention-weight 0"),
+        (["--teacher-embeddings", plain, "--method", "dist"], "--save-logits"),
+    ):
+        done = run_script("distill.py", *FLAGS, *flags, *run)
+        assert done.returncode == 2 and words in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+    assert not (tmp_path / "run").exists()
