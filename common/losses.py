@@ -26,7 +26,7 @@ METHODS = {
     "mmd": {"ce": 1.0, "mmd": 1.0},  # Huang and Wang 2017, arXiv:1707.01219, on embeddings
     "dkd": {"ce": 1.0, "dkd": 1.0},  # Zhao et al. 2022, arXiv:2203.08679; their code warms it up over 20 of 240 epochs: `warm_up`
     "dist": {"ce": 1.0, "dist": 2.0},  # Huang et al. 2022, arXiv:2205.10536: both relations weigh 2 there, 1 each within our term
-    "logit_standardization": {"ce": 0.1, "standardized_kl": 9.0},  # Sun et al. 2024, arXiv:2403.01993, their code's weights
+    "logit_standardization": {"ce": 0.1, "standardized_kl": 9.0},  # Sun et al. 2024, arXiv:2403.01427, their code's weights
     "attention": {"ce": 1.0, "attention": 1000.0},  # Zagoruyko and Komodakis 2017, arXiv:1612.03928; theirs sums over layers, ours is the mean
 }
 TEMPERATURES = {"vanilla": 2.0, "combined": 2.0, "dist": 1.0, "logit_standardization": 2.0}  # of methods, by default; others: 4
@@ -141,7 +141,7 @@ def dist(student_logits, teacher_logits, temperature=1.0, beta=1.0, gamma=1.0):
 def standardized_kl(student_logits, teacher_logits, temperature=2.0):
     """`temperature_kl` of logits (B, C) with mean 0 and (unbiased) deviation 1 over the classes, C of at least 2.
 
-    The student need not match the teacher's scale then.  Sun et al. 2024, arXiv:2403.01993, with the eps of their code.
+    The student need not match the teacher's scale then.  Sun et al. 2024, arXiv:2403.01427, with the eps of their code.
     """
     with torch.autocast(student_logits.device.type, enabled=False):
         centred = (_centred(x, 1) for x in _float32(student_logits, teacher_logits))
