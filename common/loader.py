@@ -7,10 +7,11 @@ Needs augment.py, distributed.py, images.py of `common`, torch, numpy, pillow.
 """
 
 import contextlib
+import functools
 import multiprocessing
+import multiprocessing.util
 import os
 import signal
-import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -135,22 +136,14 @@ def _collate(samples):
     return images, sizes
 
 
-def _ignore_signals(worker):
+def _leave_signals(ending, worker):
     """In a worker: a stop is the main process's to handle, where a scheduler sends it to every process of a job.
 
-    SIGTERM from the main process itself is obeyed: multiprocessing ends workers by it at exit and waits for them.
+    SIGTERM is obeyed once `ending` is set: multiprocessing ends workers by it at the main process's exit and waits.
     """
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # not on macOS; a handler could not ask who sent the signal
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-        threading.Thread(target=_obey_main_process, daemon=True).start()
-
-
-def _obey_main_process():
-    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != multiprocessing.parent_process().pid:
-        pass
-    os._exit(0)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if ending.value else None)
 
 
 class _Readable(torch.utils.data.Dataset):
@@ -301,13 +294,18 @@ class Loader:
         for index in rows:
             yield self.cache.batch(index)
 
+    def _worker_init(self):
+        ending = multiprocessing.RawValue("b", 0)  # no Event: a second signal inside the handler would wait for its lock
+        multiprocessing.util.Finalize(self, setattr, (ending, "value", 1), exitpriority=0)  # at exit before workers are ended
+        return functools.partial(_leave_signals, ending)
+
     def _loaded(self, rows):
         if self._workers is None:
             self._order, own = EpochOrder(), torch.Generator()  # its seeds shall not come from the model's generator
             self._workers = torch.utils.data.DataLoader(
                 _Readable(self.dataset), batch_sampler=self._order, collate_fn=_collate, num_workers=self.workers,
                 pin_memory=self.device.type == "cuda", persistent_workers=self.workers > 0,
-                worker_init_fn=_ignore_signals, generator=own,
+                worker_init_fn=self._worker_init() if self.workers else None, generator=own,
             )
         self._order.batches = [index.tolist() for index in rows]
         for item in self._workers:
