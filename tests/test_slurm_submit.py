@@ -31,12 +31,16 @@ class Submitter:
 
     def refused(self, *args, env=None):
         """It must end with exit code 2 and one line of error, and submit nothing; returns that line."""
-        before = self.lab.run("squeue", "-h", "-t", "all", "-o", "%i").stdout
+        before = self.known()
         done = self(*args, env=env)
         assert (done.returncode, done.stdout) == (2, ""), done.stdout + done.stderr
         assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
-        assert self.lab.run("squeue", "-h", "-t", "all", "-o", "%i").stdout == before
+        assert self.known() == before
         return done.stderr
+
+    def known(self):
+        """The numbers of all jobs; squeue's order changes where one starts to run."""
+        return set(self.lab.run("squeue", "-h", "-t", "all", "-o", "%i").stdout.split())
 
     def occupy(self, node, gpus, minutes=30):
         """GPUs of a node are taken by somebody's job, which ends in `minutes` at the latest."""
@@ -227,10 +231,10 @@ def test_arguments_reach_the_script(submit):
 
 
 def test_dry_run_submits_nothing(submit):
-    before = submit.lab.run("squeue", "-h", "-t", "all", "-o", "%i").stdout
+    before = submit.known()
     done = submit("--dry-run", "--account=me", "--time=1:00:00", "job.sbatch", "a b", "c")
     assert done.stdout == "sbatch --partition=gpu --account=me --gres=gpu:a100:1 --time=1:00:00 job.sbatch a\\ b c\n"
-    assert done.returncode == 0 and submit.lab.run("squeue", "-h", "-t", "all", "-o", "%i").stdout == before
+    assert done.returncode == 0 and submit.known() == before
     job = submit.lab.run("bash", "-c", done.stdout, cwd=submit.folder, check=True).stdout.split()[-1]  # and the line can be pasted
     assert gres(submit.lab.jobs(job)[0]) == "gpu:a100:1"
 
