@@ -230,14 +230,13 @@ def attention_transfer(student, teacher):
 
 
 def embedding_loss(student, teacher, lambda_feat=1.0, lambda_cos=1.0):
-    """lambda_feat * ||t - s||^2 + lambda_cos * (1 - cos(t, s)) of embeddings (B, D) of equal width.
+    """lambda_feat * ||t - s||^2 / D + lambda_cos * (1 - cos(t, s)) of embeddings (B, D) of equal width, mean over the batch.
 
-    The squared error is summed over dimensions, both terms are averaged over the batch.
+    Summed over dimensions, as lambda_feat = D makes it, the squared error of wide teachers drowns a cross-entropy.
     """
     with torch.autocast(student.device.type, enabled=False):
         student, teacher = _float32(student, teacher)
-        squared = (teacher - student).square().sum(1).mean()
-        return lambda_feat * squared + lambda_cos * (1 - F.cosine_similarity(student, teacher, dim=1)).mean()
+        return lambda_feat * F.mse_loss(student, teacher) + lambda_cos * (1 - F.cosine_similarity(student, teacher, dim=1)).mean()
 
 
 def normalized_mse(student, teacher):

@@ -206,7 +206,7 @@ def test_a_run_without_labels_is_judged_by_its_loss_on_val(tmp_path, teacher):
     losses = [row["val_distillation_loss"] for row in rows]
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["select_metric"] == "distillation_loss" and results["best_epoch"] == 1 + int(np.argmin(losses))
-    assert results["flags"]["optimizer"] == "adamw" and "train_ce" not in rows[0]
+    assert results["flags"]["optimizer"] == "sgd" and "train_ce" not in rows[0]
     saved = load_checkpoint(str(tmp_path / "run" / "best.pth"))
     dataset, said = load_splits("digits").val, []
     for checkpoint in (saved, load_checkpoint(str(teacher / "best.pth"))):
@@ -214,7 +214,7 @@ def test_a_run_without_labels_is_judged_by_its_loss_on_val(tmp_path, teacher):
         (batch,) = Loader(dataset, 270, "cpu").batches()
         said.append(model({"image": preprocess(Augmenter(Policy(), 0)(batch, 8))})["embedding"])
     s = F.linear(said[0], saved["loss"]["embedding_projectors.student.weight"], saved["loss"]["embedding_projectors.student.bias"])
-    expected = 0.5 * (said[1] - s).square().sum(1).mean() + 2 * (1 - F.cosine_similarity(s, said[1])).mean()
+    expected = 0.5 * (said[1] - s).square().mean() + 2 * (1 - F.cosine_similarity(s, said[1])).mean()
     assert min(losses) == pytest.approx(expected.item(), rel=1e-4)
 
 
@@ -226,8 +226,8 @@ def test_the_method_s_optimizer():
         distill.settle(args)
         return args.optimizer, args.select_metric
 
-    assert settled() == ("sgd", "accuracy") and settled("--method", "embedding") == ("adamw", "accuracy")
-    assert settled("--embedding-weight", "0.1", "--optimizer", "sgd") == ("sgd", "accuracy")
-    assert settled("--method", "embedding", "--ce-weight", "0") == ("adamw", "distillation_loss")
+    assert settled() == settled("--method", "embedding") == ("sgd", "accuracy")  # the student's own, or a gain may be the optimizer's
+    assert settled("--method", "embedding", "--ce-weight", "0") == ("sgd", "distillation_loss")
+    assert settled("--method", "tokens") == ("adamw", "distillation_loss")
     with pytest.raises(cli.UserError, match="the student has none"):
         settled("--method", "embedding", "--ce-weight", "0", "--select-metric", "auc")
