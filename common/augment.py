@@ -264,7 +264,7 @@ def _shrink(samples, count, resolution):
     rows = planes + row.clamp(max=most - 1).long()[:, :, None]  # (taps, B, 3, R)
     flat = samples.flatten(0, 2)
     taps = (flat.index_select(0, at.flatten()).view(images, channels, resolution, -1) for at in rows)
-    return sum(tap * weight[:, None, :, None] for tap, weight in zip(taps, weights))
+    return sum(tap * weight[:, None, :, None] for tap, weight in zip(taps, weights)).clamp(max=255)  # white is 255 to the last bit
 
 
 def _resample(images, affine, resolution, most_x, most_y):
