@@ -20,6 +20,7 @@ import torch.nn.functional as F
 
 CROPS = ("none", "pad", "resized")
 COLOURS = ("brightness", "contrast", "saturation", "hue")
+CROP_TRIES = 10  # at a random resized crop that fits into the image
 POSITION_STEPS = 1024  # source positions are rounded to 1/1024 pixel, see `render`
 PIXELS_A_CORE = 400_000  # of images and of their fine samples, resampled together by one core of a CPU (measured on AMD EPYC)
 
@@ -118,6 +119,22 @@ def uniform(seed, view, stream, key, count=1):
 # --------------------------------------------------------------------------------------------------------- parameters
 
 
+def _resized_crop(scale, draws, size):
+    """Sides (2, B) of random resized crops in whole pixels, and whether a try fits (B,), else they are central.
+
+    As torchvision's RandomResizedCrop: the first try that fits into the image counts; where none does, the largest crop
+    of an allowed aspect ratio.  draws: (B, 2 * tries), of area and aspect ratio (3/4 to 4/3) in turn; size: (2, B), width
+    and height.
+    """
+    area = (scale[0] + draws[:, ::2] * (scale[1] - scale[0])) * size.prod(0)[:, None]  # (B, tries)
+    ratio = torch.exp((draws[:, 1::2] * 2 - 1) * math.log(4 / 3))
+    sides = torch.stack([torch.sqrt(area * ratio), torch.sqrt(area / ratio)]).round()  # (2, B, tries)
+    fits = ((sides > 0) & (sides <= size[:, :, None])).all(0)
+    first = fits.int().argmax(1).expand(2, -1)[:, :, None]
+    central = torch.minimum(size, (size.flip(0) * 4 / 3).round())
+    return torch.where(fits.any(1), sides.gather(2, first)[:, :, 0], central), fits.any(1)
+
+
 def sample_parameters(policy, seed, view, key, sizes, stream=0):
     """Draw what happens to each sample of a batch; a few numbers a sample, computed on the CPU.
 
@@ -128,7 +145,7 @@ def sample_parameters(policy, seed, view, key, sizes, stream=0):
     across and down the output, and, where the policy has colour, `brightness`, `contrast`, `saturation`, `hue` (B,)
     float32.
     """
-    u = uniform(seed, view, stream, key, 12).unbind(1)  # always twelve, so that a flag changes its own draw alone
+    u = uniform(seed, view, stream, key, 10 + 2 * CROP_TRIES).unbind(1)  # always all, so that a flag changes its own draw alone
     plain = torch.as_tensor(view) == 0
     height, width = sizes.double().unbind(1)
     one, zero = torch.ones_like(u[0]), torch.zeros_like(u[0])
@@ -144,10 +161,10 @@ def sample_parameters(policy, seed, view, key, sizes, stream=0):
         centre_x = (torch.floor(u[4] * (2 * reach_x + 1)) - reach_x) * 2 / width
         centre_y = (torch.floor(u[5] * (2 * reach_y + 1)) - reach_y) * 2 / height
     elif policy.crop == "resized":
-        area = policy.crop_scale[0] + u[6] * (policy.crop_scale[1] - policy.crop_scale[0])
-        ratio = torch.exp((u[7] * 2 - 1) * math.log(4 / 3)) * height / width  # pixels' aspect, in relative units
-        crop_w, crop_h = torch.sqrt(area * ratio).clamp(max=1), torch.sqrt(area / ratio).clamp(max=1)
-        centre_x, centre_y = (u[4] * 2 - 1) * (1 - crop_w), (u[5] * 2 - 1) * (1 - crop_h)
+        size = torch.stack([width, height])
+        sides, fits = _resized_crop(policy.crop_scale, torch.stack([*u[6:8], *u[12:]], 1), size)
+        start = torch.floor(torch.where(fits, torch.stack(u[4:6]) * (size - sides + 1), (size - sides) / 2))
+        (crop_w, crop_h), (centre_x, centre_y) = sides / size, (2 * start + sides) / size - 1
 
     # rotation turns pixels, not relative units: height / width puts the aspect back
     cos, sin = torch.cos(angle) / zoom, torch.sin(angle) / zoom
