@@ -1,6 +1,7 @@
 """Rare classes and runs without labels: balanced sampling, frozen backbones, dropout, feature matching, the loss on val."""
 
 import argparse
+import importlib
 import json
 
 import numpy as np
@@ -84,6 +85,33 @@ def test_balanced_sampling_counts_the_classes_of_one_task():
     with pytest.raises(cli.UserError, match="--sampler balanced is for one task, here are organ, side"):
         cli.balanced_classes(args, {"organ": ["liver", "lung", "skin"], "side": ["left", "right"]})
     assert cli.balanced_classes(argparse.Namespace(sampler="shuffle"), {"organ": ["liver", "lung"], "side": ["left", "right"]}) == 0
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("script", ["train_student", "train_teacher", "distill"])
+def test_smoothing_and_class_weights_reach_the_cross_entropy(script, tmp_path, teacher, monkeypatch):
+    """The flag's smoothing, and the weights of train's own class counts, in the first step."""
+    taken = []
+
+    def stop(logits, labels, weight=None, label_smoothing=0.0, **_):
+        taken.append((weight, label_smoothing))
+        raise Stop
+
+    module = importlib.import_module(script)
+    flags = [*SMALL, "--epochs", 1, "--class-weights", "balanced", "--label-smoothing", 0.3, "--output", tmp_path / "run"]
+    flags += ["--teacher-checkpoint", teacher / "best.pth"] if script == "distill" else []
+    monkeypatch.setattr(F, "cross_entropy", stop)
+    with pytest.raises(Stop):
+        module.main(module.build_parser().parse_args([*map(str, flags)]))
+    splits = load_splits("digits", limit_train=160)
+    counts = {name: np.bincount(labels, minlength=10) for name, labels in (("train", splits.train.labels), ("val", splits.val.labels))}
+    balanced = {name: torch.tensor(n.sum() / (10 * n)).float() for name, n in counts.items()}
+    assert (balanced["train"] - balanced["val"]).abs().max() > 0.005
+    ((weight, smoothing),) = taken
+    assert smoothing == 0.3 and torch.allclose(weight, balanced["train"], rtol=1e-5)
 
 
 # -------------------------------------------------------------------------------------------- frozen backbones, dropout

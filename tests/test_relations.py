@@ -1,6 +1,7 @@
 """Losses that compare the images of a batch and those of several tasks or sides, against loops in float64."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from common.losses import (
     task_logits,
     task_mean,
 )
+from distill import build_parser, make_loss, settle
 
 LOSSES = {"contrastive": contrastive, "rkd_distance": rkd_distance, "rkd_angle": rkd_angle, "mmd": mmd}
 NAMES = list(LOSSES)
@@ -177,6 +179,19 @@ def test_contrastive_temperatures(temperature, base):
     (value, gradient), (expected, expected_gradient) = (with_gradient(f, student, teacher) for f in (loss, by_hand))
     assert value.item() == pytest.approx(expected.item(), rel=1e-12)
     assert torch.allclose(gradient, expected_gradient, rtol=1e-10, atol=1e-13)
+
+
+def test_contrastive_temperatures_of_the_flags():
+    args = build_parser().parse_args(["--method", "crd", "--ce-weight", "0", "--crd-temperature", "0.5", "--crd-base-temperature", "0.2"])
+    weights, _ = settle(args)
+    student, teacher = ({"embedding": x.float()} for x in samples("none", seed=8))
+    source = SimpleNamespace(choose_view=lambda batch: batch, targets=lambda batch: teacher)
+    train = SimpleNamespace(batches=lambda: iter([student]))
+    criterion = make_loss(args, weights, torch.nn.Identity(), source, train, lambda batch: batch, None).eval()
+    with torch.no_grad():
+        projected = criterion.side("embedding", student["embedding"])
+        expected = contrastive_by_hand(projected, teacher["embedding"], temperature=0.5, base_temperature=0.2)
+        assert criterion(student, teacher, None).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_distances_of_close_rows_keep_their_digits():
