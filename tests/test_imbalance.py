@@ -92,7 +92,7 @@ class Stop(Exception):
 
 
 @pytest.mark.parametrize("script", ["train_student", "train_teacher", "distill"])
-def test_smoothing_and_class_weights_reach_the_cross_entropy(script, tmp_path, teacher, monkeypatch):
+def test_smoothing_and_class_weights_reach_the_cross_entropy(script, tmp_path, request, monkeypatch):
     """The flag's smoothing, and the weights of train's own class counts, in the first step."""
     taken = []
 
@@ -102,7 +102,8 @@ def test_smoothing_and_class_weights_reach_the_cross_entropy(script, tmp_path, t
 
     module = importlib.import_module(script)
     flags = [*SMALL, "--epochs", 1, "--class-weights", "balanced", "--label-smoothing", 0.3, "--output", tmp_path / "run"]
-    flags += ["--teacher-checkpoint", teacher / "best.pth"] if script == "distill" else []
+    if script == "distill":
+        flags += ["--teacher-checkpoint", request.getfixturevalue("teacher") / "best.pth"]
     monkeypatch.setattr(F, "cross_entropy", stop)
     with pytest.raises(Stop):
         module.main(module.build_parser().parse_args([*map(str, flags)]))
