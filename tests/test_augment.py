@@ -301,8 +301,8 @@ def test_random_resized_crop(real, resolution):
             area, ratio = width * height * (0.25 + of_area * 0.75), math.exp((2 * of_ratio - 1) * math.log(4 / 3))
             w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
             if w <= width and h <= height:
+                again += i > 0
                 break
-        again += i > 0
         left, top = math.floor(u[4] * (width - w + 1)), math.floor(u[5] * (height - h + 1))
         expected.append(TF.resized_crop(image.float(), top, left, h, w, [resolution] * 2, BILINEAR, antialias=True))
         areas.append(w * h / width / height)
