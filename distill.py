@@ -85,7 +85,7 @@ def build_parser():
     g = parser.add_argument_group("distillation")
     g.add_argument("--method", default="response", choices=list(METHODS), help="published combination; sets the weights below. Defaults of tokens: "
                    "vit_small_patch16_224, adamw, learning rate 0.0005, weight decay 0.04, 100 epochs, a tenth of them warm-up (10 at most), batch 64, "
-                   "epoch_N.pth every 10; of the others: resnet8, sgd (embedding: adamw), 32 epochs, batch 32")  # fmt: skip
+                   "epoch_N.pth every 10; of the others: resnet8, sgd, 32 epochs, batch 32")  # fmt: skip
     g.add_argument("--alpha", type=float, help="response, feature: alpha * cross-entropy + (1 - alpha) * T^2 * KL; feature_matching: "
                    "(1 - alpha) * cross-entropy + alpha * features (0.5)")  # fmt: skip
     g.add_argument("--temperature", type=float, help="T of all terms on logits, whatever each would take alone: by default the method's "
@@ -111,7 +111,8 @@ def build_parser():
     g.add_argument("--student-layer", nargs="+", default=[], metavar="PATH", help="module paths of the student's features, as layer3, layers.2 or blocks.5")
     g.add_argument("--teacher-layer", nargs="+", default=[], metavar="PATH", help="module paths of the teacher's features, paired in order")
     g.add_argument("--embedding-weight", type=float, help="of the embedding loss; by default the method's")
-    g.add_argument("--lambda-feat", type=cli.AMOUNT, default=1.0, help="of the squared error, summed over dimensions, in the embedding loss")
+    g.add_argument("--lambda-feat", type=cli.AMOUNT, default=1.0, help="of the squared error, a mean over dimensions, in the embedding "
+                   "loss; the embeddings' width makes it their sum")  # fmt: skip
     g.add_argument("--lambda-cos", type=cli.AMOUNT, default=1.0, help="of 1 - cosine in the embedding loss")
     g.add_argument("--shared-dim", type=cli.POSITIVE, help="width of the space of the embedding loss; by default the teacher's")
     g.add_argument("--teacher-projector", default="identity", choices=TEACHER_PROJECTORS, help="of the embedding loss; a learned one may collapse")
@@ -171,8 +172,6 @@ def settle(args):
     if args.local_crops and not weights["cls"]:
         raise cli.UserError(f"--local-crops {args.local_crops} are matched to class tokens, whose weight is 0: --method tokens or --cls-weight")
     defaults = TOKEN_DEFAULTS if args.method == "tokens" else DEFAULTS
-    if weights["embedding"]:  # a squared error summed over hundreds of dimensions diverges with SGD's rate
-        defaults = {**defaults, "optimizer": "adamw"}
     for name, value in defaults.items():
         if getattr(args, name) is None and (name not in ("lr", "weight_decay") or args.optimizer == "adamw"):  # these are adamw's
             setattr(args, name, value)

@@ -35,6 +35,8 @@ FEATURE_TERMS = ("feature", "attention")  # terms that need feature maps of both
 RELATIONS = ("contrastive", "rkd_distance", "rkd_angle", "mmd", "dist")  # terms that compare the images of a batch
 ALPHA = {"response": ("ce", "kl"), "feature": ("ce", "kl"), "feature_matching": ("feature", "ce")}  # alpha weighs the first, 1 - alpha the second
 FEATURE_LOSSES = ("mse", "cosine")
+FLAT = 0.1  # smallest deviation of a student's logits or (as a share) probabilities that `dist` and `standardized_kl` divide by: 0.01 overshoots
+ROUNDING = 1e-5  # share of the largest logit that counts as float32's rounding, which is 6e-8 a step
 COLLAPSED = 0.1  # share of its first variance below which the shared space counts as collapsed (0.014 measured)
 TEACHER_PROJECTORS = ("identity", "frozen-orthogonal", "learned")
 
@@ -91,6 +93,16 @@ def cross_entropy(logits, labels, label_smoothing=0.0, weights=None, batch_label
         return losses.mean() / counted.mean().clamp(min=torch.finfo(logits.dtype).tiny)
 
 
+def _kl(student, teacher):
+    """KL(softmax(teacher) || softmax(student)) of logits (B, C), summed over classes, averaged over the batch.
+
+    A class whose teacher logit is minus infinity contributes 0, where `F.kl_div` with log_target gives 0 * inf = NaN.
+    """
+    absent = teacher == -math.inf
+    student, teacher = F.log_softmax(student, 1), F.log_softmax(teacher, 1).masked_fill(absent, -math.inf)
+    return (teacher.exp() * (teacher - student).masked_fill(absent, 0.0)).sum(1).mean()
+
+
 def temperature_kl(student_logits, teacher_logits, temperature=4.0):
     """T^2 * KL(softmax(teacher / T) || softmax(student / T)), summed over classes, averaged over the batch.
 
@@ -98,10 +110,7 @@ def temperature_kl(student_logits, teacher_logits, temperature=4.0):
     Both logits (B, C).  Hinton et al. 2015, arXiv:1503.02531, section 2.
     """
     with torch.autocast(student_logits.device.type, enabled=False):
-        student, teacher = _float32(student_logits, teacher_logits)
-        student = F.log_softmax(student / temperature, dim=1)
-        teacher = F.log_softmax(teacher / temperature, dim=1)
-        return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
+        return temperature**2 * _kl(*(x / temperature for x in _float32(student_logits, teacher_logits)))
 
 
 def decoupled_kl(student_logits, teacher_logits, labels, temperature=4.0, alpha=1.0, beta=8.0):
@@ -113,20 +122,13 @@ def decoupled_kl(student_logits, teacher_logits, labels, temperature=4.0, alpha=
     with torch.autocast(student_logits.device.type, enabled=False):
         labels = torch.where(labels < 0, teacher_logits.argmax(1), labels)
         columns = torch.arange(student_logits.shape[1] - 1, device=labels.device).expand(len(labels), -1)
-        columns = columns + (columns >= labels[:, None])  # (B, C - 1), the target is left out: a mask of -inf gives 0 * inf
+        columns = columns + (columns >= labels[:, None])  # (B, C - 1), the target is left out
         sides = []
         for logits in _float32(student_logits, teacher_logits):
             own, others = ((logits / temperature).gather(1, i) for i in (labels[:, None], columns))
-            sides.append([F.log_softmax(x, dim=1) for x in (torch.cat([own, others.logsumexp(1, keepdim=True)], 1), others)])
-        target, rest = (F.kl_div(student, teacher, reduction="batchmean", log_target=True) for student, teacher in zip(*sides))
+            sides.append([torch.cat([own, others.logsumexp(1, keepdim=True)], 1), others])
+        target, rest = (_kl(student, teacher) for student, teacher in zip(*sides))
         return temperature**2 * (alpha * target + beta * rest)
-
-
-def _centred(x, dim):
-    """x less its mean; 0 without a gradient where all are equal up to rounding (a direction would have one of 1 / eps)."""
-    centred = x - x.mean(dim, keepdim=True)
-    flat = centred.norm(dim=dim, keepdim=True) <= 1e-5 * x.norm(dim=dim, keepdim=True)
-    return centred.masked_fill(flat, 0.0)
 
 
 def dist(student_logits, teacher_logits, temperature=1.0, beta=1.0, gamma=1.0):
@@ -134,26 +136,44 @@ def dist(student_logits, teacher_logits, temperature=1.0, beta=1.0, gamma=1.0):
 
     inter: over the classes, mean over images; intra: over the images of the batch, mean over classes.  Logits (B, C), B
     of at least 2.  Huang et al. 2022, arXiv:2205.10536; T^2 and the eps of 1e-8, which quiets classes that no image of the
-    batch is given, are their code's.
+    batch is given, are their code's.  Student probabilities that differ by less than FLAT of their size count as that far
+    apart, so that equal ones have a gradient, and a bounded one.
     """
     _several(student_logits)
     with torch.autocast(student_logits.device.type, enabled=False):
-        pair = [(x / temperature).softmax(1) for x in _float32(student_logits, teacher_logits)]
+        pair = [x / temperature for x in _float32(student_logits, teacher_logits)]
+        floors = [x.softmax(1) * _rounding(x).clamp(min=least) for x, least in zip(pair, (FLAT, ROUNDING))]  # (B, C)
         losses = []
         for dim in (1, 0):
-            student, teacher = (_centred(x, dim) for x in pair)
-            losses.append(1 - ((student * teacher).sum(dim) / (student.norm(dim=dim) * teacher.norm(dim=dim) + 1e-8)).mean())
+            centred = [x - x.mean(dim, keepdim=True) for x in (x.softmax(1) for x in pair)]
+            norms = [torch.maximum(x.norm(dim=dim), floor.detach().norm(dim=dim)) for x, floor in zip(centred, floors)]
+            losses.append(1 - ((centred[0] * centred[1]).sum(dim) / (norms[0] * norms[1] + 1e-8)).mean())
         return temperature**2 * (beta * losses[0] + gamma * losses[1])
+
+
+def _rounding(logits):
+    """(B, 1), what float32 may have lost of each row of logits (B, C), generously; a logit of minus infinity is exact."""
+    return ROUNDING * logits.detach().masked_fill(logits == -math.inf, 0.0).abs().amax(1, keepdim=True)
+
+
+def _standardized(logits, least):
+    """Rows of logits (B, C) with mean 0 and deviation 1, of those above minus infinity; deviations below `least` count as it."""
+    finite = logits > -math.inf
+    count = finite.sum(1, keepdim=True)
+    centred = logits - logits.masked_fill(~finite, 0.0).sum(1, keepdim=True) / count
+    deviation = centred.masked_fill(~finite, 0.0).norm(dim=1, keepdim=True) / (count - 1).clamp(min=1).sqrt()
+    return centred / torch.maximum(deviation, _rounding(logits).clamp(min=least))
 
 
 def standardized_kl(student_logits, teacher_logits, temperature=2.0):
     """`temperature_kl` of logits (B, C) with mean 0 and (unbiased) deviation 1 over the classes, C of at least 2.
 
-    The student need not match the teacher's scale then.  Sun et al. 2024, arXiv:2403.01427, with the eps of their code.
+    The student need not match the teacher's scale then.  Sun et al. 2024, arXiv:2403.01427.  A student's deviation below
+    FLAT counts as FLAT, where their code's eps of 1e-7 gives equal logits a gradient of 1e7.
     """
     with torch.autocast(student_logits.device.type, enabled=False):
-        centred = (_centred(x, 1) for x in _float32(student_logits, teacher_logits))
-        return temperature_kl(*(x / (x.std(1, keepdim=True) + 1e-7) for x in centred), temperature)
+        pair = zip(_float32(student_logits, teacher_logits), (FLAT, 1e-7))
+        return temperature_kl(*(_standardized(x, least) for x, least in pair), temperature)
 
 
 def task_logits(out):
@@ -222,14 +242,13 @@ def attention_transfer(student, teacher):
 
 
 def embedding_loss(student, teacher, lambda_feat=1.0, lambda_cos=1.0):
-    """lambda_feat * ||t - s||^2 + lambda_cos * (1 - cos(t, s)) of embeddings (B, D) of equal width.
+    """lambda_feat * ||t - s||^2 / D + lambda_cos * (1 - cos(t, s)) of embeddings (B, D) of equal width, mean over the batch.
 
-    The squared error is summed over dimensions, both terms are averaged over the batch.
+    Summed over dimensions, as lambda_feat = D makes it, the squared error of wide teachers drowns a cross-entropy.
     """
     with torch.autocast(student.device.type, enabled=False):
         student, teacher = _float32(student, teacher)
-        squared = (teacher - student).square().sum(1).mean()
-        return lambda_feat * squared + lambda_cos * (1 - F.cosine_similarity(student, teacher, dim=1)).mean()
+        return lambda_feat * F.mse_loss(student, teacher) + lambda_cos * (1 - F.cosine_similarity(student, teacher, dim=1)).mean()
 
 
 def normalized_mse(student, teacher):
@@ -263,18 +282,14 @@ def pairwise_distances(x):
 
 
 def rkd_distance(student, teacher):
-    """Huber loss between the distances of all pairs, each side's divided by the mean of its own positive ones.
+    """Huber loss between the distances of all pairs, each side's divided by its mean over the pairs i != j.
 
     Embeddings (B, D_s), (B, D_t), B of at least 2.  Park et al. 2019, arXiv:1904.05068, equations 3 and 4.
     """
     _several(student)
     with torch.autocast(student.device.type, enabled=False):
-        scaled = []
-        for x in _float32(student, teacher):
-            distances = pairwise_distances(x)
-            mean = distances.sum() / (distances > 0).sum().clamp(min=1)
-            scaled.append(distances / mean.clamp(min=1e-12))  # equal rows alone: zeros
-        return F.smooth_l1_loss(*scaled)
+        distances, pairs = [pairwise_distances(x) for x in _float32(student, teacher)], len(student) * (len(student) - 1)
+        return F.smooth_l1_loss(*(d / (d.sum() / pairs).clamp(min=1e-12) for d in distances))  # equal rows alone: zeros
 
 
 def rkd_angle(student, teacher):

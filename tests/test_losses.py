@@ -457,15 +457,29 @@ def test_what_needs_a_class_without_labels():
 
 
 def test_embedding_loss_by_hand():
-    """Squared error summed over dimensions, both terms averaged over the batch."""
+    """Squared error averaged over dimensions, both terms over the batch; a lambda_feat of the width makes it the sum."""
     s, t = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[0.0, 1.0], [0.0, 4.0]])
-    assert embedding_loss(s, t, 1, 0) == pytest.approx((2 + 4) / 2)
+    assert embedding_loss(s, t, 1, 0) == pytest.approx((2 + 4) / 4)
+    assert embedding_loss(s, t, 2, 0) == pytest.approx((2 + 4) / 2)
     assert embedding_loss(s, t, 0, 1) == pytest.approx((1 + 0) / 2)
-    assert embedding_loss(s, t, 0.5, 3) == pytest.approx(0.5 * 3 + 3 * 0.5)
+    assert embedding_loss(s, t, 0.5, 3) == pytest.approx(0.5 * 1.5 + 3 * 0.5)
     s, t = rand(B, C, grad=True), rand(B, C, seed=1)
     assert torch.autograd.gradcheck(lambda x: embedding_loss(x, t, 0.7, 1.3), s)
     half = embedding_loss(s.detach().half(), t.half())
     assert half.dtype == torch.float32
+
+
+@pytest.mark.parametrize("width", [16, 1280])
+@pytest.mark.parametrize("term", ["embedding", "cls", "patch", "projection", "contrastive", "mmd", "rkd_distance", "rkd_angle"])
+def test_no_term_drowns_the_labels_of_wide_teachers(term, width):
+    """On embeddings of unit deviation a term times its method's weight is some times the cross-entropy, at any width."""
+    weight = max(weights.get(term, 0) for weights in METHODS.values())
+    student = {"logits": rand(B, C), "embedding": rand(B, 32).float(), "tokens": rand(B, 4, 32).float()}
+    teacher = {"embedding": rand(B, width, seed=1).float(), "tokens": rand(B, 4, width, seed=1).float()}
+    criterion = DistillationLoss({term: weight})
+    criterion.build(student, teacher)
+    bound = 150 if term == "projection" else 10  # 100 is published, as a mean: the same at any width
+    assert 0.01 < criterion(student, teacher, LABELS).item() < bound
 
 
 @pytest.mark.parametrize("rows, columns", [(3, 8), (8, 3), (5, 5)])

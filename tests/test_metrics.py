@@ -227,6 +227,8 @@ def test_kl_is_from_teacher_to_student():
     assert fidelity(teacher, student)["teacher_kl"] == pytest.approx((0.5 * math.log(5 / 9) + 0.5 * math.log(5)) / 2)
     far = fidelity(np.array([[1e4, 0.0]]), np.array([[0.0, 1e4]]))
     assert far == {"agreement": 0.0, "teacher_kl": 1e4}
+    never = fidelity(np.array([[0.0, 0.0, 0.0]]), np.array([[0.0, 0.0, -math.inf]]))
+    assert never["teacher_kl"] == pytest.approx(math.log(3 / 2))  # ln 3 - ln 2: the class that cannot be costs nothing
 
 
 # --------------------------------------------------------------------------------------------------------------- better

@@ -15,8 +15,9 @@ from common.cli import UserError
 from common.evaluation import live_teacher
 from common.losses import DistillationLoss, method_weights
 from common.models import build_model
-from common.optimizer import CHECK_EVERY, NonFiniteLoss, Schedule, Updater, make_optimizer
+from common.optimizer import CHECK_EVERY, NonFiniteLoss, Schedule, Updater, make_optimizer, make_updater
 from common.training import Precision, Preprocess
+from distill import build_parser, settle
 
 CPU = torch.device("cpu")
 OFF = Precision("off", CPU)
@@ -58,9 +59,12 @@ TINY_HF_VIT = {"model_type": "vit", "hidden_size": 32, "num_hidden_layers": 1, "
         ("resnet8", {}, ["conv1.weight", "layer2.0.shortcut.0.weight", "fc.weight"], []),
         ("vit_6_192", {}, ["patch_embed.weight", "blocks.3.qkv.weight", "head.weight"], ["cls_token", "pos_embed"]),
         ("timm:test_vit", {}, ["patch_embed.proj.weight", "blocks.0.attn.qkv.weight"], ["cls_token", "pos_embed"]),
+        ("timm:test_vit2", {}, ["blocks.0.attn.qkv.weight"], ["reg_token", "pos_embed"]),
         ("timm:test_convnext", {}, ["stem.0.weight"], []),
         ("hf:tiny", {"hf_config": TINY_HF_VIT}, ["body.embeddings.patch_embeddings.projection.weight", "head.weight"],
          ["body.embeddings.cls_token", "body.embeddings.position_embeddings"]),
+        ("hf:tiny", {"hf_config": {**TINY_HF_VIT, "model_type": "dinov2_with_registers", "num_register_tokens": 4}}, ["head.weight"],
+         [f"body.embeddings.{name}" for name in ("cls_token", "mask_token", "register_tokens", "position_embeddings")]),
     ],
 )  # fmt: skip
 def test_no_decay_on_norms_biases_tokens_and_positions(name, options, weights, positions):
@@ -98,6 +102,17 @@ def test_defaults_and_groups():
         assert decays(optimizer, net)["0.weight"] == decay and decays(optimizer, net)["6.bias"] == 0
     for group in make_optimizer("sgd", [net], 0.3, 0.0, 0.8, True).param_groups:
         assert (group["lr"], group["momentum"], group["nesterov"], group["weight_decay"]) == (0.3, 0.8, True, 0)
+
+
+def test_the_projectors_decay_is_the_flag_s():
+    args = build_parser().parse_args(["--method", "feature", "--projector-weight-decay", "0.3", "--weight-decay", "0.2"])
+    settle(args)
+    net, projectors = small_net(), DistillationLoss({"feature": 1.0})
+    maps = {"features": {"a": torch.zeros(2, 3, 2, 2)}}
+    projectors.build(maps, maps)
+    optimizer = make_updater(args, net, OFF, 5, projectors).optimizer
+    assert decays(optimizer, projectors) == {"projectors.0.weight": 0.3, "projectors.0.bias": 0}
+    assert set(decays(optimizer, net).values()) == {0, 0.2}
 
 
 def test_projectors_have_a_decay_of_their_own():
