@@ -82,8 +82,8 @@ def read_isic2024(root, *, on_bad_image="error", **decoding):
     matched = match_images(path, table["isic_id"], images, store, on_bad_image)
     table = select_rows(table, [row for row, _ in matched])
     labels = _flags(path, "target", table["target"])
-    groups = [patient or i for patient, i in zip(table["patient_id"], table["isic_id"])]
-    return {"train": ImageDataset(table["isic_id"], labels, paths=[p for _, p in matched], groups=groups, **decoding)}, list(BINARY)
+    whole = ImageDataset(table["isic_id"], labels, paths=[p for _, p in matched], groups=table["patient_id"], **decoding)
+    return {"train": whole}, list(BINARY)
 
 
 def add_positives(train, folder, known):
