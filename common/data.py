@@ -231,7 +231,7 @@ def _refuse_without_images(what, folder):
     others = []
     images_below(folder, others=others)
     found = f", only {counted(others, 'other files')}" if others else ""
-    raise DataError(f"{what} has no images ({', '.join(IMAGE_SUFFIXES)}){found}")
+    raise DataError(f"{what} holds no images ({', '.join(IMAGE_SUFFIXES)}){found}")
 
 
 def _unlabeled(root, decode_size, window, hf_dataset=None):
@@ -345,7 +345,7 @@ def _check_classes(result, given, labels, refuse):
     for task, names in tasks_of(result.classes).items():
         if len(names) == 1 and labels:
             of_task = "" if task == TASK else f" of {task}"
-            raise DataError(f"{result.name} has one class{of_task} only, {names[0]!r}: there is nothing to tell apart")
+            raise DataError(f"--dataset {result.name} has one class{of_task} only, {names[0]!r}: there is nothing to tell apart")
         for split in ("train", "val", "test"):
             part = getattr(result, split)
             present = set(part.targets[task].tolist() if part is not None else range(len(names)))

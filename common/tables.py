@@ -203,21 +203,22 @@ def _files_of(names, root):
     def plain(name):
         return os.path.normpath(name.replace("\\", "/"))
 
-    paths, found, exact, places = images_below(root), {}, {}, ({}, {}, {}, {})
-    for path in paths:
-        inside = plain(os.path.relpath(path, root))
-        exact[inside] = path
-        inside = nfc(inside).casefold()
-        base = os.path.basename(inside)
-        for place, key in zip(places, (inside, os.path.splitext(inside)[0], base, os.path.splitext(base)[0])):
-            place[key] = None if key in place else path  # None: several
-    for name in names:
-        inside, key = plain(name), nfc(plain(name)).casefold()
-        hits = [exact[inside]] if inside in exact else [place[key] for place in places if key in place]
-        if hits and hits[0] is None:
-            raise DataError(f"{name!r} is the name of several images below {root}: write its folder too")
-        if hits or os.path.isfile(os.path.join(root, inside)):  # elsewhere, or of another ending
-            found[name] = hits[0] if hits else os.path.join(root, inside)
+    paths, found = images_below(root), {}
+    for spell in (plain, lambda name: nfc(plain(name)).casefold()):
+        left = [name for name in names if name not in found]
+        places = ({}, {}, {}, {})  # path in root, the same without its ending, name of the file, the same without its ending
+        for path in paths if left else ():
+            inside = spell(os.path.relpath(path, root))
+            base = os.path.basename(inside)
+            for place, key in zip(places, (inside, os.path.splitext(inside)[0], base, os.path.splitext(base)[0])):
+                place[key] = None if key in place else path  # None: several
+        for name in left:
+            hits = [place[spell(name)] for place in places if spell(name) in place]
+            if hits and hits[0] is None:
+                raise DataError(f"{name!r} is the name of several images below {root}: write its folder too")
+            found.update({name: hits[0]} if hits else {})
+    elsewhere = {name: os.path.join(root, plain(name)) for name in names if name not in found}  # or of another ending
+    found.update((name, path) for name, path in elsewhere.items() if os.path.isfile(path))
     used = set(found.values())
     found.update((os.path.relpath(path, root), path) for path in paths if path not in used)
     return found
