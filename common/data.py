@@ -37,7 +37,7 @@ from common.images import (
     to_uint8,
 )
 from common.splitting import check_groups, limit, split_fold, split_off, stratified_rows, without_rows
-from common.tables import SPLIT_NAMES, counted, nfc, note, read_csv
+from common.tables import SPLIT_NAMES, counted, nfc, note, read_csv, sorted_classes
 
 DIGITS_TEST_SHARE = 0.4  # of scikit-learn's 1,797 digits, which come without a split
 STREAM_VAL, STREAM_LIMIT, STREAM_DIGITS_TEST, STREAM_FOLDS = 1001, 1002, 1003, 1006  # of the counter-based generator
@@ -475,7 +475,7 @@ def _imagefolder(root, splits, classes, decode_size, window):
         if not names:
             raise DataError(f"{folder} has no class folders")
         if found is None:
-            found = sorted({name for name, _ in names})
+            found = sorted_classes(folder, [name for name, _ in names])
         place = {nfc(name): label for label, name in enumerate(found)}
         unknown = [name for name, _ in names if name not in place]
         if unknown:

@@ -558,6 +558,19 @@ def test_what_lies_beside_the_images(tmp_path, tiles, capsys):
     fails("unlabeled", str(cat), labels=False, match="--data-root .*cat holds no images .*, only 2 other files")
 
 
+def test_imagefolder_has_the_order_of_a_table(tmp_path, tiles):
+    """The same names in a table of the same images are in the same order, so that a model of one teaches on the other."""
+    root = make_folder(tmp_path, tiles, {split: {str(c): 2 for c in (10, 2, 0, 9)} for split in ("train", "val", "test")})
+    lines = [f"{path.relative_to(root)},{path.parent.name},{path.parts[-3]}" for path in root.rglob("*.png")]
+    (root / "table.csv").write_text("\n".join(["image,label,split", *lines]))
+    for name in ("imagefolder", "csv"):
+        splits = load_splits(name, str(root))
+        assert splits.classes == ["0", "2", "9", "10"]
+        assert {(i.split("/")[1], label) for i, label in zip(splits.test.ids, splits.test.labels)} == {("0", 0), ("2", 1), ("9", 2), ("10", 3)}
+    make_folder(root, tiles, {"train": {"02": 1}})
+    fails("imagefolder", str(root), match="train writes one class as '02' and as '2': write it in one way")
+
+
 def test_imagefolder_in_two_unicode_forms(tmp_path, tiles):
     """A Mac writes the umlaut as two characters: one class, whichever form train, test and checkpoint have."""
     one, two = "N\u00e4vus", "Na\u0308vus"
