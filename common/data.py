@@ -343,16 +343,17 @@ def _check_classes(result, given, labels, refuse):
     One class alone is refused where the run needs labels.
     """
     for task, names in tasks_of(result.classes).items():
+        kind = "" if task == TASK else f"{task} "
         if len(names) == 1 and labels:
-            of_task = "" if task == TASK else f" of {task}"
-            raise DataError(f"--dataset {result.name} has one class{of_task} only, {names[0]!r}: there is nothing to tell apart")
+            raise DataError(f"--dataset {result.name} has one {kind}class only, {names[0]!r}: there is nothing to tell apart")
         for split in ("train", "val", "test"):
             part = getattr(result, split)
             present = set(part.targets[task].tolist() if part is not None else range(len(names)))
             lacking = [name for label, name in enumerate(names) if label not in present]
             if not lacking:
                 continue
-            text = f"{split} has no image of {', '.join(map(repr, lacking[:5]))}{', ...' if lacking[5:] else ''} ({len(part)} images)"
+            some = ", ".join([*map(repr, lacking[:5]), *(["..."] if lacking[5:] else [])])
+            text = f"{split} has no image of {kind}{some} ({len(part)} images)"
             if refuse and split not in given:
                 advice = ": take another --split-seed, fewer folds, or a larger --val-split or dataset"
                 raise DataError(text + ("" if given == {"val", "test"} else advice))

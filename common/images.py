@@ -273,8 +273,9 @@ class ImageDataset(torch.utils.data.Dataset):
         self.ids, self.labels, self.images, self.paths = list(ids), np.asarray(labels, np.int64), images, paths
         self.keys = np.array([hash_id(i) for i in self.ids], np.int64)
         self.decode_size, self.window, self.hair_removal = decode_size, window, hair_removal
-        own = groups if groups is None else [i if group in MISSING else group for i, group in zip(self.ids, groups)]
-        self.groups = None if own is None else np.array(own, dtype=str)
+        if groups is not None:
+            groups = np.array([i if group in MISSING else group for i, group in zip(self.ids, groups)], dtype=str)
+        self.groups = groups
 
     @property
     def targets(self):

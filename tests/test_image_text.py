@@ -9,6 +9,7 @@ import torch
 from conftest import unpack
 from PIL import Image
 
+from common.data import load_splits
 from common.image_text import DataError, as_text, read_image_text, read_jsonl, read_medpix, token_batch, tokenize
 from common.splitting import limit, split_off
 
@@ -261,6 +262,19 @@ def test_bad_folders_with_jsonl(folder):
     assert "has no lines" in refused()
     (folder / "test.jsonl").unlink()
     assert "cannot read" in refused() and "test.jsonl" in refused()
+
+
+def test_classes_that_official_splits_lack(folder, capsys):
+    splits = load_splits("image_text", str(folder), tasks=["organ", "grade"])
+    assert len(splits.val) == len(splits.test) == 1
+    assert capsys.readouterr().out.splitlines() == [
+        f"note: {text} (1 images): its metrics are of the other classes" for text in
+        ("val has no image of organ 'heart'", "test has no image of organ 'liver'", "val has no image of grade '10'", "test has no image of grade '9'")
+    ]  # fmt: skip
+    for split in ("train", "val", "test"):
+        (folder / f"{split}.jsonl").write_text((folder / f"{split}.jsonl").read_text().replace("heart", "liver"))
+    with pytest.raises(DataError, match="--dataset image_text has one organ class only, 'liver'"):
+        load_splits("image_text", str(folder), tasks=["organ"])
 
 
 def test_jsonl_as_people_write_it(folder):
