@@ -160,12 +160,12 @@ def read_medpix(root, *, splits=("train", "val", "test"), text_fields=("Caption"
         rows = read_jsonl(path, ["image", "U_id", "Description", *MEDPIX_COLUMNS.values()])
         ids = _names(path, rows, "image")
         own = {i: images[i] for i in ids if i in images}
-        matched = match_images(path, ids, own, folder, on_bad_image)
-        rows, ids = [rows[row] for row, _ in matched], [ids[row] for row, _ in matched]
+        matched, files = match_images(path, ids, own, folder, on_bad_image)
+        rows, ids = [rows[row] for row in matched], [ids[row] for row in matched]
         targets = {task: label_numbers(path, _names(path, rows, column), classes[task], column) for task, column in MEDPIX_COLUMNS.items()}
         cases = os.path.join(root, "splitted_dataset", f"data_{MEDPIX_SPLITS[split]}.jsonl")
         texts = _medpix_texts(path, rows, cases, text_fields)
-        parts[split] = ImageTextDataset(ids, targets, classes, texts, [p for _, p in matched], groups=_names(path, rows, "U_id"), **decoding)
+        parts[split] = ImageTextDataset(ids, targets, classes, texts, files, groups=_names(path, rows, "U_id"), **decoding)
     check_groups(parts)
     return parts, classes
 
@@ -265,8 +265,8 @@ def _with_images(path, rows, root, on_bad_image):
         place = next(filter(os.path.isfile, places), None)
         if place:
             found[i] = place
-    matched = match_images(path, ids, found, root, on_bad_image)
-    return [rows[row] for row, _ in matched], [ids[row] for row, _ in matched], [file for _, file in matched]
+    matched, files = match_images(path, ids, found, root, on_bad_image)
+    return [rows[row] for row in matched], [ids[row] for row in matched], files
 
 
 # -------------------------------------------------------------------------------------------------------------- tokens

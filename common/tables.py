@@ -79,7 +79,7 @@ def select_rows(table, rows):
 
 
 def match_images(table_path, ids, images, where, on_bad_image="error"):
-    """[(row, image)] of the rows whose id has one; images: {id: path}; where: what holds them, for the messages.
+    """(rows, their images) of those whose id has one; images: {id: path}; where: what holds them, for the messages.
 
     Two rows of one image are refused, as are rows without one, which on_bad_image="skip" skips; images without a row
     are noted.
@@ -101,7 +101,8 @@ def match_images(table_path, ids, images, where, on_bad_image="error"):
     spare = [i for i in images if i not in known]
     if spare:
         note(counted(spare, f"images in {where} have no row in {table_path} and are not used"))
-    return [(row, images[i]) for row, i in enumerate(ids) if i in images]
+    rows = [row for row, i in enumerate(ids) if i in images]
+    return rows, [images[ids[row]] for row in rows]
 
 
 def images_by_name(folders, keep=lambda stem: True):
@@ -138,29 +139,31 @@ def read_csv(root, *, on_bad_image="error", table=None, image_column=None, label
     given = {"image": image_column, "label": label_column, "group": group_column, "split": split_column}
     column = {kind: _column(path, content, kind, name) for kind, name in given.items()}
     files = _files_of(content[column["image"]], root)
-    matched = _labelled(path, content, column, match_images(path, content[column["image"]], files, root, on_bad_image))
-    content = select_rows(content, [row for row, _ in matched])
+    rows, _ = match_images(path, content[column["image"]], files, root, on_bad_image)
+    content = select_rows(content, _labelled(path, content, column, rows))
     classes = sorted_classes(path, content[column["label"]])
     labels = label_numbers(path, content[column["label"]], classes, column["label"])
     groups = content[column["group"]] if column["group"] else None
-    whole = ImageDataset(content[column["image"]], labels, paths=[p for _, p in matched], groups=groups, **decoding)
+    ids = content[column["image"]]
+    whole = ImageDataset(ids, labels, paths=[files[i] for i in ids], groups=groups, **decoding)
     spare = [name for name in content if name and name not in column.values()]
     note(f"{path}: " + ", ".join(f"{kind} from {name}" for kind, name in column.items() if name)
          + (f"; not used: {', '.join(spare[:12])}" if spare else ""))
     return _official_splits(path, whole, content[column["split"]] if column["split"] else None, column["split"]), classes
 
 
-def _labelled(path, content, column, matched):
-    """The [(row, image)] whose row has a label; how many have none is noted.  Raises DataError where none has."""
-    bare = {row: content[column["label"]][row] for row, _ in matched if content[column["label"]][row] in MISSING}
+def _labelled(path, content, column, rows):
+    """Those of the rows that have a label; how many have none is noted.  Raises DataError where none has."""
+    labels = content[column["label"]]
+    bare = [row for row in rows if labels[row] in MISSING]
     if bare:
+        written = " or ".join(sorted({repr(labels[row]) for row in bare}))
         names = [content[column["image"]][row] for row in bare]
-        written = " or ".join(map(repr, sorted(set(bare.values()))))
         text = counted(names, f"rows of {path} have no {column['label']} ({written})")
-        if len(bare) == len(matched):
+        if len(bare) == len(rows):
             raise DataError(text)
         note(f"{text}: they are left out")
-    return [(row, image) for row, image in matched if row not in bare]
+    return [row for row in rows if labels[row] not in MISSING]
 
 
 def _table_path(root, table):
