@@ -90,6 +90,9 @@ def build_parser():
                    "(1 - alpha) * cross-entropy + alpha * features (0.5)")  # fmt: skip
     g.add_argument("--temperature", type=float, help="T of all terms on logits, whatever each would take alone: by default the method's "
                    "(vanilla, combined, logit_standardization 2; dist 1; others 4)")  # fmt: skip
+    g.add_argument("--limit-labels", type=cli.NATURAL, metavar="N", help="show all images of train, N of them with their labels: those that "
+                   "train_student.py --limit-train N takes; the others have the teacher's terms alone. 0 is all "
+                   "(the default, but 100 on digits)")
     g.add_argument("--distillation-warmup-epochs", type=cli.AMOUNT, default=0, help="in epoch e all terms but the cross-entropy have min(1, e / this) of "
                    "their weights; 0: their whole weights from the start")  # fmt: skip
     g.add_argument("--ce-weight", type=float, help="of the cross-entropy; by default the method's")
@@ -185,7 +188,7 @@ def settle(args):
         raise cli.UserError(f"--select-metric {args.select_metric}: without cross-entropy and the teacher's logits "
                             "the student has none, distillation_loss is left")  # fmt: skip
     for name, given in (("--freeze-backbone", args.freeze_backbone), ("--class-weights", args.class_weights != "none"),
-                        ("--sampler balanced", args.sampler == "balanced")):  # fmt: skip
+                        ("--sampler balanced", args.sampler == "balanced"), ("--limit-labels", args.limit_labels)):  # fmt: skip
         if given and not labelled:
             raise cli.UserError(f"{name} needs labels and a head: without cross-entropy and the teacher's logits there are none")
     return weights, labelled
@@ -210,7 +213,7 @@ def teacher_checkpoint(args):
 
 
 def take_dataset_from(checkpoint, args, labelled):
-    """Settle --dataset, --data-root and --limit-train where they are not given."""
+    """Settle --dataset, --data-root and --limit-labels where they are not given."""
     if args.hf_dataset:
         args.dataset = args.dataset or "unlabeled"
     taught = checkpoint["flags"] if checkpoint else {"dataset": "digits", "data_root": None}
@@ -218,8 +221,10 @@ def take_dataset_from(checkpoint, args, labelled):
     if args.dataset == taught["dataset"]:
         args.data_root = args.data_root or (None if args.hf_dataset else taught["data_root"])
         cli.take_split_flags(args, taught)
-    if args.limit_train is None:
-        args.limit_train = DATASETS[args.dataset].student_images if labelled else 0  # labels are scarce, images are not
+    if args.limit_labels is None:  # labels are scarce, images are not
+        args.limit_labels = DATASETS[args.dataset].student_labels if labelled and not args.limit_train else 0
+    if args.limit_labels and args.sampler == "balanced":
+        raise cli.UserError(f"--sampler balanced cannot be combined with --limit-labels {args.limit_labels}: images without a label are of no class")
 
 
 def make_loss(args, weights, model, source, train, shown, classes):

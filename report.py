@@ -121,7 +121,7 @@ def open_test_set(run, opened, notes):
     flags, key = run["results"]["flags"], run["id"]["test"]
     if key not in opened:
         opened[key] = None
-        options = {name: value for name, value in cli.split_flags(flags).items() if name not in ("limit_train", "include_list", "extra_train")}
+        options = {name: value for name, value in cli.split_flags(flags).items() if name not in ("limit_train", "limit_labels", "include_list", "extra_train")}
         try:
             found = load_splits(flags["dataset"], cli.data_root(flags.get("data_root")), classes=run["id"]["classes"] or None,
                                 splits=("test",), **options)  # fmt: skip

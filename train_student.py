@@ -47,7 +47,7 @@ def main(args):
     info = DATASETS[args.dataset]
     resolution = args.resolution or info.resolution
     if args.limit_train is None:
-        args.limit_train = info.student_images
+        args.limit_train = info.student_labels
     policy = cli.augment_policy(args)
     augment = Augmenter(policy, args.seed)
     splits = load_splits(args.dataset, cli.data_root(args.data_root), download=args.download, **cli.split_flags(vars(args)))

@@ -30,12 +30,12 @@ from common.metrics import CLASSIFICATION
 
 SCRIPT_FOLDER = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 RESUME_MAY_CHANGE = {"resume", "device", "workers", "epochs", "output", "overwrite", "config", "dry_run"}
-NOT_IN_CONFIG = {"resume", "output", "overwrite", "config", "sweep", "sweep_index", "dry_run"}
-SPLIT_FLAGS = ("val_split", "split_seed", "limit_train", "on_bad_image", "decode_size", "window", "include_list", "extra_train",
+NOT_IN_CONFIG = {"resume", "output", "overwrite", "config", "sweep", "sweep_index", "dry_run", "seeds"}
+SPLIT_FLAGS = ("val_split", "split_seed", "limit_train", "limit_labels", "on_bad_image", "decode_size", "window", "include_list", "extra_train",
                "hair_removal", "folds", "fold", "binary", "negatives",
                "table", "image_column", "label_column", "group_column", "split_column", "hf_dataset",
                "text_fields", "tasks")  # fmt: skip
-NOT_STORED = ("limit_train", "on_bad_image", "include_list", "extra_train", "text_fields", "tasks")  # stores hold images with one label
+NOT_STORED = ("limit_train", "limit_labels", "on_bad_image", "include_list", "extra_train", "text_fields", "tasks")  # stores hold images with one label
 STORED_FLAGS = tuple(name for name in SPLIT_FLAGS if name not in NOT_STORED)
 DISK_ERRORS = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
                errno.ENOENT, errno.EIO, errno.ENAMETOOLONG}  # fmt: skip
@@ -58,8 +58,11 @@ def run_script(main, build_parser):
     """
     args = None
     try:
-        args = parse_flags(build_parser(), sys.argv[1:])
-        code = main(args) or 0
+        runs = expand_seeds(build_parser(), sys.argv[1:])
+        runs = [(argv, parse_flags(build_parser(), argv)) for argv in runs]  # a wrong flag stops the first run too
+        for argv, args in runs:
+            sys.argv[1:] = argv  # what results.json tells to repeat
+            code = main(args) or 0
         distributed.stop()
         sys.exit(code)
     except KeyboardInterrupt:
@@ -149,6 +152,8 @@ def add_run_flags(parser, output):
     g.add_argument("--sweep", metavar="GRID.json", help="take flags from a point of this grid: {flag: [values]} or a list of points; runs go to OUTPUT/POINT")
     g.add_argument("--sweep-index", type=NATURAL, metavar="N", help="the grid's point, from 0")
     g.add_argument("--seed", type=NATURAL, default=0, help="fixes weights, order and augmentation, never a split")
+    g.add_argument("--seeds", type=NATURAL, nargs="+", default=argparse.SUPPRESS, metavar="SEED",
+                   help="one run after another with each of these seeds, into OUTPUT_SEED")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     g.add_argument("--save-every", type=NATURAL, default=0, metavar="N", help="keep epoch_N.pth every N epochs; 0 is off")
 
@@ -164,7 +169,7 @@ def add_data_flags(parser, dataset="digits", batch_size=32):
     g.add_argument("--folds", type=number(int, 2), metavar="K", help="cut train and val into K folds, by class, patients whole; with --fold")
     g.add_argument("--fold", type=NATURAL, metavar="I", help="fold I (0 to K - 1) is val; where the dataset has no test (ISIC 2024, csv without split "
                    "column) it is test, and val is split off the rest")  # fmt: skip
-    g.add_argument("--split-seed", type=NATURAL, default=0, help="fixes the val split, the folds, --negatives and --limit-train")
+    g.add_argument("--split-seed", type=NATURAL, default=0, help="fixes the val split, the folds, --negatives, --limit-train and --limit-labels")
     g.add_argument("--limit-train", type=NATURAL, metavar="N", help="train on N images, classes in proportion; 0 is all "
                    "(the default, but 100 for students on digits that are trained with labels)")  # fmt: skip
     g.add_argument("--resolution", type=POSITIVE, help="input side in pixels; by default the dataset's (CIFAR and image "
@@ -242,7 +247,7 @@ def balanced_classes(args, tasks):
 def split_flags(flags):
     """load_splits' keywords from {flag: value} of a run, of any age: those that say something."""
     given = {name: flags.get(name) for name in SPLIT_FLAGS}
-    given["limit_train"] = given["limit_train"] or None  # 0 is all
+    given.update({name: given[name] or None for name in ("limit_train", "limit_labels")})  # 0 is all
     return {name: value for name, value in given.items() if value is not None and value is not False}
 
 
@@ -436,6 +441,33 @@ def _of_script(path, point, script):
     return {**{key: value for key, value in point.items() if not key.endswith(".py")}, **point.get(script, {})}
 
 
+def without_flags(argv, names):
+    """argv without these flags and their values."""
+    kept, skip = [], False
+    for word in argv:
+        if word.startswith("--"):
+            skip = word.split("=")[0] in names
+        if not skip:
+            kept.append(word)
+    return kept
+
+
+def expand_seeds(parser, argv):
+    """[argv], one for each of --seeds: with that --seed, and OUTPUT_SEED for the run folder; [argv] itself without --seeds."""
+    args = parser.parse_args(argv)
+    seeds = getattr(args, "seeds", None)
+    if seeds is None:
+        return [argv]
+    given = {word.split("=")[0] for word in argv}
+    for flag in ("--seed", "--resume"):
+        if flag in given:
+            raise UserError(f"{flag} and --seeds cannot be combined: --seeds makes one run for each seed, in a folder of its own")
+    if len(set(seeds)) < len(seeds):
+        raise UserError(f"--seeds {' '.join(map(str, seeds))}: a seed is named twice")
+    rest = without_flags(argv, ("--seeds", "--output"))
+    return [[*rest, "--seed", str(seed), "--output", f"{args.output.rstrip('/')}_{seed}"] for seed in seeds]
+
+
 def expand_sweep(parser, argv):
     """argv with --sweep GRID --sweep-index N replaced by the point's flags; its run folder is OUTPUT/NAME.
 
@@ -452,14 +484,7 @@ def expand_sweep(parser, argv):
     if args.sweep_index >= len(points):
         raise UserError(f"--sweep-index {args.sweep_index} is past the grid: {args.sweep} has {len(points)} points, 0 to {len(points) - 1}")
     name, values = points[args.sweep_index]
-    kept, skip = [], False
-    for word in argv:
-        if word.split("=")[0] in ("--sweep", "--sweep-index"):
-            skip = "=" not in word
-        elif skip:
-            skip = False
-        else:
-            kept.append(word.replace("{name}", name))
+    kept = [word.replace("{name}", name) for word in without_flags(argv, ("--sweep", "--sweep-index"))]
     given = {parser._option_string_actions[w.split("=")[0]].dest for w in kept if w.split("=")[0] in parser._option_string_actions}
     for key in values:
         dest = key.replace("-", "_")

@@ -54,11 +54,11 @@ class DatasetInfo(NamedTuple):
     std: tuple
     policy: Policy  # augmentation
     val_split: float = 0.1  # share of train, where the dataset has no val of its own
-    student_images: int = 0  # --limit-train of the students; 0 is all
+    student_labels: int = 0  # with which students are trained (--limit-train, of distill.py --limit-labels); 0 is all
 
 
 DATASETS = {
-    # a hundred images: enough to learn from, too few to learn all of it alone, so that a teacher has something to give
+    # a hundred labels: enough to learn from, too few to learn all of it alone, so that a teacher has something to give
     "digits": DatasetInfo("handwriting", 8, (0.305,) * 3, (0.376,) * 3, Policy("pad", 0.125, rotation=10), 0.25, 100),
     "cifar10": DatasetInfo("natural", 32, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), CROP_AND_FLIP),
     "cifar100": DatasetInfo("natural", 32, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), CROP_AND_FLIP),
@@ -95,10 +95,12 @@ class Splits:
     train: ImageDataset = None
     val: ImageDataset = None
     test: ImageDataset = None
+    labelled: int = None  # images of train that keep their labels, where not all do
 
     def __str__(self):
         parts = {k: getattr(self, k) for k in ("train", "val", "test")}
         sizes = ", ".join(f"{len(part)} {k}" for k, part in parts.items() if part is not None)
+        sizes = sizes.replace(" train", f" train ({self.labelled} with labels)") if self.labelled is not None else sizes
         counts = ", ".join(f"{len(names)} classes" + ("" if task == TASK else f" of {task}") for task, names in tasks_of(self.classes).items())
         return f"{self.name}: {sizes}, {counts}"
 
@@ -111,17 +113,24 @@ class Splits:
             "classes": self.classes if isinstance(self.classes, dict) else list(self.classes),
             "sizes": {k: len(v) for k, v in parts.items()},
             "sha256": {k: v.fingerprint(self.classes) for k, v in parts.items()},
+            **({} if self.labelled is None else {"labelled": self._labelled()}),
         }
 
+    def _labelled(self):
+        """{"train", "sha256"} of train's labelled images: number, and fingerprint of a run on them alone."""
+        labels = next(iter(self.train.targets.values()))
+        return {"train": self.labelled, "sha256": self.train.subset(np.flatnonzero(labels >= 0)).fingerprint(self.classes)}
 
-def load_splits(name, root=None, *, val_split=None, split_seed=0, limit_train=None, splits=("train", "val", "test"),
+
+def load_splits(name, root=None, *, val_split=None, split_seed=0, limit_train=None, limit_labels=None, splits=("train", "val", "test"),
                 classes=None, download=False, on_bad_image="error", decode_size=512, window=None, hair_removal=False,
                 folds=None, fold=None, include_list=None, labels=True, **own):
     """Read a dataset's splits; see DATASETS for the names.
 
     root: the folder (medmnist: the .npz, or a folder with one); val_split: share of train that becomes val where the
-    dataset has none of its own (by default DATASETS'); split_seed: fixes val, folds, negatives and limit_train (that
-    many of train, classes in proportion); splits: those wanted, the others are None; classes: the names a checkpoint
+    dataset has none of its own (by default DATASETS'); split_seed: fixes val, folds, negatives, limit_train (that
+    many of train, classes in proportion) and limit_labels (so many keep their labels, the images that limit_train would
+    leave; the others get -1); splits: those wanted, the others are None; classes: the names a checkpoint
     knows, in its order, for an outside test set; window: see `to_uint8`; hair_removal: see `remove_hair`; folds, fold:
     see `_divide`; include_list: a file of images' names, a line each, train keeps only these, or, beside extra_train,
     all of its own and of the extra images these: see `_only_listed`; labels: whether the run needs them, which
@@ -191,10 +200,9 @@ def load_splits(name, root=None, *, val_split=None, split_seed=0, limit_train=No
         setattr(result, split, None)
     if classes is None:
         _check_classes(result, given, labels, name in OWN_OPTIONS or folds or include_list)
-    if limit_train is not None and result.train is not None:
-        if not 1 <= limit_train <= len(result.train):
-            raise DataError(f"--limit-train {limit_train} is not in 1 to {len(result.train)}, the images of train")
-        result.train = limit(result.train, limit_train, split_seed, STREAM_LIMIT)
+    if result.train is not None:
+        result.train = _limited(result.train, limit_train, limit_labels, split_seed)
+        result.labelled = limit_labels
     if hair_removal:
         for part in filter(None, (result.train, result.val, result.test)):
             part.hair_removal = True
@@ -335,6 +343,21 @@ def _only_listed(train, path, pool, own=None):
     if unknown:
         note(counted(unknown, f"names of {path} are not in {where}"))
     return train.subset(np.array([*range(own or 0), *sorted(kept)]))
+
+
+def _limited(train, images, labels, seed):
+    """`images` of train, of which `labels` keep theirs (None: all); chosen alike, so that the fewer are among the more."""
+    for flag, count, most in (("train", images, len(train)), ("labels", labels, images or len(train))):
+        if count is not None and not 1 <= count <= most:
+            raise DataError(f"--limit-{flag} {count} is not in 1 to {most}, the images of train")
+    kept = None if labels is None else limit(train, labels, seed, STREAM_LIMIT).ids
+    if images is not None:
+        train = limit(train, images, seed, STREAM_LIMIT)
+    if labels is not None:
+        unlabelled = np.flatnonzero(~np.isin(train.ids, kept))
+        for values in train.targets.values():
+            values[unlabelled] = -1
+    return train
 
 
 def _check_classes(result, given, labels, refuse):

@@ -318,6 +318,7 @@ def splits_of(checkpoint, dataset=None, data_root=None, split="test", **reading)
     own = dataset in (None, flags["dataset"])
     divided = own and split != "test"  # train and val are the run's own division
     options = split_flags(flags)
+    options.pop("limit_labels", None)  # to be judged, an image needs its label
     if not own:  # how images are read stays; which samples there are is another dataset's own matter
         options = {k: v for k, v in options.items() if k in ("split_seed", "decode_size", "window", "hair_removal")}
     if split != "train":  # what changes train alone may be gone by now

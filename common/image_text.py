@@ -71,7 +71,7 @@ class ImageTextDataset(ImageDataset):
 
     def fingerprint(self, classes=None):
         """SHA-256 over ids, texts and class names of each task, in order of ids; `classes` is its own."""
-        lines = [[i, text, *(self.classes[task][labels[row]] for task, labels in self.targets.items())]
+        lines = [[i, text, *(self.classes[task][labels[row]] if labels[row] >= 0 else "" for task, labels in self.targets.items())]
                  for row, (i, text) in enumerate(zip(self.ids, self.texts))]  # fmt: skip
         return hashlib.sha256(json.dumps([list(self.targets), *sorted(lines)]).encode()).hexdigest()
 

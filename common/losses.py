@@ -53,12 +53,14 @@ def class_weights(spec, labels, num_classes):
     """Weights of the classes (C,) float32 or None: spec is "none", "balanced" or numbers with commas, one a class.
 
     balanced: N / (C * n_c), so that each class has the same sum and the mean over samples is 1 (King and Zeng 2001).
-    labels: (N,) of train.
+    labels: (N,) of train; those of -1 do not count.
     """
     if spec == "none":
         return None
     if spec == "balanced":
-        counts = torch.bincount(torch.as_tensor(labels), minlength=num_classes)
+        labels = torch.as_tensor(labels)
+        labels = labels[labels >= 0]
+        counts = torch.bincount(labels, minlength=num_classes)
         if not counts.all():
             raise LossError(f"--class-weights balanced: class number {int((counts == 0).nonzero()[0])} has no image in train")
         return len(labels) / (num_classes * counts.float())
@@ -74,15 +76,19 @@ def class_weights(spec, labels, num_classes):
 def cross_entropy(logits, labels, label_smoothing=0.0, weights=None, batch_labels=None):
     """Mean cross-entropy in nats.  logits (B, C); labels (B,) int64; weights (C,) of the classes: a weighted mean.
 
+    An image whose label is -1 has none and does not count; without any label the loss is 0.
     batch_labels: those of the whole batch where `labels` are one process's or one step's part of it.  Its mean weight
     is the divisor, so that the mean over equal parts is the weighted mean of the whole.
     """
     with torch.autocast(logits.device.type, enabled=False):
-        if weights is None:
-            return F.cross_entropy(*_float32(logits), labels, label_smoothing=label_smoothing)
-        logits, weights = *_float32(logits), weights.to(logits)
-        losses = F.cross_entropy(logits, labels, weights, label_smoothing=label_smoothing, reduction="none")
-        return losses.mean() / weights[labels if batch_labels is None else batch_labels].mean()
+        (logits,) = _float32(logits)
+        losses = F.cross_entropy(logits, labels, None if weights is None else weights.to(logits), ignore_index=-1,
+                                 label_smoothing=label_smoothing, reduction="none")  # (B,), 0 without a label
+        labels = labels if batch_labels is None else batch_labels
+        counted = (labels >= 0).to(logits)
+        if weights is not None:
+            counted = counted * weights.to(logits)[labels.clamp(min=0)]
+        return losses.mean() / counted.mean().clamp(min=torch.finfo(logits.dtype).tiny)
 
 
 def temperature_kl(student_logits, teacher_logits, temperature=4.0):
@@ -101,9 +107,11 @@ def temperature_kl(student_logits, teacher_logits, temperature=4.0):
 def decoupled_kl(student_logits, teacher_logits, labels, temperature=4.0, alpha=1.0, beta=8.0):
     """DKD: T^2 * (alpha * KL of (target, all others) + beta * KL among the others alone), teacher || student, batchmean.
 
-    Logits (B, C), C of at least 2 (the second KL is 0 at 2); labels (B,) int64.  Zhao et al. 2022, arXiv:2203.08679.
+    Logits (B, C), C of at least 2 (the second KL is 0 at 2); labels (B,) int64, where one is -1 the teacher's class
+    stands in its place.  Zhao et al. 2022, arXiv:2203.08679.
     """
     with torch.autocast(student_logits.device.type, enabled=False):
+        labels = torch.where(labels < 0, teacher_logits.argmax(1), labels)
         columns = torch.arange(student_logits.shape[1] - 1, device=labels.device).expand(len(labels), -1)
         columns = columns + (columns >= labels[:, None])  # (B, C - 1), the target is left out: a mask of -inf gives 0 * inf
         sides = []
@@ -159,8 +167,12 @@ def task_class_weights(spec, targets, sizes):
 
 
 def task_accuracy(out, targets):
-    """Share of right answers in a batch, mean over tasks; a tensor on the device.  out: a model's output; targets: {task: (B,)}."""
-    return torch.stack([(logits.argmax(1) == targets[task]).float().mean() for task, logits in task_logits(out).items()]).mean()
+    """Share of right answers among a batch's labelled images, mean over tasks; a tensor on the device, NaN where none is.
+
+    out: a model's output; targets: {task: (B,)}, -1 without a label.
+    """
+    shares = [(logits.argmax(1) == targets[task]).sum() / (targets[task] >= 0).sum() for task, logits in task_logits(out).items()]
+    return torch.stack(shares).mean()
 
 
 def task_mean(losses, task_weights=None):

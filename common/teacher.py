@@ -143,7 +143,7 @@ class Neighbours:
     def __init__(self, args, device, precision, interrupts):
         same = args.eval_dataset == args.dataset and args.eval_data_root in (None, args.data_root)
         options = cli.split_flags(vars(args)) if same else {name: getattr(args, name) for name in ("split_seed", "decode_size", "on_bad_image")}
-        options.pop("limit_train", None)
+        options = {name: value for name, value in options.items() if name not in ("limit_train", "limit_labels")}
         root = args.eval_data_root or (args.data_root if same else None)
         self.splits = load_splits(args.eval_dataset, cli.data_root(root), splits=("train", "val"), **options)
         self.loaders = [Loader(part, args.batch_size, device, cache=args.cache, workers=args.workers) for part in (self.splits.train, self.splits.val)]

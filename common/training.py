@@ -307,24 +307,30 @@ def file_sha256(path):
 
 
 class Meter:
-    """Sums of an epoch's batch means in this process, kept on the device until they are read."""
+    """Sums of an epoch's batch means in this process, kept on the device until they are read.
+
+    A mean of nothing (NaN: the accuracy of a batch without labels) is left out.
+    """
 
     def __init__(self):
-        self.sums, self.count = {}, 0
+        self.names, self.total = [], 0.0  # (2, K): sums and counts
 
     def add(self, **values):
-        for name, value in values.items():
-            self.sums[name] = self.sums[name] + value.detach() if name in self.sums else value.detach().float().clone()
-        self.count += 1
+        """Scalars on the device, the same names each time."""
+        self.names = list(values)
+        values = torch.stack([value.detach().float() for value in values.values()])
+        there = ~values.isnan()
+        self.total = self.total + torch.stack([torch.where(there, values, 0.0), there.float()])
 
     def means(self):
-        return {name: float(total) / self.count for name, total in self.sums.items()} if self.count else {}
+        return dict(zip(self.names, (self.total[0] / self.total[1]).tolist())) if self.names else {}
 
     def state_dict(self):
-        return {"sums": {name: total.cpu() for name, total in self.sums.items()}, "count": self.count}
+        return {"names": self.names, "total": self.total.cpu() if self.names else None}
 
     def load_state_dict(self, state, device):
-        self.sums, self.count = {name: total.to(device) for name, total in state["sums"].items()}, state["count"]
+        if state["names"]:
+            self.names, self.total = state["names"], state["total"].to(device)
 
 
 class Recorder:

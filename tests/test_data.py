@@ -275,6 +275,23 @@ def test_limit_train_keeps_the_proportions():
     fails("digits", limit_train=0, match="--limit-train 0")
 
 
+@pytest.mark.parametrize("images", [None, 300])
+def test_limit_labels_keeps_those_of_limit_train(images):
+    """All images stay; the labels are those of the images that --limit-train would have left."""
+    few, splits = load_splits("digits", limit_train=100, split_seed=3), load_splits("digits", limit_train=images, limit_labels=100, split_seed=3)
+    train, whole = splits.train, load_splits("digits", limit_train=images, split_seed=3).train
+    assert train.ids == whole.ids and len(train) == (images or 808)
+    kept = np.isin(train.ids, few.train.ids)
+    assert kept.sum() == 100 and (train.labels[kept] == whole.labels[kept]).all() and (train.labels[~kept] == -1).all()
+    assert (splits.val.labels >= 0).all() and (splits.test.labels >= 0).all()
+    told = splits.describe()
+    assert told["labelled"] == {"train": 100, "sha256": few.describe()["sha256"]["train"]}  # what a baseline is found by
+    assert told["sizes"]["train"] == len(train) and "100 with labels" in str(splits)
+    assert "labelled" not in few.describe()
+    fails("digits", limit_labels=809, match="--limit-labels 809 is not in 1 to 808")
+    fails("digits", limit_train=50, limit_labels=51, match="--limit-labels 51 is not in 1 to 50")
+
+
 def test_stratified_rows():
     labels, keys = np.array([0] * 90 + [1] * 9 + [2]), np.random.default_rng(0).integers(-(2**63), 2**63, 100)
     rows = stratified_rows(labels, keys, 10, 0, 1001)

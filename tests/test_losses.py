@@ -14,12 +14,14 @@ from common.losses import (
     LossError,
     class_weights,
     cross_entropy,
+    decoupled_kl,
     embedding_loss,
     feature_cosine,
     feature_mse,
     method_weights,
     orthogonal,
     same_size,
+    task_accuracy,
     temperature_kl,
 )  # fmt: skip
 from common.models import build_model
@@ -418,6 +420,37 @@ def test_weighted_cross_entropy(smoothing):
     assert torch.allclose(sum(parts) / 3, whole)
     alone = [cross_entropy(logits[i : i + 4], labels[i : i + 4], smoothing, weights) for i in (0, 4, 8)]
     assert abs(sum(alone) / 3 - whole) > 0.01  # what a mean of weighted means would be
+
+
+@pytest.mark.parametrize("weights", [None, torch.tensor([0.3, 5.0, 1.0])])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_an_image_without_a_label_does_not_count(weights, smoothing):
+    """torch's mean over the labelled rows alone, also as the mean over equal parts of a batch, some without any label."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(12, 3, generator=generator).requires_grad_()
+    labels = torch.tensor([0, -1, 1, 1, -1, -1, -1, -1, -1, 2, -1, 0])
+    kept = labels >= 0
+    expected = torch.nn.functional.cross_entropy(logits[kept], labels[kept], weights, label_smoothing=smoothing)
+    assert torch.allclose(cross_entropy(logits, labels, smoothing, weights), expected)
+    parts = [cross_entropy(logits[i : i + 4], labels[i : i + 4], smoothing, weights, labels) for i in (0, 4, 8)]
+    assert torch.allclose(sum(parts) / 3, expected) and parts[1] == 0
+    (gradient,) = torch.autograd.grad(cross_entropy(logits, labels, smoothing, weights), logits)
+    assert gradient[~kept].eq(0).all() and gradient[kept].ne(0).all()
+    (gradient,) = torch.autograd.grad(cross_entropy(logits, torch.full((12,), -1), smoothing, weights), logits)
+    assert gradient.eq(0).all()  # and not NaN, where no image has a label
+
+
+def test_what_needs_a_class_without_labels():
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 4, 5, generator=generator)
+    labels, of_teacher = torch.tensor([1, -1, 3, -1]), teacher.argmax(1)
+    filled = torch.tensor([1, of_teacher[1], 3, of_teacher[3]])
+    assert decoupled_kl(student, teacher, labels) == decoupled_kl(student, teacher, filled)
+    student[0, 1] = student[2, 0] = 9  # one right, one wrong of the two that have labels
+    assert task_accuracy({"logits": student}, {"label": labels}) == 0.5
+    assert task_accuracy({"logits": student}, {"label": torch.full((4,), -1)}).isnan()
+    counts = class_weights("balanced", torch.tensor([0, 1, -1, 1, 1, -1]), 2)
+    assert torch.allclose(counts, torch.tensor([4 / 2 / 1, 4 / 2 / 3]))
 
 
 # --------------------------------------------------------------------------------------------------------- embeddings

@@ -3,13 +3,14 @@
 import ast
 import csv
 import json
+import math
 import os
 import re
-import runpy
 import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,39 +29,26 @@ def read(path):
     return json.loads(path.read_text())
 
 
-@pytest.fixture
-def here(monkeypatch, capsys, tmp_path):
-    """Run a whole script in this process, in an empty folder: (exit code, stdout, stderr)."""
-    handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("DATA_ROOT", raising=False)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-    def run(name, *args):
-        monkeypatch.setattr(sys, "argv", [name, *map(str, args)])
-        with pytest.raises(SystemExit) as stop:
-            runpy.run_path(str(ROOT / name), run_name="__main__")
-        return stop.value.code, *capsys.readouterr()
-
-    yield run
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
-@pytest.fixture
-def refused(here):
-    """The script must exit 2 with one line on stderr that holds all of these words."""
-
-    def check(name, *args, words=()):
-        code, _, errors = here(name, *args)
-        assert code == 2 and errors.startswith("error: ") and len(errors.splitlines()) == 1, (code, errors)
-        for word in words:
-            assert str(word) in errors, errors
-
-    return check
-
-
 # -------------------------------------------------------------------------------------------------------- main job
+
+
+def test_few_labels_many_images(here, refused, teacher):
+    """distill.py shows all images and takes the labels that train_student.py --limit-train has; on digits 100 by default."""
+    flags = ["--dataset", "digits", "--epochs", 1, "--batch-size", 64, "--device", "cpu"]
+    taught = [*flags, "--teacher-checkpoint", teacher / "best.pth"]
+    assert here("train_student.py", *flags, "--output", "alone")[0] == 0
+    code, log, _ = here("distill.py", *taught, "--output", "taught")
+    alone, kd = (read(Path(name, "results.json")) for name in ("alone", "taught"))
+    assert code == 0 and "808 train (100 with labels)" in log
+    assert kd["dataset"]["labelled"] == {"train": 100, "sha256": alone["dataset"]["sha256"]["train"]}
+    assert kd["dataset"]["sizes"]["train"] == 808 and alone["dataset"]["sizes"]["train"] == 100
+    row = read(Path("taught/metrics.json"))[0]
+    assert all(math.isfinite(row[f"train_{name}"]) for name in ("loss", "ce", "kl", "accuracy"))
+    assert here("distill.py", *taught, "--limit-labels", 0, "--method", "dkd", "--output", "all")[0] == 0
+    assert "labelled" not in read(Path("all/results.json"))["dataset"]
+    refused("distill.py", *taught, "--sampler", "balanced", words=["--sampler balanced", "--limit-labels 100"])
+    refused("distill.py", *taught, "--method", "tokens", "--limit-labels", 9, words=["--limit-labels", "needs labels"])
+    refused("distill.py", *taught, "--limit-train", 200, "--limit-labels", 201, words=["--limit-labels 201", "200"])
 
 
 def test_the_stages_one_after_the_other(tmp_path, teacher):
