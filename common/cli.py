@@ -354,7 +354,7 @@ def config_argv(parser, values, source):
 
 def read_json(path):
     try:
-        with open(path) as file:
+        with open(path, encoding="utf-8-sig") as file:
             return json.load(file)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None

@@ -21,6 +21,7 @@ from common import distributed
 from common.augment import PRESETS, Policy
 from common.dermatology import BINARY, STREAM_NEGATIVES, add_positives, fixed_test, read_ham10000, read_isic2017, read_isic2024
 from common.images import (
+    HIDDEN,
     IMAGE_SUFFIXES,
     TASK,
     DataError,
@@ -36,7 +37,7 @@ from common.images import (
     to_uint8,
 )
 from common.splitting import check_groups, limit, split_fold, split_off, stratified_rows, without_rows
-from common.tables import counted, note, read_csv
+from common.tables import SPLIT_NAMES, counted, nfc, note, read_csv, sorted_classes
 
 DIGITS_TEST_SHARE = 0.4  # of scikit-learn's 1,797 digits, which come without a split
 STREAM_VAL, STREAM_LIMIT, STREAM_DIGITS_TEST, STREAM_FOLDS = 1001, 1002, 1003, 1006  # of the counter-based generator
@@ -187,6 +188,7 @@ def load_splits(name, root=None, *, val_split=None, split_seed=0, limit_train=No
         parts = {k: without_bad_images(v) for k, v in parts.items()}
     known = {i for part in parts.values() for i in part.ids} if extra_train else None
     pool = [parts[k] for k in ("train", "val") if k in parts and (k == "train" or folds)]  # what train is chosen from
+    given = set() if name == "ham10000" else {"val", "test"} & set(parts) - ({"val"} if folds else set())
     parts = _divide(name, parts, val_split, split_seed, folds, fold, negatives)
     result = Splits(name, DATASETS[name].domain, found if isinstance(found, dict) else list(found), **parts)
     own = len(result.train) if "train" in splits and extra_train else None
@@ -196,8 +198,8 @@ def load_splits(name, root=None, *, val_split=None, split_seed=0, limit_train=No
         result.train = _only_listed(result.train, include_list, pool, own)
     for split in {"train", "val", "test"} - set(splits):
         setattr(result, split, None)
-    if classes is None and (name in OWN_OPTIONS or folds or include_list):
-        _check_classes(result)
+    if classes is None:
+        _check_classes(result, given, labels, name in OWN_OPTIONS or folds or include_list)
     if result.train is not None:
         result.train = _limited(result.train, limit_train, limit_labels, split_seed)
         result.labelled = limit_labels
@@ -228,9 +230,16 @@ def _tree(flag, folder, decode_size, window):
     folder = os.path.realpath(folder)
     paths = listed_images(folder)
     if not paths:
-        raise DataError(f"{flag} {folder} holds no images ({', '.join(IMAGE_SUFFIXES)})")
+        _refuse_without_images(f"{flag} {folder}", folder)
     ids = [path[len(folder.rstrip(os.sep)) + 1 :].replace(os.sep, "/") for path in paths]
     return ImageDataset(ids, np.full(len(ids), -1), paths=paths, decode_size=decode_size, window=window)
+
+
+def _refuse_without_images(what, folder):
+    others = []
+    images_below(folder, others=others)
+    found = f", only {counted(others, 'other files')}" if others else ""
+    raise DataError(f"{what} holds no images ({', '.join(IMAGE_SUFFIXES)}){found}")
 
 
 def _unlabeled(root, decode_size, window, hf_dataset=None):
@@ -351,16 +360,27 @@ def _limited(train, images, labels, seed):
     return train
 
 
-def _check_classes(result):
-    """Refuse a split that lacks a class: its metrics would mean nothing."""
-    for split in ("train", "val", "test"):
-        part = getattr(result, split)
-        for task, names in tasks_of(result.classes).items() if part is not None else ():
-            present = set(part.targets[task].tolist())
-            for label, name in enumerate(names):
-                if label not in present:
-                    raise DataError(f"{split} has no image of the class {name!r} ({len(part)} images): take another --split-seed, fewer folds, "
-                                    "or a larger --val-split or dataset")  # fmt: skip
+def _check_classes(result, given, labels, refuse):
+    """Say which classes a split lacks; with `refuse` that is an error, but in val or test where they are `given`.
+
+    One class alone is refused where the run needs labels.
+    """
+    for task, names in tasks_of(result.classes).items():
+        kind = "" if task == TASK else f"{task} "
+        if len(names) == 1 and labels:
+            raise DataError(f"--dataset {result.name} has one {kind}class only, {names[0]!r}: there is nothing to tell apart")
+        for split in ("train", "val", "test"):
+            part = getattr(result, split)
+            present = set(part.targets[task].tolist() if part is not None else range(len(names)))
+            lacking = [name for label, name in enumerate(names) if label not in present]
+            if not lacking:
+                continue
+            some = ", ".join([*map(repr, lacking[:5]), *(["..."] if lacking[5:] else [])])
+            text = f"{split} has no image of {kind}{some} ({len(part)} images)"
+            if refuse and split not in given:
+                advice = ": take another --split-seed, fewer folds, or a larger --val-split or dataset"
+                raise DataError(text + ("" if given == {"val", "test"} else advice))
+            note(f"{text}: its metrics are of the other classes")
 
 
 def _with_classes(dataset, found, classes, name):
@@ -427,27 +447,38 @@ def _medmnist(root, window):
         raise
     except Exception as error:  # zipfile and numpy raise half a dozen kinds on a damaged file
         raise DataError(f"cannot read {path}: {error}") from None
-    num_classes, parts = 0, {}
+    classes, parts = None, {}
     for split in ("train", "val", "test"):
         images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
+        if images.ndim == 4 and images.shape[3] == 1:
+            images = images[..., 0]
         if images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] != 3) or not len(images):
             raise DataError(f"{path}: {split}_images of shape {images.shape} are no grey or colour images")
         if labels.ndim == 2 and labels.shape[1] == 1:
             labels = labels[:, 0]
         if labels.shape != (len(images),):
-            raise DataError(f"{path}: {split}_labels of shape {labels.shape} are not one class for each image")
+            raise DataError(f"{path}: {split}_labels of shape {labels.shape} are not one class for each image "
+                            "(multi-label data are not supported)")
+        with np.errstate(invalid="ignore"):
+            if labels.dtype.kind == "f" and not (labels % 1).any():  # whole numbers; NaN % 1 is NaN, which counts as true
+                labels = labels.astype(np.int64)
         if labels.dtype.kind not in "ui" or labels.min() < 0:
             raise DataError(f"{path}: {split}_labels are out of range ({labels.dtype}, from {labels.min()})")
         if split == "train":
-            num_classes, present = int(labels.max()) + 1, len(np.unique(labels))
-            if num_classes > 2 * present + 10:  # as 255, a -1 that was written as uint8
-                raise DataError(f"{path}: train_labels are out of range: {labels.max()} where {present} differ")
-        if labels.max() >= num_classes:
-            known = f"train has 0 to {num_classes - 1}"
-            raise DataError(f"{path}: {split}_labels are out of range: {labels.max()}, {known}")
+            classes = np.unique(labels)  # from 0 in MedMNIST's own files, from 1 in others
+            if classes[-1] >= 2 * len(classes) + 10:  # as 255, a -1 that was written as uint8
+                raise DataError(f"{path}: train_labels are out of range: {labels.max()} where {len(classes)} differ")
+        unknown = np.setdiff1d(labels, classes)
+        if len(unknown):
+            known = ", ".join(map(str, classes[:12]))
+            raise DataError(f"{path}: {split}_labels are out of range: {unknown[-1]}, train has {known}")
+        labels = np.searchsorted(classes, labels)
         images = to_uint8(images, window, f"{path}: {split}_images")
         parts[split] = ImageDataset([f"{split}/{i:06d}" for i in range(len(images))], labels, images)
-    return parts, [str(i) for i in range(num_classes)]
+    side, default = parts["train"].images.shape[1], DATASETS["medmnist"].resolution
+    if side > default:
+        note(f"{path} has images of {side} px: --resolution {side} keeps them, the default is {default}")
+    return parts, [str(i) for i in classes]
 
 
 def _imagefolder(root, splits, classes, decode_size, window):
@@ -455,35 +486,50 @@ def _imagefolder(root, splits, classes, decode_size, window):
         raise DataError("--dataset imagefolder needs --data-root FOLDER with train/ and test/ (val/ if there is one)")
     if not os.path.isdir(root):
         raise DataError(f"--data-root {root} is no folder")
-    parts, found = {}, list(classes) if classes is not None else None
-    own_val, wanted = os.path.isdir(os.path.join(root, "val")), set(splits)
-    if "train" in wanted or ("val" in wanted and not own_val):  # val is split off train where it has no folder
+    folders, parts, wanted, found = _split_folders(root), {}, set(splits), list(classes) if classes is not None else None
+    if "train" in wanted or ("val" in wanted and "val" not in folders):  # val is split off train where it has no folder
         wanted |= {"train", "val"}
     for split in ("train", "val", "test"):
-        folder = os.path.join(root, split)
-        if split not in wanted or (split == "val" and not own_val):
+        if split not in wanted or (split == "val" and "val" not in folders):
             continue
-        if not os.path.isdir(folder):
+        if split not in folders:
             raise DataError(f"{root} has no folder {split}/: imagefolder wants train/CLASS/..., test/CLASS/...")
-        names = sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
+        folder, paths, labels, others = os.path.join(root, folders[split]), [], [], []
+        names = sorted((nfc(e.name), e.path) for e in os.scandir(folder) if e.is_dir() and not e.name.startswith(HIDDEN))
         if not names:
             raise DataError(f"{folder} has no class folders")
         if found is None:
-            found = names
-        unknown = [n for n in names if n not in found]
+            found = sorted_classes(folder, [name for name, _ in names])
+        place = {nfc(name): label for label, name in enumerate(found)}
+        unknown = [name for name, _ in names if name not in place]
         if unknown:
             where = "train/ has not" if classes is None else "the checkpoint does not know"
             raise DataError(f"{folder} has class folders that {where}: {', '.join(unknown[:5])}")
-        paths, labels = [], []
-        for name in names:
-            files = images_below(os.path.join(folder, name))
-            if not files:
-                raise DataError(f"{os.path.join(folder, name)} has no images ({', '.join(IMAGE_SUFFIXES[:4])}, ...)")
+        for name, below in names:
+            files = images_below(below, others=others)
+            if not files and split == "train":  # in val and test a class may be absent
+                _refuse_without_images(below, below)
             paths += files
-            labels += [found.index(name)] * len(files)
+            labels += [place[name]] * len(files)
+        if not paths:
+            _refuse_without_images(folder, folder)
+        if others:
+            note(counted(others, f"files in {folder} have no image's ending and are not used"))
         ids = [os.path.relpath(p, root).replace(os.sep, "/") for p in paths]
         parts[split] = ImageDataset(ids, labels, paths=paths, decode_size=decode_size, window=window)
     return parts, found
+
+
+def _split_folders(root):
+    """{split: its folder in root}: train, val, test, or else one of SPLIT_NAMES in any case, which is noted."""
+    folders = {}
+    for name in sorted(os.listdir(root), key=lambda name: (name not in SPLIT_NAMES.values(), name)):
+        split = SPLIT_NAMES.get(name.lower())
+        if split and os.path.isdir(os.path.join(root, name)):
+            taken = folders.setdefault(split, name)
+            if name != split:
+                note(f"{root}: {name}/ is " + (f"taken as {split}" if taken == name else f"not used beside {taken}/"))
+    return folders
 
 
 def without_bad_images(dataset):

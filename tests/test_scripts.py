@@ -181,6 +181,8 @@ def test_config_file_and_command_line(tmp_path, here):
     assert here("train_student.py", "--config", "c.json", "--lr", 0.02)[0] == 0
     flags = read(tmp_path / "runs/student/config.json")["flags"]
     assert flags["lr"] == 0.02 and flags["epochs"] == 1 and flags["nesterov"] is True
+    config = tmp_path / "runs/student/config.json"
+    config.write_bytes(b"\xef\xbb\xbf" + config.read_bytes())  # the byte order mark of a Windows editor
     assert here("train_student.py", "--config", "runs/student/config.json", "--output", "again")[0] == 0
     assert read(tmp_path / "again/results.json")["test"] == read(tmp_path / "runs/student/results.json")["test"]
 
