@@ -626,7 +626,7 @@ def load_weights(model, state, source):
             raise ModelError(f"{source} holds no state dict of tensors; {keys}")
         count, path, names, wrong = min(complaints, key=lambda found: found[0])
         more = f" (and {count - 1} more)" if count > 1 else ""
-        begin = _few(dict.fromkeys(".".join(name.split(".")[:2]) + "." for name in names if "." in name))
+        begin = _few(dict.fromkeys(".".join(name.split(".")[:-1][:2]) + "." for name in names if "." in name))
         raise ModelError(f"{source} does not fit {model.name}: {wrong[0]}{more}; its names begin with {begin}" + (f"; {keys}" if path else ""))
     path, names, prefix, part, known, kept = fitting[0]
     model.backbone.load_state_dict(part, strict=True)

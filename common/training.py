@@ -309,15 +309,15 @@ def start_weights(model, weights=None, init_checkpoint=None, flag="--weights"):
     """Load --weights FILE or --init-checkpoint FILE into a new model; returns a line for the log, or None; flag: for messages."""
     if weights and init_checkpoint:
         raise UserError("--weights and --init-checkpoint contradict each other: give one of them")
-    if init_checkpoint:
-        checkpoint = load_checkpoint(init_checkpoint)
-        taken = load_weights(model, checkpoint["model"], init_checkpoint)
-        model.mean, model.std = checkpoint["preprocess"]["mean"], checkpoint["preprocess"]["std"]
-    elif weights:
+    path = weights or init_checkpoint
+    if path:
         try:
-            taken = load_weights(model, load_tensors(weights), weights)
+            state = load_checkpoint(path) if init_checkpoint else load_tensors(path)
         except UserError as error:
-            raise UserError(f"{flag} {error}") from None
+            raise UserError(f"{'--init-checkpoint' if init_checkpoint else flag} {error}") from None
+        taken = load_weights(model, state, path)
+        if "preprocess" in state:  # of a checkpoint of these scripts
+            model.mean, model.std = state["preprocess"]["mean"], state["preprocess"]["std"]
     elif model.known_classes is None:
         return None
     else:
