@@ -101,7 +101,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return "".join(indent + line for line in text.splitlines(keepends=True))
 
     def _get_help_string(self, action):
-        if action.default in (None, False) or isinstance(action, argparse._StoreTrueAction):
+        if action.default is None or action.default is False or isinstance(action, argparse._StoreTrueAction):
             return action.help
         return super()._get_help_string(action)
 
