@@ -430,10 +430,8 @@ def test_a_file_that_copies_out_alone(tmp_path, name):
     assert done.returncode == 0, done.stderr
 
 
-def test_a_teacher_of_another_split_is_noted(teacher, here):
-    flags = [*SMALL, "--epochs", 1, "--teacher-checkpoint", teacher / "best.pth"]
-    assert "--split-seed (0)" in here("distill.py", *flags, "--split-seed", 1, "--output", "a")[1]
-    assert "note:" not in here("distill.py", *flags, "--output", "b")[1]
+def test_another_split_than_the_teacher_s_is_refused(teacher, refused):
+    refused("distill.py", *SMALL, "--teacher-checkpoint", teacher / "best.pth", "--split-seed", 1, words=["--split-seed 1", "trained with 0", teacher])
 
 
 # ------------------------------------------------------------------------------------------------------------- shape
