@@ -607,45 +607,30 @@ def load_weights(model, state, source):
     "teacher.backbone."), and what lies outside it is left out.  source: for messages.  Returns what was taken, in words.
     Raises ModelError.
     """
-    fitting, complaints = [], []
-    for path, names in sorted(_state_dicts(state), key=lambda found: _rank(found[0])):
-        fits = {}
-        for prefix in _prefixes(names, model.backbone.state_dict()):
-            part, known, kept, wrong = _fit(model, names, prefix)
-            if not wrong:
-                fits[prefix] = part, known, kept
-            else:
-                complaints.append((len(wrong), path, names, wrong))
-        if len(fits) > 1:
-            parts = ", ".join(f"{prefix}*" for prefix in fits)
-            raise ModelError(f"{source} holds several parts that fit {model.name}: {parts}; save the one that is meant alone")
-        fitting += [(path, names, prefix, *fit) for prefix, fit in fits.items()]
+    found = sorted(_state_dicts(state), key=lambda found: min([PREFERRED.index(key) for key in found[0].split(".") if key in PREFERRED] or [99]))
+    tried = [(path, names, prefix, *_fit(model, names, prefix)) for path, names in found for prefix in _prefixes(names, model.backbone.state_dict())]
+    fitting = [fit for fit in tried if not fit[-1]]
     if not fitting:
-        keys = f"its keys: {_few(map(str, state))}" if isinstance(state, dict) else f"it is a {type(state).__name__}"
-        if not complaints:
-            raise ModelError(f"{source} holds no state dict of tensors; {keys}")
-        count, path, names, wrong = min(complaints, key=lambda found: found[0])
-        more = f" (and {count - 1} more)" if count > 1 else ""
-        begin = _few(dict.fromkeys(".".join(name.split(".")[:-1][:2]) + "." for name in names if "." in name))
-        raise ModelError(f"{source} does not fit {model.name}: {wrong[0]}{more}; its names begin with {begin}" + (f"; {keys}" if path else ""))
-    path, names, prefix, part, known, kept = fitting[0]
+        text = "holds no state dict of tensors"
+        if tried:
+            _, names, *_, wrong = min(tried, key=lambda fit: len(fit[-1]))
+            begin = _few(".".join(name.split(".")[:-1][:2]) + "." for name in names)
+            text = f"does not fit {model.name}: {wrong[0]} (and {len(wrong) - 1} more); its names begin with {begin}"
+        raise ModelError(f"{source} {text}; its keys: {_few(state if isinstance(state, dict) else [])}")
+    path, names, prefix, part, known, kept, _ = fitting[0]
+    alike = [f"{fit[2]}*" for fit in fitting if fit[0] == path]
+    if len(alike) > 1:
+        raise ModelError(f"{source} holds several parts that fit {model.name}: {_few(alike)}; save the one that is meant alone")
     model.backbone.load_state_dict(part, strict=True)
     model.take_pretrained(known, kept)
-    others = [found[0] for found in fitting[1:]]
-    depth = max(1, prefix.count("."))
-    left = dict.fromkeys(".".join(name.split(".")[:depth]) + ".*" for name in names if not name.startswith(prefix))
-    taken = [f"{path}, not {_few(others)}" if others else path, prefix and f"{prefix}*", f"left out: {_few(left)}" if left else ""]
-    return f"{source}" + (f" ({'; '.join(filter(None, taken))})" if any(taken) else "")
+    others = _few(fit[0] for fit in fitting[1:])
+    left = _few(".".join(name.split(".")[: prefix.count(".")]) + ".*" for name in names if not name.startswith(prefix))
+    taken = [path + (others and f", not {others}"), prefix and f"{prefix}*", left and f"left out: {left}"]
+    return " ".join([source, *([f"({'; '.join(filter(None, taken))})"] if any(taken) else [])])
 
 
-def _few(names, most=8):
-    names = list(names)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def _rank(path):
-    """Of a state dict that lies below these keys, see PREFERRED."""
-    return min((PREFERRED.index(key) for key in path.split(".") if key in PREFERRED), default=len(PREFERRED))
+def _few(names):
+    return ", ".join(dict.fromkeys(map(str, names)))[:200]
 
 
 def _state_dicts(state, path=""):
