@@ -46,8 +46,8 @@ from common.training import (
     file_sha256,
     load_checkpoint,
     load_model,
-    select_device,
     need_head,
+    select_device,
     start_weights,
     use_compile,
 )
@@ -146,7 +146,8 @@ def settle(args):
     flags = checkpoint["flags"] if checkpoint else {"dataset": "digits", "data_root": None}
     if args.images:
         args.hair_removal = args.hair_removal or bool(flags.get("hair_removal"))
-        args.window, args.decode_size = args.window or flags.get("window"), args.decode_size or flags.get("decode_size", 512)
+        args.window = args.window or flags.get("window")
+        args.decode_size = args.decode_size or flags.get("decode_size", 512)
         args.split_seed = 0
         return checkpoint
     args.dataset = args.dataset or ("unlabeled" if args.hf_dataset else flags["dataset"])

@@ -32,11 +32,12 @@ SCRIPT_FOLDER = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 RESUME_MAY_CHANGE = {"resume", "device", "workers", "epochs", "output", "overwrite", "config", "dry_run"}
 NOT_IN_CONFIG = {"resume", "output", "overwrite", "config", "sweep", "sweep_index", "dry_run"}
 SPLIT_FLAGS = ("limit_train", "on_bad_image", "include_list", "extra_train",
-               "val_split", "split_seed", "decode_size", "window", "hair_removal", "folds", "fold", "binary", "negatives",
+               "val_split", "split_seed", "decode_size", "window", "hair_removal",
+               "folds", "fold", "binary", "negatives",
                "table", "image_column", "label_column", "group_column", "split_column", "hf_dataset",
                "text_fields", "tasks")  # fmt: skip
 NOT_STORED = ("limit_train", "on_bad_image", "include_list", "extra_train", "text_fields", "tasks")  # stores hold images with one label
-DIVISION = ("val_split", "split_seed", "folds", "fold", "group_column", "split_column")  # what makes an image one of val
+DIVISION = ("val_split", "split_seed", "folds", "fold", "group_column", "split_column")  # what makes an image val
 STORED_FLAGS = tuple(name for name in SPLIT_FLAGS if name not in NOT_STORED)
 DISK_ERRORS = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
                errno.ENOENT, errno.EIO, errno.ENAMETOOLONG}  # fmt: skip
@@ -264,8 +265,10 @@ def take_split_flags(args, flags, path):
         if name == "val_split" and theirs is None:
             theirs = DATASETS[args.dataset].val_split
         if name in DIVISION and own != theirs and roots[0] == roots[1]:
-            flag = f"--{name.replace('_', '-')}"
-            raise UserError(f"{flag} {own}: {path} was trained with {'none' if theirs is None else theirs}, so it knows images of this val; leave {flag} out")
+            flag, theirs = f"--{name.replace('_', '-')}", "none" if theirs is None else theirs
+            raise UserError(
+                f"{flag} {own}: {path} was trained with {theirs}, so it knows images of this val; leave {flag} out"
+            )
 
 
 def add_augment_flags(parser):

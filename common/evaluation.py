@@ -122,10 +122,10 @@ def live_teacher(teacher, preprocess, augment, precision):
 
 
 def chance_auc(labels):
-    """The AUC that guesses on `labels` (N,) stay below: 0.5 and two standard deviations; infinity where one class alone occurs.
+    """The AUC that guesses on `labels` (N,) stay below: 0.5 and two standard deviations; infinity for one class alone.
 
-    Of guesses the AUC of n1 against n0 has the variance (n1 + n0 + 1) / (12 n1 n0), Mann and Whitney 1947.  The mean over
-    classes deviates by the mean of their deviations at most, however their scores depend on each other.
+    Of guesses the AUC of n1 against n0 has the variance (n1 + n0 + 1) / (12 n1 n0), Mann and Whitney 1947.  The mean
+    over classes deviates by the mean of their deviations at most, however their scores depend on each other.
     """
     counts = np.unique(labels, return_counts=True)[1].astype(float)
     others = len(labels) - counts

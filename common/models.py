@@ -222,7 +222,8 @@ class ImageModel(nn.Module):
     """A backbone (ours, timm's or Hugging Face's) behind `model(batch) -> dict`, see the head of this file.
 
     `build_args` rebuild it: `build_model(**build_args)`, never asking a hub.  `mean`, `std`: what its pretrained
-    weights expect, or None.  `known_classes`: of the head that came with its weights, 0 if none did; None: they are random.
+    weights expect, or None.  `known_classes`: of the head that came with its weights, 0 if none did; None: they are
+    random.
     """
 
     kind = "image"  # of a checkpoint
@@ -294,7 +295,7 @@ class ImageModel(nn.Module):
         return list(found) if isinstance(found, (tuple, list)) else [found]
 
     def take_pretrained(self, known_classes, head_kept):
-        """Note whose weights these are now: their normalization, and a new head that starts near 0 where theirs was not kept.
+        """Note that these weights are pretrained: their normalization, and a small new head if theirs is not kept.
 
         timm draws some heads so large (EfficientNet's from -0.41 to 0.41) that the first steps undo what was learned.
         """
@@ -596,7 +597,7 @@ def _one_line(error):
     return text[:200] or type(error).__name__
 
 
-# of several state dicts in a file that fit, the first of these is taken: averages before what they average, as timm does
+# of several state dicts that fit, the first of these is taken: averages before what they average, as in timm
 PREFERRED = ("state_dict_ema", "model_ema", "ema", "state_dict", "model", "model_state_dict", "teacher")
 
 
@@ -604,11 +605,18 @@ def load_weights(model, state, source):
     """Load a foreign state dict into the backbone, strictly; a head of another number of classes is made anew.
 
     state: {name: tensor}, or a dict that holds such dicts; all names of the backbone may have a prefix ("module.",
-    "teacher.backbone."), and what lies outside it is left out.  source: for messages.  Returns what was taken, in words.
-    Raises ModelError.
+    "teacher.backbone."), and what lies outside it is left out.  source: for messages.  Returns in words what
+    was taken.  Raises ModelError.
     """
-    found = sorted(_state_dicts(state), key=lambda found: min([PREFERRED.index(key) for key in found[0].split(".") if key in PREFERRED] or [99]))
-    tried = [(path, names, prefix, *_fit(model, names, prefix)) for path, names in found for prefix in _prefixes(names, model.backbone.state_dict())]
+
+    def rank(found):
+        return min((PREFERRED.index(key) for key in found[0].split(".") if key in PREFERRED), default=len(PREFERRED))
+
+    own = model.backbone.state_dict()
+    tried = [
+        (path, names, prefix, *_fit(model, names, prefix))
+        for path, names in sorted(_state_dicts(state), key=rank) for prefix in _prefixes(names, own)
+    ]  # fmt: skip
     fitting = [fit for fit in tried if not fit[-1]]
     if not fitting:
         text = "holds no state dict of tensors"
@@ -620,7 +628,7 @@ def load_weights(model, state, source):
     path, names, prefix, part, known, kept, _ = fitting[0]
     alike = [f"{fit[2]}*" for fit in fitting if fit[0] == path]
     if len(alike) > 1:
-        raise ModelError(f"{source} holds several parts that fit {model.name}: {_few(alike)}; save the one that is meant alone")
+        raise ModelError(f"{source} has several parts that fit {model.name}, {_few(alike)}: save the one that is meant")
     model.backbone.load_state_dict(part, strict=True)
     model.take_pretrained(known, kept)
     others = _few(fit[0] for fit in fitting[1:])

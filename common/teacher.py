@@ -14,7 +14,7 @@ from common.augment import Policy
 from common.data import DATASETS, load_splits
 from common.embeddings import Store, StoredTeacher, difference, split_folder
 from common.evaluation import chance_auc, live_teacher, outputs, predict, task_metrics
-from common.images import TASK, in_words, tasks_of
+from common.images import TASK, in_words
 from common.loader import Loader
 from common.losses import FEATURE_TERMS, LOGIT_TERMS, RELATIONS, uses
 from common.metrics import classification
@@ -110,8 +110,8 @@ def load_teacher(args, path, checkpoint, classes, resolution, info):
         teacher, preprocess = load_model(checkpoint, resolution=args.teacher_resolution, path=path)
         sha = file_sha256(path)
         weights = f"weights of {path}"
-    described = {"name": teacher.name, "family": teacher.family, "parameters": teacher.num_parameters, "checkpoint": path, "sha256": sha,
-                 "weights": weights, "normalization": str(preprocess)}  # fmt: skip
+    described = {"name": teacher.name, "family": teacher.family, "parameters": teacher.num_parameters}
+    described.update(checkpoint=path, sha256=sha, weights=weights, normalization=str(preprocess))
     return teacher, preprocess, described
 
 
@@ -169,8 +169,8 @@ def judge_teacher(source, logits, splits, neighbours, args):
         source.described["val"] = task_metrics(logits, splits.val.targets)
         text += f", val accuracy {source.described['val']['accuracy']:.4f}"
         for task in logits:
-            auc = source.described["val"]["auc" if len(logits) == 1 else f"{task}_auc"]
-            text += check_teacher(auc, splits.val.targets[task], args.allow_weak_teacher, "" if task == TASK else f"in {task} ")
+            auc, how = source.described["val"]["auc" if len(logits) == 1 else f"{task}_auc"], f"in {task} "
+            text += check_teacher(auc, splits.val.targets[task], args.allow_weak_teacher, "" if task == TASK else how)
     if neighbours and source.model:
         source.described["knn"] = neighbours(*source.model)
         found, eval_set = source.described["knn"], neighbours.splits
@@ -190,8 +190,11 @@ def check_teacher(auc, labels, allow_weak, how=""):
     chance = chance_auc(labels)
     if chance >= 1:
         return f", {how}not judged: {len(labels)} val images are too few"
-    figure = "no AUC, its outputs are not finite" if auc is None else f"AUC {auc:.4f}, guessing gives up to {chance:.4f}"
+    figure = f"guessing gives up to {chance:.4f}"
+    figure = "no AUC, its outputs are not finite" if auc is None else f"AUC {auc:.4f}, {figure}"
     if (auc is None or auc < chance) and not allow_weak:
-        raise cli.UserError(f"the teacher is {how}no better than chance on val ({figure}): wrong checkpoint, "
-                            "classes or preprocessing? --allow-weak-teacher goes on")  # fmt: skip
+        raise cli.UserError(
+            f"the teacher is {how}no better than chance on val ({figure}): wrong checkpoint, "
+            "classes or preprocessing? --allow-weak-teacher goes on"
+        )
     return f", {how}{figure}"

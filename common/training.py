@@ -136,7 +136,7 @@ class Preprocess:
 
     @classmethod
     def of_new(cls, model, resolution, dataset, info):
-        """Of a model that is no checkpoint's: what its weights expect, else mean and std of the dataset (name, DatasetInfo)."""
+        """Of a model that is no checkpoint's: what its weights expect, else what suits the dataset (name and info)."""
         if model.mean:
             return cls(resolution, model.mean, model.std, source=f"the weights of {model.name}").reads(model)
         assumed = getattr(model, "known_classes", None) is not None
@@ -229,7 +229,7 @@ def load_tensors(path):
     if start.isascii() and min(start, default=9) >= 9:
         what = f"begins with the text {start.decode()!r}" if start else "is empty"
         raise UserError(f"{path} {what}: it is damaged or was not downloaded")
-    torch.serialization.add_safe_globals([argparse.Namespace])  # a plain holder of values, which many training scripts save
+    torch.serialization.add_safe_globals([argparse.Namespace])  # a plain holder of values that many scripts save
     try:
         if start[8:9] == b"{":  # whatever the file's name
             from safetensors.torch import load_file
@@ -240,9 +240,11 @@ def load_tensors(path):
         text = str(error)
         refused, reason = re.search(r"GLOBAL (\S+)", text), re.search(r"WeightsUnpickler error:\s*(\S.*)", text)
         if refused:
-            raise UserError(f"{path} holds a {refused[1]}, and loading that could run code: save its tensors alone, "
-                            "torch.save(model.state_dict(), FILE)") from None  # fmt: skip
-        reason = reason[1] if reason else next((line for line in text.splitlines() if line.strip()), type(error).__name__)
+            raise UserError(
+                f"{path} holds a {refused[1]}, and loading that could run code: save its tensors alone, "
+                "torch.save(model.state_dict(), FILE)"
+            ) from None
+        reason = reason[1] if reason else [*text.strip().splitlines(), type(error).__name__][0]
         raise UserError(f"{path} is damaged: {reason[:160]}") from None
 
 
@@ -323,7 +325,8 @@ def start_weights(model, weights=None, init_checkpoint=None, flag="--weights"):
     else:
         taken = model.name
     wanted, known = model.build_args["num_classes"], model.known_classes
-    return f"weights of {taken}" + (f", with a new head of {wanted} classes: theirs has {known or 'none'}" if wanted not in (0, known) else "")
+    new = f", with a new head of {wanted} classes: theirs has {known or 'none'}"
+    return f"weights of {taken}" + (new if wanted not in (0, known) else "")
 
 
 def need_head(model, classes, weights):
@@ -331,8 +334,10 @@ def need_head(model, classes, weights):
     known = model.known_classes
     if known != len(classes):
         head = f"a head of {known} classes" if known else "no head that can be kept"
-        raise UserError(f"{weights or model.name} has {head}, the data have {len(classes)}: its logits would mean nothing; "
-                        "fine-tune it with train_teacher.py, or take a method without logits (rkd, mmd, tokens, ...)")  # fmt: skip
+        raise UserError(
+            f"{weights or model.name} has {head}, the data have {len(classes)}: its logits would mean nothing; "
+            "fine-tune it with train_teacher.py, or take a method without logits (rkd, mmd, tokens, ...)"
+        )
 
 
 def file_sha256(path):
