@@ -43,7 +43,7 @@ from common.losses import (
 )
 from common.metrics import CLASSIFICATION, FIDELITY
 from common.optimizer import make_updater
-from common.teacher import NEIGHBOURS, Neighbours, differences, judge_teacher, live_source, need_image_model, open_stores, stored_source
+from common.teacher import NEIGHBOURS, Neighbours, judge_teacher, live_source, need_image_model, open_stores, stored_source
 from common.training import (
     Interrupts,
     Precision,
@@ -70,6 +70,7 @@ def build_parser():
     cli.add_image_text_flags(parser, text_model="bert-tiny-scratch")
     cli.add_training_flags(parser, epochs=None, select=(*CLASSIFICATION, *FIDELITY, "distillation_loss"))
     parser.set_defaults(**dict.fromkeys(DEFAULTS), select_metric=None)  # the method's, see settle
+    parser.set_defaults(split_seed=None, decode_size=None)  # the teacher's
     g = parser.add_argument_group("teacher")
     g.add_argument("--teacher-checkpoint", metavar="FILE", help=f"a checkpoint of these scripts ({DEFAULT_TEACHER})")
     g.add_argument("--teacher-model", metavar="NAME", help="a model by name, as --model, with --teacher-pretrained or --teacher-weights")
@@ -211,15 +212,17 @@ def teacher_checkpoint(args):
     return path, load_checkpoint(path)
 
 
-def take_dataset_from(checkpoint, args, labelled):
-    """Settle --dataset, --data-root and --limit-labels where they are not given."""
+def take_dataset_from(checkpoint, path, args, labelled):
+    """Settle --dataset, --data-root, --limit-labels and the division into train and val where they are not given."""
     if args.hf_dataset:
         args.dataset = args.dataset or "unlabeled"
     taught = checkpoint["flags"] if checkpoint else {"dataset": "digits", "data_root": None}
     args.dataset = args.dataset or taught["dataset"]
     if args.dataset == taught["dataset"]:
         args.data_root = args.data_root or (None if args.hf_dataset else taught["data_root"])
-        cli.take_split_flags(args, taught)
+        if checkpoint:
+            cli.take_split_flags(args, taught, path)
+    args.split_seed, args.decode_size = args.split_seed or 0, args.decode_size or 512
     if args.limit_labels is None:  # labels are scarce, images are not
         args.limit_labels = DATASETS[args.dataset].student_labels if labelled and not args.limit_train else 0
     if args.limit_labels and args.sampler == "balanced":
@@ -264,7 +267,7 @@ def main(args):
     # data: the teacher's dataset where none is named
     stores = open_stores(args)
     teacher_path, checkpoint = (None, None) if stores else teacher_checkpoint(args)
-    take_dataset_from(checkpoint, args, labelled)
+    take_dataset_from(checkpoint, teacher_path, args, labelled)
     info = DATASETS[args.dataset]
     resolution = args.resolution or info.resolution
     policy = stores["train"].policy if stores else cli.augment_policy(args)
@@ -283,7 +286,7 @@ def main(args):
     else:
         source = live_source(args, weights, teacher_path, checkpoint, splits, resolution, augment, precision, interrupts)
     model, weights_from = start_model(args, classes, resolution, getattr(splits.train, "texts", None))
-    preprocess = Preprocess(resolution, model.mean or info.mean, model.std or info.std).reads(model)
+    preprocess = Preprocess.of_new(model, resolution, args.dataset, info)
     preprocess.prepare(splits.train, splits.val)  # texts become numbers once
     for flag in [f for f, given in (("--pooling", args.pooling), ("--local-crops", local_crops), ("--eval-dataset", neighbours)) if given]:
         need_image_model(model, flag)
@@ -308,9 +311,9 @@ def main(args):
 
     # the teacher is judged before it teaches; val images are plain, so its logits there are computed once
     teacher_logits = {"val": source.logits("val", val)}
+    if source.model:
+        run.log(f"teacher: {source.described['weights']}; normalization: {source.described['normalization']}")
     run.log(judge_teacher(source, teacher_logits["val"], splits, neighbours, args))
-    for note in differences(checkpoint, args):
-        run.log(note)
 
     # run folder
     recorder = Recorder(
@@ -321,6 +324,7 @@ def main(args):
     )  # fmt: skip
     recorder.open(args)
     run.log(f"{model.name}: {model.num_parameters:,} parameters, {resolution} px, {device}, {precision.name}")
+    run.log(f"normalization: {preprocess}")
     run.log(f"{splits}, {train.cache_kind} cache")
     run.log(f"{args.method}: " + " + ".join(f"{value:g} * {name}" for name, value in criterion.weights.items()))
     if weights_from:

@@ -55,7 +55,7 @@ def main(args):
 
     # model, optimizer
     model, weights_from = start_model(args, splits.classes, resolution, getattr(splits.train, "texts", None))
-    preprocess = Preprocess(resolution, model.mean or info.mean, model.std or info.std).reads(model)
+    preprocess = Preprocess.of_new(model, resolution, args.dataset, info)
     preprocess.prepare(splits.train, splits.val)  # texts become numbers once
     model.to(device).to(memory_format=torch.channels_last)
     if use_compile(args.compile, device):
@@ -77,6 +77,7 @@ def main(args):
     )  # fmt: skip
     recorder.open(args)
     run.log(f"{model.name}: {model.num_parameters:,} parameters, {resolution} px, {device}, {precision.name}")
+    run.log(f"normalization: {preprocess}")
     run.log(f"{splits}, {train.cache_kind} cache")
     if weights_from:
         run.log(weights_from)

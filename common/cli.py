@@ -31,11 +31,13 @@ from common.metrics import CLASSIFICATION
 SCRIPT_FOLDER = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 RESUME_MAY_CHANGE = {"resume", "device", "workers", "epochs", "output", "overwrite", "config", "dry_run"}
 NOT_IN_CONFIG = {"resume", "output", "overwrite", "config", "sweep", "sweep_index", "dry_run", "seeds"}
-SPLIT_FLAGS = ("val_split", "split_seed", "limit_train", "limit_labels", "on_bad_image", "decode_size", "window", "include_list", "extra_train",
-               "hair_removal", "folds", "fold", "binary", "negatives",
+SPLIT_FLAGS = ("limit_train", "limit_labels", "on_bad_image", "include_list", "extra_train",
+               "val_split", "split_seed", "decode_size", "window", "hair_removal",
+               "folds", "fold", "binary", "negatives",
                "table", "image_column", "label_column", "group_column", "split_column", "hf_dataset",
                "text_fields", "tasks")  # fmt: skip
-NOT_STORED = ("limit_train", "limit_labels", "on_bad_image", "include_list", "extra_train", "text_fields", "tasks")  # stores hold images with one label
+NOT_STORED = ("limit_train", "limit_labels", "on_bad_image", "include_list", "extra_train", "text_fields", "tasks")  # stores: one label an image
+DIVISION = ("val_split", "split_seed", "folds", "fold", "group_column", "split_column")  # what makes an image val
 STORED_FLAGS = tuple(name for name in SPLIT_FLAGS if name not in NOT_STORED)
 DISK_ERRORS = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
                errno.ENOENT, errno.EIO, errno.ENAMETOOLONG}  # fmt: skip
@@ -103,7 +105,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return "".join(indent + line for line in text.splitlines(keepends=True))
 
     def _get_help_string(self, action):
-        if action.default in (None, False) or isinstance(action, argparse._StoreTrueAction):
+        if action.default is None or action.default is False or isinstance(action, argparse._StoreTrueAction):
             return action.help
         return super()._get_help_string(action)
 
@@ -251,14 +253,27 @@ def split_flags(flags):
     return {name: value for name, value in given.items() if value is not None and value is not False}
 
 
-def take_split_flags(args, flags):
-    """Settle, where they are not given, the flags that say what the samples are, from another run on the same data."""
-    for name in SPLIT_FLAGS[SPLIT_FLAGS.index("hair_removal") :]:
+def take_split_flags(args, flags, path):
+    """Settle, where they are not given, the flags that say what the samples are, from the flags of a checkpoint (path).
+
+    On its own data another division is refused: its model has learned from what would be val here.  Raises UserError.
+    """
+    roots = [root and os.path.realpath(root) for root in (args.data_root, flags.get("data_root"))]
+    for name in SPLIT_FLAGS[SPLIT_FLAGS.index("val_split") :]:
         if name == "hf_dataset" and args.data_root:
             continue  # other images
         own = getattr(args, name, None)  # extract_embeddings.py has no flags of texts
         if own is None or own is False:
             setattr(args, name, flags.get(name, own))
+            continue
+        theirs = flags.get(name)
+        if name == "val_split" and theirs is None:
+            theirs = DATASETS[args.dataset].val_split
+        if name in DIVISION and own != theirs and roots[0] == roots[1]:
+            flag, theirs = f"--{name.replace('_', '-')}", "none" if theirs is None else theirs
+            raise UserError(
+                f"{flag} {own}: {path} was trained with {theirs}, so it knows images of this val; leave {flag} out"
+            )
 
 
 def add_augment_flags(parser):

@@ -33,7 +33,8 @@ def show(args, run, splits, loaders, updater, preprocess, classes, weights_from=
     if distributed.rank() == 0:
         lines = ["dry run: nothing is trained or written"]
         lines += about_data(splits, preprocess.resolution) + [""]
-        lines += about_models(model, preprocess.resolution, source, criterion, weights_from) + [""]
+        lines += about_models(model, preprocess.resolution, source, criterion, weights_from)
+        lines += [described("normalization", preprocess), ""]
         lines += about_steps(args, train, done) + [""]
         lines += about_memory(model, updater, loaders, source, criterion, views or [(preprocess.resolution, 1)]) + [""]
         lines += about_files(args, run, splits, classes, checkpoint_bytes(updater, criterion), done)

@@ -121,14 +121,15 @@ def live_teacher(teacher, preprocess, augment, precision):
     return targets
 
 
-def is_chance_level(balanced_accuracy, num_classes, labels):
-    """Whether a balanced accuracy on `labels` (N,) is within two standard deviations of guessing, 1 / C.
+def chance_auc(labels):
+    """The AUC that guesses on `labels` (N,) stay below: 0.5 and two standard deviations; infinity for one class alone.
 
-    It is a mean of recalls, so a class with few samples widens the margin.
+    Of guesses the AUC of n1 against n0 has the variance (n1 + n0 + 1) / (12 n1 n0), Mann and Whitney 1947.  The mean
+    over classes deviates by the mean of their deviations at most, however their scores depend on each other.
     """
-    chance, counts = 1 / num_classes, np.unique(labels, return_counts=True)[1]
-    deviation = math.sqrt((chance * (1 - chance) / counts).sum()) / len(counts)
-    return balanced_accuracy < chance + 2 * deviation
+    counts = np.unique(labels, return_counts=True)[1].astype(float)
+    others = len(labels) - counts
+    return math.inf if len(counts) < 2 else 0.5 + 2 * float(np.sqrt((len(labels) + 1) / (12 * counts * others)).mean())
 
 
 def write_results(run, splits, loaders, recorder, preprocess, precision, *, script, method=None, teacher=None,

@@ -4,10 +4,11 @@ Needs augment.py, cli.py, distributed.py, metrics.py and models.py of `common` (
 of images and texts) and torch.  The epoch loop itself stands in each script.
 """
 
+import argparse
 import contextlib
 import hashlib
 import os
-import pickle
+import re
 import resource
 import shutil
 import signal
@@ -131,6 +132,20 @@ class Preprocess:
     std: list
     tokenizer: object = None  # of transformers; the model's own, so it is not kept with the other values
     max_length: int = None  # tokens to which texts are cut
+    source: str = "the checkpoint"  # whose mean and std these are
+
+    @classmethod
+    def of_new(cls, model, resolution, dataset, info):
+        """Of a model that is no checkpoint's: what its weights expect, else what suits the dataset (name and info)."""
+        if model.mean:
+            return cls(resolution, model.mean, model.std, source=f"the weights of {model.name}").reads(model)
+        assumed = getattr(model, "known_classes", None) is not None
+        source = dataset + (f", assumed: with the weights of {model.name} come no mean and std" if assumed else "")
+        return cls(resolution, info.mean, info.std, source=source).reads(model)
+
+    def __str__(self):
+        mean, std = (" ".join(f"{v:.4g}" for v in values) for values in (self.mean, self.std))
+        return f"mean {mean}, std {std}, of {self.source}"
 
     def __post_init__(self):
         self.mean, self.std = [float(v) for v in self.mean], [float(v) for v in self.std]
@@ -205,15 +220,37 @@ def save_checkpoint(path, content, also=()):
         raise UserError(f"cannot write {path}: {error.__cause__ or error.__context__ or error}") from None
 
 
+def load_tensors(path):
+    """What a .pth or .safetensors file holds, on the CPU; nothing in it is run.  Raises UserError."""
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: no such file")
+    with open(path, "rb") as file:
+        start = file.read(24)
+    if start.isascii() and min(start, default=9) >= 9:
+        what = f"begins with the text {start.decode()!r}" if start else "is empty"
+        raise UserError(f"{path} {what}: it is damaged or was not downloaded")
+    torch.serialization.add_safe_globals([argparse.Namespace])  # a plain holder of values that many scripts save
+    try:
+        if start[8:9] == b"{":  # whatever the file's name
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        return torch.load(path, weights_only=True, map_location="cpu")
+    except Exception as error:  # each format has its own kinds
+        text = str(error)
+        refused, reason = re.search(r"GLOBAL (\S+)", text), re.search(r"WeightsUnpickler error:\s*(\S.*)", text)
+        if refused:
+            raise UserError(
+                f"{path} holds a {refused[1]}, and loading that could run code: save its tensors alone, "
+                "torch.save(model.state_dict(), FILE)"
+            ) from None
+        reason = reason[1] if reason else [*text.strip().splitlines(), type(error).__name__][0]
+        raise UserError(f"{path} is damaged: {reason[:160]}") from None
+
+
 def load_checkpoint(path):
     """A checkpoint of these scripts as a dict, on the CPU, loaded safely.  Raises UserError."""
-    if not os.path.isfile(path):
-        raise UserError(f"no checkpoint {path}")
-    try:
-        checkpoint = torch.load(path, weights_only=True, map_location="cpu")
-    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError, OSError) as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise UserError(f"{path} is damaged or no safe checkpoint: {reason[:160]}") from None
+    checkpoint = load_tensors(path)
     if not isinstance(checkpoint, dict) or not {"kind", "model", "model_args", "classes", "preprocess"} <= checkpoint.keys():
         raise UserError(f"{path} is no checkpoint of these scripts; foreign weights go to --weights FILE")
     return checkpoint
@@ -274,28 +311,33 @@ def start_weights(model, weights=None, init_checkpoint=None, flag="--weights"):
     """Load --weights FILE or --init-checkpoint FILE into a new model; returns a line for the log, or None; flag: for messages."""
     if weights and init_checkpoint:
         raise UserError("--weights and --init-checkpoint contradict each other: give one of them")
-    if init_checkpoint:
-        state = load_checkpoint(init_checkpoint)["model"]
-        state = {name.removeprefix("backbone."): value for name, value in state.items()}
-    elif weights:
-        if not os.path.isfile(weights):
-            raise UserError(f"{flag} {weights}: no such file")
+    path = weights or init_checkpoint
+    if path:
         try:
-            if weights.endswith(".safetensors"):
-                from safetensors.torch import load_file
-
-                state = load_file(weights)
-            else:
-                state = torch.load(weights, weights_only=True, map_location="cpu")
-        except Exception as error:  # each format has its own kinds
-            raise UserError(f"{flag} {weights} is damaged or unsafe: {str(error).splitlines()[0][:160]}") from None
-        if not isinstance(state, dict):
-            raise UserError(f"{flag} {weights} holds no state dict")
-    else:
+            state = load_checkpoint(path) if init_checkpoint else load_tensors(path)
+        except UserError as error:
+            raise UserError(f"{'--init-checkpoint' if init_checkpoint else flag} {error}") from None
+        taken = load_weights(model, state, path)
+        if "preprocess" in state:  # of a checkpoint of these scripts
+            model.mean, model.std = state["preprocess"]["mean"], state["preprocess"]["std"]
+    elif model.known_classes is None:
         return None
-    source = weights or init_checkpoint
-    kept = load_weights(model, state, source)
-    return f"weights of {source}" + ("" if kept else ", with a new head: its classes differ")
+    else:
+        taken = model.name
+    wanted, known = model.build_args["num_classes"], model.known_classes
+    new = f", with a new head of {wanted} classes: theirs has {known or 'none'}"
+    return f"weights of {taken}" + (new if wanted not in (0, known) else "")
+
+
+def need_head(model, classes, weights):
+    """Refuse a model by name whose logits are those of a new head; weights: the file, or None.  Raises UserError."""
+    known = model.known_classes
+    if known != len(classes):
+        head = f"a head of {known} classes" if known else "no head that can be kept"
+        raise UserError(
+            f"{weights or model.name} has {head}, the data have {len(classes)}: its logits would mean nothing; "
+            "fine-tune it with train_teacher.py, or take a method without logits (rkd, mmd, tokens, ...)"
+        )
 
 
 def file_sha256(path):
