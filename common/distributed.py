@@ -10,8 +10,10 @@ import contextlib
 import datetime
 import os
 import re
+import socket
 import subprocess
 import threading
+import time
 from typing import NamedTuple
 
 import torch
@@ -74,6 +76,8 @@ def start(device):
     timer.daemon, _alone = True, True
     timer.start()
     try:
+        if here.rank:
+            _await_first()
         store, *_ = next(dist.rendezvous("env://", here.rank, here.size, timeout=MEETING))
         store.set_timeout(MEETING)
         dist.init_process_group(backend, store=dist.PrefixStore("default_pg", store), rank=here.rank, world_size=here.size, timeout=TIMEOUT, device_id=own)
@@ -83,6 +87,18 @@ def start(device):
     finally:
         timer.cancel()
     _alone = False
+
+
+def _await_first():
+    """Until rank 0 listens: torch's own attempts take longer and print a stack trace each.  Raises RuntimeError."""
+    end = time.monotonic() + MEETING.total_seconds()
+    while True:
+        try:
+            return socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), 5).close()
+        except OSError as error:
+            if time.monotonic() > end:
+                raise RuntimeError(str(error)) from None
+        time.sleep(0.2)
 
 
 def stop():

@@ -330,8 +330,8 @@ def check_normalization(model, resolution, rows):
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise
-        raise UserError(f"--batch-size: one image a step, process and part of it, but {model.name} has BatchNorm, which needs two images at "
-                        f"{resolution} px: take a larger --batch-size, fewer --accumulation-steps or processes") from None  # fmt: skip
+        raise UserError(f"BatchNorm of {model.name} needs two images at once at {resolution} px and gets one: take a larger --batch-size, "
+                        "fewer --accumulation-steps or fewer processes") from None  # fmt: skip
 
 
 def file_sha256(path):
