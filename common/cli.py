@@ -140,10 +140,10 @@ def run_script(main, build_parser):
             fail(f"out of memory with --batch-size {batch} and --model {model}: try a smaller batch or model", 1)
         if "DataLoader worker" in text:
             fail(f"a process that decodes images was killed ({text}): out of memory? --workers 0 or fewer, or a smaller --batch-size", 1)
-        if not distributed.first_to_fail():
-            sys.exit(1)  # another process failed, said why, and this one lost its connection
         if distributed.lost(error):
             fail(f"another of the {distributed.size()} processes has ended or was killed ({text[:160]})", 1)
+        if not distributed.first_to_fail():
+            sys.exit(1)  # another process failed, said why, and this one lost its connection
         raise
 
 
@@ -153,6 +153,8 @@ def fail(text, code):
         sys.exit(code)
     prefix = "" if text.startswith("interrupted") else "error: "
     print(f"{prefix}{text}", file=sys.stderr, flush=True)
+    if distributed.size() > 1 and distributed.rank() == 0:
+        time.sleep(1)  # the others ask it who was first
     sys.exit(code)
 
 

@@ -221,6 +221,8 @@ def save_checkpoint(path, content, also=()):
                     except OSError:  # a file system without links
                         shutil.copyfile(temporary, second)
     except RuntimeError as error:  # torch's writer hides the disk's error
+        if "DataLoader worker" in str(error):  # raised wherever the main process is when one is killed
+            raise
         raise UserError(f"cannot write {path}: {error.__cause__ or error.__context__ or error}") from None
 
 
@@ -485,9 +487,8 @@ class Recorder:
         names = ["best.pth"] if self.best_epoch == epoch else []
         if self.save_every and epoch % self.save_every == 0:
             names.append(f"epoch_{epoch}.pth")
-        self.interrupts.saving = True
         self.save(*names)
-        self.interrupts.saving, stops.hint = False, f": {self.again} continues"
+        stops.hint = f": {self.again} continues"
 
     def save(self, *names):
         """Write latest.pth: plain tensors and built-in types, all that rebuilds and resumes. `names`: the same file."""
@@ -506,7 +507,9 @@ class Recorder:
             "stopped_early": self.stopped_early, "seconds": self.seconds, "rows": len(self.run.rows),
             "log_bytes": self.run.log_bytes,
         }  # fmt: skip
+        stopping, self.interrupts.saving = self.interrupts.saving, True  # a slow disk may take its time
         save_checkpoint(self.run.path("latest.pth"), content, [self.run.path(name) for name in names])
+        self.interrupts.saving = stopping
         distributed.barrier()
 
     def restore(self, checkpoint):
