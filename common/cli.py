@@ -640,7 +640,8 @@ class RunFolder:
     def lock(self):
         """Make the folder and keep every other run off it as long as this process lives.  Raises UserError in all processes.
 
-        The lock is on log.txt, which is never replaced, and of the kind that worker processes do not inherit and that NFS knows.
+        The lock is on log.txt, which is never replaced, and of the kind that NFS knows and workers do not inherit: it ends
+        with this process, and earlier if this process opens and closes that file again.
         """
         refused = None
         if self.writes:
@@ -665,6 +666,7 @@ class RunFolder:
                 if error.errno not in (errno.EACCES, errno.EAGAIN):
                     return self.log(f"note: {self.folder} cannot be locked ({error.strerror}): start no other run there")
                 if time.monotonic() > patience:
+                    self._log.close()
                     raise UserError(f"another run is writing {self.folder}: wait for it or stop it, or name another folder with --output") from None
             time.sleep(1)
 

@@ -70,7 +70,7 @@ class Interrupts:
         """Raise Interrupted where a stop was asked for; called equally often by all processes."""
         if stops.defer:
             now = time.monotonic()
-            self.slowest, self.checked = max(self.slowest, now - self.checked), now
+            self.slowest, self.checked = max(0.97 * self.slowest, now - self.checked), now  # forgets a slow start
         number = self.agreement(int(self.requested))
         if number:
             self.saving = True
