@@ -49,6 +49,7 @@ from common.training import (
     Precision,
     Preprocess,
     Recorder,
+    check_normalization,
     load_checkpoint,
     select_device,
     start_model,
@@ -296,6 +297,7 @@ def main(args):
     model.with_tokens = bool(weights["patch"])
     if local_crops:
         model.check_side(local_side)
+    check_normalization(model, resolution, train.rows_at_once * args.global_crops)
     model.to(device).to(memory_format=torch.channels_last)
 
     # loss, optimizer
@@ -320,7 +322,7 @@ def main(args):
         run, updater, interrupts, epochs=args.epochs, metric=args.select_metric, patience=args.patience,
         save_every=args.save_every, loss=criterion,
         content={"role": "distill", "classes": classes, "preprocess": preprocess.to_dict(),
-                 "augment": policy.to_dict(), "flags": vars(args), "teacher": source.described},
+                 "data": splits.describe(), "augment": policy.to_dict(), "flags": vars(args), "teacher": source.described},
     )  # fmt: skip
     recorder.open(args)
     run.log(f"{model.name}: {model.num_parameters:,} parameters, {resolution} px, {device}, {precision.name}")

@@ -38,8 +38,6 @@ from common.evaluation import live_teacher
 from common.loader import Loader
 from common.models import build_model
 from common.training import (
-    Interrupted,
-    Interrupts,
     Precision,
     Preprocess,
     device_name,
@@ -213,7 +211,7 @@ def outputs(targets, batch, names, num_views):
     return {name: torch.stack([view[name] for view in views], 1) for name in names}
 
 
-def extract(writer, dataset, targets, names, args, device, interrupts, title):
+def extract(writer, dataset, targets, names, args, device, title):
     """Fill the rows that are left; returns images a second."""
     todo = writer.todo
     todo = todo[(todo >= writer.start) & (todo < writer.stop)]
@@ -233,14 +231,9 @@ def extract(writer, dataset, targets, names, args, device, interrupts, title):
             if time.time() - flushed > FLUSH_SECONDS:
                 writer.flush()
                 flushed = time.time()
-            if interrupts.requested:
-                break
         for future in pending:
             future.result()
     writer.flush()
-    interrupts.requested = max(distributed.gather(int(interrupts.requested)))
-    if interrupts.requested:
-        raise Interrupted(f"interrupted: {title}: the same command goes on", interrupts.CODES[interrupts.requested])
     return len(todo) / max(time.time() - started, 1e-9)
 
 
@@ -269,7 +262,7 @@ def main(args):
             merge(split_folder(args.output, split), args.merge)
             print(f"{split_folder(args.output, split)}: {args.merge} shards joined")
         return
-    interrupts = Interrupts()
+    cli.stops.hint = ": the same command goes on"
     device = select_device(args.device)
     precision = Precision(args.amp, device)
     checkpoint = settle(args)
@@ -308,7 +301,7 @@ def main(args):
         if writer.complete:
             say(f"{title}: complete")
             continue
-        rate = extract(writer, dataset, targets, names, args, device, interrupts, title)
+        rate = extract(writer, dataset, targets, names, args, device, title)
         distributed.barrier()  # all rows of all processes are there
         if distributed.rank() == 0:
             writer.finish()

@@ -23,7 +23,7 @@ from common.images import tasks_of
 from common.loader import Loader, save_sample_grid
 from common.losses import task_accuracy, task_class_weights, task_cross_entropy
 from common.optimizer import make_updater
-from common.training import Interrupts, Precision, Preprocess, Recorder, select_device, start_model, use_compile
+from common.training import Interrupts, Precision, Preprocess, Recorder, check_normalization, select_device, start_model, use_compile
 
 
 def build_parser():
@@ -57,6 +57,7 @@ def main(args):
     model, weights_from = start_model(args, splits.classes, resolution, getattr(splits.train, "texts", None))
     preprocess = Preprocess.of_new(model, resolution, args.dataset, info)
     preprocess.prepare(splits.train, splits.val)  # texts become numbers once
+    check_normalization(model, resolution, train.rows_at_once)
     model.to(device).to(memory_format=torch.channels_last)
     if use_compile(args.compile, device):
         model.compile()
@@ -73,7 +74,7 @@ def main(args):
         run, updater, interrupts, epochs=args.epochs, metric=args.select_metric, patience=args.patience,
         save_every=args.save_every,
         content={"role": "teacher", "classes": splits.classes, "preprocess": preprocess.to_dict(),
-                 "augment": policy.to_dict(), "flags": vars(args)},
+                 "data": splits.describe(), "augment": policy.to_dict(), "flags": vars(args)},
     )  # fmt: skip
     recorder.open(args)
     run.log(f"{model.name}: {model.num_parameters:,} parameters, {resolution} px, {device}, {precision.name}")

@@ -8,18 +8,23 @@ import contextlib
 import csv
 import difflib
 import errno
+import fcntl
 import glob
 import importlib.metadata
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import platform
 import re
+import secrets
 import shlex
+import signal
 import subprocess
 import sys
-import tempfile
+import threading
+import time
 
 import torch
 
@@ -29,7 +34,7 @@ from common.data import DATASETS
 from common.metrics import CLASSIFICATION
 
 SCRIPT_FOLDER = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-RESUME_MAY_CHANGE = {"resume", "device", "workers", "epochs", "output", "overwrite", "config", "dry_run"}
+RESUME_MAY_CHANGE = {"resume", "device", "workers", "epochs", "data_root", "output", "overwrite", "config", "dry_run"}
 NOT_IN_CONFIG = {"resume", "output", "overwrite", "config", "sweep", "sweep_index", "dry_run", "seeds"}
 SPLIT_FLAGS = ("limit_train", "limit_labels", "on_bad_image", "include_list", "extra_train",
                "val_split", "split_seed", "decode_size", "window", "hair_removal",
@@ -40,13 +45,69 @@ NOT_STORED = ("limit_train", "limit_labels", "on_bad_image", "include_list", "ex
 DIVISION = ("val_split", "split_seed", "folds", "fold", "group_column", "split_column")  # what makes an image val
 STORED_FLAGS = tuple(name for name in SPLIT_FLAGS if name not in NOT_STORED)
 DISK_ERRORS = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
-               errno.ENOENT, errno.EIO, errno.ENAMETOOLONG}  # fmt: skip
+               errno.ENOENT, errno.EIO, errno.ENAMETOOLONG, errno.EFBIG}  # fmt: skip
+# saved absolute, so that a run can be resumed, judged or repeated from another folder
+PATHS = ("data_root", "eval_data_root", "include_list", "extra_train", "weights", "init_checkpoint", "teacher_checkpoint",
+         "teacher_weights", "teacher_embeddings")  # fmt: skip
 
 
 class UserError(Exception):
     """Something the user gave is wrong: one line on stderr and exit code 2."""
 
     exit_code = 2
+
+
+# ------------------------------------------------------------------------------------------------------------ signals
+
+
+class Stops:
+    """How SIGTERM, SIGUSR1 and Ctrl-C end a script: at once, with the exit codes 143, 75 and 130.
+
+    A thread hears them, since the main one may be waiting in C, for another process or for a disk, where Python's own
+    handlers do not run.  The training loop sets `defer`, which is then called with the signal's number instead of `end`.
+    Nothing is lost by ending at once: files are written beside and then renamed.
+    """
+
+    CODES = {signal.SIGTERM: 143, signal.SIGUSR1: 75, signal.SIGINT: 130}
+
+    def __init__(self):
+        self.defer, self.hint, self.left = None, "", ""  # how to go on and which of --seeds are left, for the last line
+
+    @contextlib.contextmanager
+    def heard(self):
+        """Hear signals within this block."""
+        self.defer, self.hint, self.left = None, "", ""
+        read, write = os.pipe()
+        os.set_blocking(write, False)
+        handlers = {number: signal.signal(number, lambda *_: None) for number in self.CODES}
+        wakeup = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+        thread = threading.Thread(target=self._hear, args=(read,), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(wakeup)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            os.write(write, b"\0")
+            thread.join()
+            os.close(read), os.close(write)
+
+    def _hear(self, pipe):
+        while number := os.read(pipe, 1)[0]:  # 0: the block is left
+            if number in self.CODES:
+                (self.defer or self.end)(number)
+
+    def end(self, number):
+        """End this process and its workers now, whatever its threads are doing."""
+        if distributed.environment().rank == 0:  # of several processes a scheduler stops all
+            os.write(2, f"interrupted by {signal.Signals(number).name}{self.hint}{self.left}\n".encode(errors="surrogateescape"))
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        os._exit(self.CODES[number])
+
+
+stops = Stops()
 
 
 # ------------------------------------------------------------------------------------------------------------- errors
@@ -59,28 +120,36 @@ def run_script(main, build_parser):
     out of memory with 1, naming batch size and model; anything else is our own fault and keeps its traceback.
     """
     args = None
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # names of files and classes may not fit its encoding
     try:
-        runs = expand_seeds(build_parser(), sys.argv[1:])
-        runs = [(argv, parse_flags(build_parser(), argv)) for argv in runs]  # a wrong flag stops the first run too
-        for argv, args in runs:
-            sys.argv[1:] = argv  # what results.json tells to repeat
-            code = main(args) or 0
-        distributed.stop()
-        sys.exit(code)
-    except KeyboardInterrupt:
-        fail("stopped by Ctrl-C", 130)
+        with stops.heard():
+            runs = [(argv, parse_flags(build_parser(), argv)) for argv in expand_seeds(build_parser(), sys.argv[1:])]
+            for _, args in runs[1:]:
+                RunFolder(args.output, overwrite=args.overwrite, dry=is_dry(args))  # one that holds a run is refused now
+            for number, (argv, args) in enumerate(runs, 1):
+                sys.argv[1:] = argv  # what results.json tells to repeat
+                seeds = " ".join(str(later.seed) for _, later in runs[number:])
+                stops.hint, stops.left = "", f" (not run: --seeds {seeds})" if seeds else ""
+                code = main(args) or 0
+            distributed.stop()
+            sys.exit(code)
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w")
         sys.exit(1)
     except Exception as error:
         text = " ".join(str(error).split())
         if getattr(error, "exit_code", None):
-            fail(text, error.exit_code)
+            fail(text + stops.left, error.exit_code)
         if isinstance(error, OSError) and error.errno in DISK_ERRORS:
             fail(f"{error.strerror}: {error.filename or 'while writing'}", 2)
         if "out of memory" in text or "can't allocate memory" in text or isinstance(error, MemoryError):
             model, batch = getattr(args, "model", None), getattr(args, "batch_size", None)
             fail(f"out of memory with --batch-size {batch} and --model {model}: try a smaller batch or model", 1)
+        if "DataLoader worker" in text:
+            fail(f"a process that decodes images was killed ({text}): out of memory? --workers 0 or fewer, or a smaller --batch-size", 1)
+        if distributed.lost(error):
+            fail(f"another of the {distributed.size()} processes has ended or was killed ({text[:160]})", 1)
         if not distributed.first_to_fail():
             sys.exit(1)  # another process failed, said why, and this one lost its connection
         raise
@@ -92,6 +161,8 @@ def fail(text, code):
         sys.exit(code)
     prefix = "" if text.startswith("interrupted") else "error: "
     print(f"{prefix}{text}", file=sys.stderr, flush=True)
+    if distributed.size() > 1 and distributed.rank() == 0:
+        time.sleep(1)  # the others ask it who was first
     sys.exit(code)
 
 
@@ -115,7 +186,17 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
 
     def error(self, message):
+        if message.startswith("unrecognized arguments: "):
+            message += next((self.nearest(word) for word in message.split() if word.startswith("--")), "")
         fail(f"{message} (see {self.prog} --help)", 2)
+
+    def nearest(self, flag):
+        """": did you mean --lr?", by the name or, as for --learning-rate, by the words of its help; or nothing."""
+        flag, near = flag.split("=")[0], lambda cutoff: difflib.get_close_matches(flag, self._option_string_actions, 1, cutoff)
+        words = flag[2:].replace("-", " ")
+        by_help = [name for name, action in self._option_string_actions.items() if f" {words} " in f" {action.help} "]
+        found = near(0.8) or by_help or near(0.6)
+        return f": did you mean {found[0]}?" if found else ""
 
 
 def number(kind, low=-math.inf, high=math.inf, above=False):
@@ -378,7 +459,10 @@ def read_json(path):
 
 
 def check(args):
-    """Refuse values that argparse cannot judge one by one."""
+    """Refuse values that argparse cannot judge one by one; paths become absolute."""
+    for name in PATHS:
+        if getattr(args, name, None):
+            setattr(args, name, os.path.abspath(getattr(args, name)))
     if getattr(args, "window", None) and not args.window[0] < args.window[1]:
         raise UserError(f"--window {args.window[0]:g} {args.window[1]:g}: LOW must be below HIGH")
     if getattr(args, "hf_dataset", None) and args.data_root:
@@ -411,11 +495,11 @@ def parse_flags(parser, argv):
     saved = config_argv(parser, values, path)
     args = check(parser.parse_args(saved + argv))
     if args.resume:
-        before = parser.parse_args(saved)
+        before = check(parser.parse_args(saved))
         for dest, value in vars(args).items():
             if dest not in RESUME_MAY_CHANGE and value != getattr(before, dest):
                 flag = dest.replace("_", "-")
-                raise UserError(f"--{flag} {value} beside --resume: the run has {getattr(before, dest)}; only device, workers and epochs may change")
+                raise UserError(f"--{flag} {value} beside --resume: the run has {getattr(before, dest)}; only device, workers, epochs and data-root may change")
         if args.output not in (parser.get_default("output"), args.resume):
             raise UserError(f"--output {args.output} beside --resume {args.resume}: a resumed run stays in its folder")
         args.output = args.resume
@@ -524,9 +608,8 @@ def data_root(given):
 def atomic_write(path):
     """Yield a path beside `path`; it takes the place of `path` if all goes well and is removed if not."""
     folder, name = os.path.split(os.path.abspath(path))
-    handle, temporary = tempfile.mkstemp(prefix=f".{name}.", dir=folder)
-    os.close(handle)
-    os.chmod(temporary, 0o644)
+    temporary = os.path.join(folder, f".{name}.{secrets.token_hex(4)}")  # RunFolder.open clears those of killed writers
+    open(temporary, "xb").close()
     try:
         yield temporary
         os.replace(temporary, path)
@@ -568,20 +651,27 @@ def environment(device):
 
 
 class RunFolder:
-    """A run's files; of several processes rank 0 writes them.  Nothing is written or replaced before `open`, so that bad input found earlier loses nothing."""
+    """A run's files; of several processes rank 0 writes them.
+
+    Nothing is written or replaced before `lock` and `open`, so that bad input found earlier loses nothing.
+    """
 
     OWN = ("config.json", "metrics.csv", "metrics.json", "results.json", "log.txt", "*.pth", "confusion_*.npy", "predictions_*.npz")
 
     def __init__(self, folder, resume=False, overwrite=False, dry=False):
-        self.folder, self.resume, self.rows, self._log, self._early = folder, resume, [], None, []
+        self.folder, self.resume, self.overwrite, self.rows, self._opened, self._early = folder, resume, overwrite, [], False, []
         self.writes = distributed.environment().rank == 0
         if resume:
             if overwrite:
                 raise UserError("--resume and --overwrite contradict each other")
             if not os.path.exists(self.path("latest.pth")):
                 raise UserError(f"{folder} has no latest.pth: nothing to resume, start again with --overwrite")
-        elif not overwrite and not dry and self.own_files():
-            raise UserError(f"{folder} holds a run: --resume {folder} continues it, --overwrite replaces it, --output names another folder")
+        elif not dry:
+            self._refuse_to_replace()
+
+    def _refuse_to_replace(self):
+        if not self.resume and not self.overwrite and any(map(os.path.getsize, self.own_files())):
+            raise UserError(f"{self.folder} holds a run: --resume {self.folder} continues it, --overwrite replaces it, --output names another folder")
 
     def path(self, name):
         return os.path.join(self.folder, name)
@@ -590,21 +680,55 @@ class RunFolder:
         """Paths of what a run has left in the folder."""
         return [f for pattern in self.OWN for f in glob.glob(os.path.join(glob.escape(self.folder), pattern))]
 
+    def lock(self):
+        """Make the folder and keep every other run off it as long as this process lives.  Raises UserError in all processes.
+
+        The lock is on log.txt, which is never replaced, and of the kind that NFS knows and workers do not inherit: it ends
+        with this process, and earlier if this process opens and closes that file again.
+        """
+        refused = None
+        if self.writes:
+            try:
+                self._lock()
+                self._refuse_to_replace()  # a run that came and ended since
+            except UserError as error:
+                refused = error
+        refused = distributed.gather(refused)[0]
+        if refused:
+            raise refused
+
+    def _lock(self):
+        os.makedirs(self.folder, exist_ok=True)
+        self._log = open(self.path("log.txt"), "a+", buffering=1, encoding="utf-8", errors="backslashreplace")
+        # a requeued job: of a node that died, NFS keeps the locks for a minute or two
+        patience = time.monotonic() + (120 if os.environ.get("SLURM_RESTART_COUNT") else 0)
+        while True:
+            try:
+                return fcntl.lockf(self._log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EAGAIN):
+                    return self.log(f"note: {self.folder} cannot be locked ({error.strerror}): start no other run there")
+                if time.monotonic() > patience:
+                    self._log.close()
+                    raise UserError(f"another run is writing {self.folder}: wait for it or stop it, or name another folder with --output") from None
+            time.sleep(1)
+
     def open(self, flags, environment, rows=0, log_bytes=0):
-        """Make the folder; `rows` and `log_bytes`: what a resumed checkpoint had seen, later lines are dropped."""
-        distributed.barrier()  # all have looked at what was there
+        """Begin to write, after `lock`; `rows` and `log_bytes`: what a resumed checkpoint had seen, later lines are dropped."""
         if not self.writes:
             return
-        os.makedirs(self.folder, exist_ok=True)
         if self.resume:
             self.rows = read_json(self.path("metrics.json"))[:rows] if rows else []
-            with open(self.path("log.txt"), "a+") as file:
-                file.truncate(min(log_bytes, os.path.getsize(self.path("log.txt"))))
-        else:
-            for file in self.own_files():
+        for file in () if self.resume else self.own_files():
+            if not file.endswith("log.txt"):
                 os.remove(file)
+        for pattern in self.OWN:  # of writers that were killed
+            for file in glob.glob(os.path.join(glob.escape(self.folder), f".{pattern}.{'?' * 8}")):
+                os.remove(file)
+        self._log.truncate(min(log_bytes, os.path.getsize(self.path("log.txt"))))
+        self._log.seek(0, os.SEEK_END)
         write_json(self.path("config.json"), {"flags": flags, "environment": environment})
-        self._log = open(self.path("log.txt"), "a", buffering=1)
+        self._opened = True
         for line in self._early:
             self._log.write(line + "\n")
         self._write_rows()
@@ -618,10 +742,10 @@ class RunFolder:
         if not self.writes:
             return
         print(text, flush=True)
-        if self._log is None:
-            self._early.append(text)
-        else:
+        if self._opened:
             self._log.write(text + "\n")
+        else:
+            self._early.append(text)
 
     def add_row(self, row):
         """One epoch's metrics, to metrics.csv and metrics.json."""

@@ -53,12 +53,12 @@ def outputs(model, loader, preprocess, precision, names=("logits", "embedding"),
     model.eval()
     distributed.broadcast(model.buffers())  # each process's BatchNorm has seen other images
     with torch.no_grad():
-        for batch in loader.batches():
+        for number, batch in enumerate(loader.batches(), 1):
             with precision.autocast():
                 out = model(preprocess.inputs(batch, augment(batch, preprocess.resolution)))
             parts.append([out[name][: batch["valid"]].float() for name in names])
             rows.append(batch["index"][: batch["valid"]])
-            if interrupts is not None and distributed.size() == 1:
+            if interrupts is not None and number <= len(loader) // distributed.size():  # as many in each process
                 interrupts.check()
     model.train(was_training)
     own = torch.cat(rows).numpy() if rows else None, [torch.cat(values).cpu().numpy() for values in zip(*parts)]
@@ -84,7 +84,9 @@ def distillation_loss(model, criterion, targets, loader, preprocess, precision, 
     was_training, augment, total, count = model.training, Augmenter(Policy(), 0), 0.0, 0
     model.eval(), criterion.eval()
     distributed.broadcast(model.buffers())
-    for batch in loader.batches():
+    for number, batch in enumerate(loader.batches(), 1):
+        if interrupts is not None and number <= len(loader) // distributed.size():
+            interrupts.check()
         with precision.autocast():
             out = model(preprocess.inputs(batch, augment(batch, preprocess.resolution)))
         valid = batch["valid"]
@@ -92,8 +94,6 @@ def distillation_loss(model, criterion, targets, loader, preprocess, precision, 
             continue
         loss = criterion(_rows(out, valid), _rows(targets(batch), valid), _rows(batch["targets"], valid), ce=False)
         total, count = total + loss * valid, count + valid
-        if interrupts is not None and distributed.size() == 1:
-            interrupts.check()
     model.train(was_training), criterion.train()
     parts = distributed.gather((float(total), count))
     if interrupts is not None:

@@ -10,6 +10,7 @@ import io
 import json
 import logging
 import os
+import stat
 import time
 import warnings
 from typing import NamedTuple
@@ -183,6 +184,8 @@ def read_image(path, decode_size=512, window=None):
     decode_size (longest side, pixels) is shrunk to it.  Raises DataError, which names the file.
     """
     try:
+        if not isinstance(path, (HDF5Image, RowImage)) and not stat.S_ISREG(os.stat(path).st_mode):
+            raise DataError(f"{path} is not a regular file")  # of a pipe nothing might ever come
         with Image.open(path.open() if isinstance(path, (HDF5Image, RowImage)) else path) as image:
             if _is_deep_colour(image):
                 raise DataError(f"{path} has 16-bit colour, which --window cannot map: convert it to 8 bits a channel")

@@ -1,18 +1,21 @@
 """What the training scripts call beside the optimizer: interrupts, device, precision, checkpoints, the run's record.
 
-Needs augment.py, cli.py, distributed.py, metrics.py and models.py of `common` (image_text.py and multimodal.py too for models
+Needs augment.py, cli.py, distributed.py, images.py, metrics.py and models.py of `common` (image_text.py and multimodal.py too for models
 of images and texts) and torch.  The epoch loop itself stands in each script.
 """
 
 import argparse
 import contextlib
+import copy
 import hashlib
 import os
 import re
 import resource
+import shlex
 import shutil
 import signal
 import sys
+import threading
 import time
 from dataclasses import dataclass
 
@@ -21,7 +24,8 @@ from tqdm import tqdm
 
 from common import distributed
 from common.augment import normalize
-from common.cli import UserError, atomic_write, environment
+from common.cli import UserError, atomic_write, environment, stops
+from common.images import TASK, tasks_of
 from common.metrics import better
 from common.models import build_model, load_weights
 
@@ -35,28 +39,43 @@ class Interrupted(Exception):
 
 
 class Interrupts:
-    """Notes SIGTERM, SIGUSR1 and the first Ctrl-C; the loop asks after each step.  A second Ctrl-C stops at once.
+    """Stops in the training loop: a signal is noted, and the loop asks after each step, so that it can save.
 
-    Several processes stop at the same step, one step after any of them was told to.
+    A second Ctrl-C stops at once, as does a step that takes far longer than those before it: another process or a disk
+    does not answer.  Several processes stop at the same step, one step after any of them was told to.
     """
 
-    CODES = {signal.SIGTERM: 143, signal.SIGUSR1: 75, signal.SIGINT: 130}
-
     def __init__(self):
-        self.requested, self.agreement = 0, distributed.Agreement()
-        for number in self.CODES:
-            signal.signal(number, self._note)
+        self.requested, self.agreement, self.saving = 0, distributed.Agreement(), False
 
-    def _note(self, number, frame):
-        if number == signal.SIGINT and self.requested == signal.SIGINT:
-            raise KeyboardInterrupt
+    def begin(self):
+        """From here on signals wait for the end of a step."""
+        self.checked, self.slowest = time.monotonic(), 0.0
+        stops.defer = self._note
+
+    def end(self):
+        """All is saved: from here on signals end the script at once."""
+        stops.defer = None
+        if self.requested:
+            stops.end(self.requested)
+
+    def _note(self, number):  # in the thread that hears signals
+        if number == signal.SIGINT == self.requested:
+            stops.end(number)
         self.requested = number
+        timer = threading.Timer(3 + 2 * self.slowest, lambda: self.saving or stops.end(number))
+        timer.daemon = True
+        timer.start()
 
     def check(self):
         """Raise Interrupted where a stop was asked for; called equally often by all processes."""
+        if stops.defer:
+            now = time.monotonic()
+            self.slowest, self.checked = max(0.97 * self.slowest, now - self.checked), now  # forgets a slow start
         number = self.agreement(int(self.requested))
         if number:
-            raise Interrupted(f"interrupted by {signal.Signals(number).name}", self.CODES[number])
+            self.saving = True
+            raise Interrupted(f"interrupted by {signal.Signals(number).name}", stops.CODES[number])
 
 
 # ------------------------------------------------------------------------------------------------ device and precision
@@ -80,7 +99,7 @@ def select_device(name):
     try:
         distributed.start(device)
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"process {processes.rank} of {processes.size} found no way to the others: {str(error).splitlines()[0]}") from None
+        raise UserError(str(error)) from None
     return device
 
 
@@ -217,6 +236,8 @@ def save_checkpoint(path, content, also=()):
                     except OSError:  # a file system without links
                         shutil.copyfile(temporary, second)
     except RuntimeError as error:  # torch's writer hides the disk's error
+        if "DataLoader worker" in str(error):  # raised wherever the main process is when one is killed
+            raise
         raise UserError(f"cannot write {path}: {error.__cause__ or error.__context__ or error}") from None
 
 
@@ -340,9 +361,37 @@ def need_head(model, classes, weights):
         )
 
 
+def check_normalization(model, resolution, rows):
+    """Refuse one image a step where a layer normalizes over the batch and would have one value.  Raises UserError.
+
+    model: on the CPU; resolution: its input side in pixels; rows: images that go through it together.
+    """
+    if rows > 1:
+        return
+    try:
+        with torch.no_grad(), torch.random.fork_rng([]):
+            copy.deepcopy(model).train()(model.example(resolution, 1))
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise UserError(f"BatchNorm of {model.name} needs two images at once at {resolution} px and gets one: take a larger --batch-size, "
+                        "fewer --accumulation-steps or fewer processes") from None  # fmt: skip
+
+
 def file_sha256(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(file.read()).hexdigest()
+
+
+def class_difference(before, now):
+    """What a checkpoint's classes and the data's (lists, or {task: list}) differ in, in words, or None."""
+    before, now = tasks_of(before), tasks_of(now)
+    for task in {**before, **now}:
+        old, new = before.get(task, []), now.get(task, [])
+        lacking, added = [c for c in old if c not in new], [c for c in new if c not in old]
+        parts = [f"{verb} {', '.join(map(repr, names[:5]))}" for verb, names in (("lack", lacking), ("have besides", added)) if names]
+        if old != new:
+            return f"the classes {' and '.join(parts) or f'are in the order {new[:10]}, not {old[:10]}'}{'' if task == TASK else f' ({task})'}"
 
 
 # ---------------------------------------------------------------------------------------------------- the run's record
@@ -392,11 +441,39 @@ class Recorder:
         self.started, self.seconds_before = time.time(), 0.0
 
     def open(self, args):
-        """Make the run folder, or go on with what --resume names."""
-        saved = load_checkpoint(self.run.path("latest.pth")) if args.resume else {"rows": 0, "log_bytes": 0}
+        """Lock the run folder and make it, or go on with what --resume names.  Raises UserError."""
+        self.run.lock()
+        if distributed.rank():
+            torch.manual_seed(args.seed + 1_000_003 * distributed.rank())  # of dropout's masks: others than rank 0's
+        saved = {"rows": 0, "log_bytes": 0}
         if args.resume:
+            saved = load_checkpoint(self.run.path("latest.pth"))
+            self.check_resumed(saved)
             self.restore(saved)
+            stops.hint = f": {self.again} continues"
+        self.interrupts.begin()
         self.run.open(vars(args), environment(device_name(self.updater.precision.device)), saved["rows"], saved["log_bytes"])
+
+    @property
+    def again(self):
+        """The command that resumes this run."""
+        return f"python {os.path.basename(sys.argv[0])} --resume {shlex.quote(self.run.folder)}"
+
+    def check_resumed(self, saved):
+        """Refuse to go on with other data than the checkpoint's, or to fewer epochs.  Raises UserError."""
+        begun = saved["epoch"] if saved["step"] else saved["epoch"] - 1
+        if self.epochs_wanted < begun:
+            raise UserError(f"--epochs {self.epochs_wanted} beside --resume: {begun} epochs of {self.run.folder} are done or begun")
+        before, now = saved.get("data"), self.content.get("data")
+        if not before or not now:  # a run of an earlier version
+            return
+        differ = class_difference(before["classes"], now["classes"])
+        for split, sha in before["sha256"].items() if not differ else ():
+            if sha != now["sha256"].get(split):
+                was, found = (of["sizes"].get(split, 0) for of in (before, now))
+                differ = f"{split} had {was:,} images, it has {found:,}" if was != found else f"{split} had other images or labels ({was:,} as now)"
+        if differ:
+            raise UserError(f"--resume {self.run.folder} with other data: {differ}: bring them back, or start a new run")
 
     @property
     def seconds(self):
@@ -407,6 +484,7 @@ class Recorder:
         """The epochs that are left."""
         while self.epoch <= self.epochs_wanted and not self.stopped_early:
             yield self.epoch
+        self.interrupts.end()
 
     def batches(self, loader):
         """The batches that are left of this epoch, with a progress bar on a terminal; stops after a signal."""
@@ -458,6 +536,7 @@ class Recorder:
         if self.save_every and epoch % self.save_every == 0:
             names.append(f"epoch_{epoch}.pth")
         self.save(*names)
+        stops.hint = f": {self.again} continues"
 
     def save(self, *names):
         """Write latest.pth: plain tensors and built-in types, all that rebuilds and resumes. `names`: the same file."""
@@ -476,7 +555,9 @@ class Recorder:
             "stopped_early": self.stopped_early, "seconds": self.seconds, "rows": len(self.run.rows),
             "log_bytes": self.run.log_bytes,
         }  # fmt: skip
+        stopping, self.interrupts.saving = self.interrupts.saving, True  # a slow disk may take its time
         save_checkpoint(self.run.path("latest.pth"), content, [self.run.path(name) for name in names])
+        self.interrupts.saving = stopping
         distributed.barrier()
 
     def restore(self, checkpoint):
@@ -503,6 +584,5 @@ class Recorder:
         except Interrupted as stop:
             if self.epoch <= self.epochs_wanted and not self.stopped_early:
                 self.save()
-            again = f"python {os.path.basename(sys.argv[0])} --resume {self.run.folder}"
-            text = f"{stop} in epoch {self.epoch} after step {self.step}: {again} continues"
+            text = f"{stop} in epoch {self.epoch} after step {self.step}: {self.again} continues"
             raise Interrupted(text, stop.exit_code) from None

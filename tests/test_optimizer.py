@@ -473,3 +473,50 @@ def test_the_teacher_has_its_own_resolution_and_normalization():
         torch.testing.assert_close(seen, normalize(pixels, shift, scale))
         by_hand = torch.stack([(pixels[:, c] - shift[c]) / scale[c] for c in range(3)], 1)
         torch.testing.assert_close(seen, by_hand)
+
+
+# ------------------------------------------------------------------------------------------------------ from the flags
+
+
+def by_flags(*flags, steps=10):
+    """(net, Updater) that a training script makes of these flags."""
+    from train_student import build_parser
+
+    args = build_parser().parse_args(["--optimizer", "sgd", "--lr", "0.4", "--weight-decay", "0", "--momentum", "0", *flags])
+    net = small_net()
+    return net, make_updater(args, net, OFF, steps)
+
+
+def test_flags_of_the_schedule_reach_it():
+    _, updater = by_flags("--schedule", "multistep", "--milestones", "2", "--gamma", "0.3", "--epochs", "9")
+    assert [updater.schedule(step) for step in (19, 20)] == pytest.approx([0.4, 0.12])
+    for patience in (1, 3):
+        _, updater = by_flags("--schedule", "plateau", "--plateau-patience", str(patience), "--gamma", "0.3")
+        rates = []
+        for value in (0.5, 0.4, 0.4, 0.4):  # the first is the best
+            updater.schedule.end_epoch("accuracy", value)
+            rates.append(updater.schedule(0))
+        expected = {1: [0.4, 0.12, 0.036, 0.0108], 3: [0.4, 0.4, 0.4, 0.12]}[patience]
+        assert rates == pytest.approx(expected), patience
+
+
+def test_clip_grad_bounds_the_step():
+    """Plain SGD moves by rate times gradient, whose norm is cut to 0.001."""
+    moved = {}
+    for clip in ("0", "0.001"):
+        net, updater = by_flags("--schedule", "constant", "--clip-grad", clip)
+        before = [p.detach().clone() for p in net.parameters()]
+        updater(loss_of(net, 0))
+        moved[clip] = math.sqrt(sum(float((p.detach() - b).square().sum()) for p, b in zip(net.parameters(), before)))
+    assert moved["0.001"] == pytest.approx(0.4 * 0.001, rel=1e-3) and moved["0"] > 0.01
+
+
+def test_the_average_is_of_steps_not_of_their_parts():
+    """Each step in two parts: after two steps of weights w1, w2 it is w1 / 2 + w2 / 2 (it starts as a copy of w1)."""
+    net, updater = by_flags("--schedule", "constant", "--ema", "0.5", "--accumulation-steps", "2")
+    seen = []
+    for step in range(4):
+        updater(loss_of(net, step))
+        seen.append([p.detach().clone() for p in net.parameters()])
+    for average, w1, w2 in zip(updater.evaluated_model.parameters(), seen[1], seen[3]):
+        torch.testing.assert_close(average, (w1 + w2) / 2)

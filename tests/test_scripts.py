@@ -2,6 +2,8 @@
 
 import ast
 import csv
+import errno
+import io
 import json
 import math
 import os
@@ -17,6 +19,8 @@ import pytest
 import torch
 from conftest import ROOT, SMALL, run_script, succeed
 from PIL import Image
+
+from common import cli
 
 TRAINING = ("train_teacher.py", "train_student.py", "distill.py")
 RUN_FILES = {
@@ -235,6 +239,8 @@ def test_bad_config(tmp_path, refused, content, words):
     (["--config", "no.json"], ["no.json"]),
     (["--output", "/proc/run"], ["/proc/run"]),
     (["--unheard-of"], ["--unheard-of"]),
+    (["--learning-rate", 0.1], ["--learning-rate", "did you mean --lr?"]),
+    (["--batchsize=3"], ["--batchsize=3", "did you mean --batch-size?"]),
 ])  # fmt: skip
 def test_bad_flags_of_a_training_script(tmp_path, refused, args, words):
     refused("train_student.py", *args, words=words)
@@ -380,10 +386,44 @@ def test_full_and_read_only_disk(small_disk):
     assert "Read-only" in done.stderr and str(small_disk) in done.stderr
 
 
+@pytest.mark.parametrize("number", [errno.EFBIG, errno.ENOSPC, errno.EDQUOT])
+def test_limits_of_the_disk_are_one_line(monkeypatch, capsys, number):
+    def main(args):
+        raise OSError(number, os.strerror(number), "embeddings.npy")
+
+    monkeypatch.setattr(sys, "argv", ["x.py"])
+    with pytest.raises(SystemExit) as stop:
+        cli.run_script(main, lambda: cli.Parser("writes"))
+    assert stop.value.code == 2 and capsys.readouterr().err == f"error: {os.strerror(number)}: embeddings.npy\n"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_any_name_can_be_printed(monkeypatch, encoding):
+    """A file's name that is not UTF-8 (of an old share), or a class's in another alphabet."""
+    out = io.BytesIO()
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(out, encoding=encoding))
+    monkeypatch.setattr(sys, "argv", ["x.py"])
+    with pytest.raises(SystemExit) as stop:
+        cli.run_script(lambda args: print("skipped: N\udce4vus.png"), lambda: cli.Parser("prints"))
+    sys.stdout.flush()
+    assert stop.value.code == 0 and out.getvalue() == b"skipped: N\\udce4vus.png\n"
+
+
+def test_main_can_run_several_times_in_one_process(tmp_path, here):
+    """The lock is let go, signals have their handlers again, no process group is left."""
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
+    for flags in ([], ["--overwrite"], ["--overwrite"]):
+        assert here("train_student.py", *SMALL, "--limit-train", 64, "--epochs", 1, *flags)[0] == 0
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)] == before
+    assert signal.set_wakeup_fd(-1) == -1 and cli.stops.defer is None and not torch.distributed.is_initialized()
+
+
 def test_overwrite_loses_nothing_when_the_input_is_bad(tmp_path, refused, here):
     assert here("train_student.py", *SMALL, "--epochs", 1)[0] == 0
     before = (tmp_path / "runs/student/best.pth").read_bytes()
-    for flags in (["--model", "resnet9"], ["--limit-train", 10**6], ["--weights", "no.pth"]):
+    for flags in (["--model", "resnet9"], ["--limit-train", 10**6], ["--weights", "no.pth"], ["--batch-size", 1],
+                  ["--accumulation-steps", 32], ["--batch-size", 1, "--dry-run"]):  # fmt: skip
         refused("train_student.py", *SMALL, "--overwrite", *flags)
     assert (tmp_path / "runs/student/best.pth").read_bytes() == before
 
