@@ -426,7 +426,18 @@ def test_lab_without_slurm(project):
     assert all(report[family][f"student_accuracy_{kind}_kd"] for family in ("cnn", "vit") for kind in ("with", "without"))
 
 
-# -------------------------------------------------------------------------------------------------------- several nodes
+# ----------------------------------------------------------------------------------- several GPUs, several nodes
+
+
+def test_a_process_for_each_gpu(slurm, project):  # noqa: F811
+    """submit_best_gpu.sh --gpus 2 trains with two processes."""
+    done = slurm.run("bash", "slurm/submit_best_gpu.sh", "--parsable", "--gpus", "2", "slurm/train_student.sbatch", *QUICK,
+                     "--output", "runs/gpus", cwd=project, env=OURS)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    job = done.stdout.strip()
+    slurm.wait(job)
+    assert slurm.exit_code(job) == 0, slurm.log(job)
+    assert json.loads((project / "runs" / "gpus" / "results.json").read_text())["processes"] == 2
 
 
 def test_two_nodes(slurm, project, submit):  # noqa: F811
