@@ -196,11 +196,12 @@ sync_loop() {
 
 # The pipe was closed without a word: this shell was killed.  Its script must not go on alone; what it saves comes back.
 end_script() {
-  local pids
+  local pids states
   mapfile -t pids < "$STAGE/pids"
+  states=("${pids[@]/#//proc/}")
   kill "${pids[@]}" 2> /dev/null
-  for _ in {1..300}; do
-    kill -0 "${pids[@]}" 2> /dev/null || break
+  for _ in {1..600}; do
+    grep -qs '^State:[[:space:]]*[^ZX]' "${states[@]/%//status}" || break  # a zombie has ended too
     sleep 0.1
   done
   kill -s KILL "${pids[@]}" 2> /dev/null
