@@ -445,7 +445,7 @@ def test_bad_sweeps_are_refused_before_the_queue(slurm, project):  # noqa: F811
 
 
 def test_lab_submits_what_it_needs(slurm, project):  # noqa: F811
-    """Six runs and a report, each after what it needs; a job that fails takes those after it along."""
+    """Six runs and a report, each after what it needs; a job that fails takes those that need it along, but not the report."""
     lab = ["bash", "slurm/lab.sh", "--comment=lab", "--runs", "runs/lab", "--dataset", "imagefolder", "--data-root", "common"]
     done = slurm.run(*lab, "--lr", "-1", cwd=project, env=OURS)
     assert done.returncode == 2 and "argument --lr" in done.stderr and len(done.stderr.splitlines()) == 1 and not done.stdout
@@ -454,7 +454,7 @@ def test_lab_submits_what_it_needs(slurm, project):  # noqa: F811
     ids = dict(re.findall(r"^(\w+): job (\d+)", done.stdout, re.M))
     assert list(ids) == ["cnn_teacher", "vit_teacher", "cnn_student", "vit_student", "cnn_distill", "vit_distill", "report"]
     jobs = {name: slurm.jobs(job)[0] for name, job in ids.items()}
-    after = {name: set(re.findall(r"afterok:(\d+)", job["Dependency"])) for name, job in jobs.items()}
+    after = {name: set(re.findall(rf"after{'any' if name == 'report' else 'ok'}:(\d+)", job["Dependency"])) for name, job in jobs.items()}
     assert after == {**dict.fromkeys(ids, set()), "cnn_distill": {ids["cnn_teacher"]}, "vit_distill": {ids["vit_teacher"]},
                      "report": {job for name, job in ids.items() if name != "report"}}  # fmt: skip
     assert jobs["vit_distill"]["Comment"] == "lab" and jobs["vit_distill"]["JobName"] == "vit_distill"
@@ -462,7 +462,32 @@ def test_lab_submits_what_it_needs(slurm, project):  # noqa: F811
     assert "run_stage distill.py" in command
     for name, job in ids.items():
         state = slurm.wait(job)[0]["JobState"]
-        assert state == ("CANCELLED" if name in ("cnn_distill", "vit_distill", "report") else "FAILED"), name
+        assert state == ("CANCELLED" if name in ("cnn_distill", "vit_distill") else "FAILED"), name
+    assert "error: " in slurm.log(ids["report"])  # there is nothing to report on
+
+
+def test_lab_runs_what_is_not_finished(tmp_path):
+    """The batch files are stand-ins: a failed run keeps back those that need it alone, and the same command then runs these."""
+    shutil.copytree(ROOT / "slurm", tmp_path / "slurm", ignore=shutil.ignore_patterns("site.sh"))
+    for file in (tmp_path / "slurm").glob("*.sbatch"):
+        file.write_text('[ "${!#}" != "$FAILS" ] || exit 1\nmkdir -p "${!#}"\necho "{}" > "${!#}/results.json"\n')
+
+    def lab(*flags, fails="none"):
+        done = here(tmp_path, "lab.sh", *flags, "--runs", "my runs", "--dataset", "digits", env={"PYTHON": shutil.which("true"), "FAILS": fails})
+        return done, re.findall(r"^--- (\w+)$", done.stdout, re.M)
+
+    done, started = lab("--local", fails="my runs/cnn_teacher")
+    assert done.returncode == 1 and done.stderr == "error: failed, or not started after one that did: cnn_teacher cnn_distill\n"
+    assert started == ["cnn_teacher", "vit_teacher", "cnn_student", "vit_student", "vit_distill", "report"]
+    dry, _ = lab("--dry-run")
+    assert re.findall(r"(?:--output|# after) (.*)$", dry.stdout, re.M) == [
+        "my\\ runs/cnn_teacher", "my\\ runs/cnn_distill   # after cnn_teacher", "my\\ runs/report   # after cnn_teacher cnn_distill"]  # fmt: skip
+    done, started = lab("--local")
+    assert done.returncode == 0 and started == ["cnn_teacher", "cnn_distill", "report"], done.stderr
+    assert done.stdout.count(": finished, in my runs/") == 4
+    assert lab("--local")[1] == ["report"]
+    done = here(tmp_path, "lab.sh", "--local", "--runs", "my runs", "--dataset", "digits", "--overwrite", env={"PYTHON": shutil.which("true")})
+    assert done.stdout.count("--- ") == 7
 
 
 def test_lab_without_slurm(project):
