@@ -524,7 +524,8 @@ def environment(device):
         commit = None
     commit = commit or os.environ.get("GIT_COMMIT")  # a job's copy of the scripts has no .git
     return {"python": platform.python_version(), **versions, "git_commit": commit, "device": device,
-            "threads": torch.get_num_threads(), "processes": distributed.size(), "platform": platform.platform(), "command": shlex.join(sys.argv)}  # fmt: skip
+            "threads": torch.get_num_threads(), "processes": distributed.size(), "platform": platform.platform(),
+            "command": shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])}  # fmt: skip
 
 
 class RunFolder:
@@ -541,7 +542,7 @@ class RunFolder:
             if not os.path.exists(self.path("latest.pth")):
                 raise UserError(f"{folder} has no latest.pth: nothing to resume, start again with --overwrite")
         elif not overwrite and not dry and self.own_files():
-            raise UserError(f"{folder} holds a run: --resume {folder} continues it, --overwrite replaces it, --output names another folder")
+            raise UserError(f"{folder} holds a run: --resume {shlex.quote(folder)} continues it, --overwrite replaces it, --output names another folder")
 
     def path(self, name):
         return os.path.join(self.folder, name)

@@ -286,9 +286,13 @@ def how_to_repeat(run):
     environment, script = run["results"].get("environment") or {}, run["results"].get("script") or f"{run['results']['role']}.py"
     hardware = {key: environment.get(key) for key in ("device", "threads", "processes", "platform")}
     versions = {key: value for key, value in environment.items() if key not in (*hardware, "command", "git_commit")}
-    command, count = environment.get("command"), environment.get("processes") or 1
-    if not command or "--resume" in command:  # the command that resumed a run does not repeat it
-        command = f"{script} --config {shlex.quote(str(Path(run['path'], 'config.json')))} --output {shlex.quote(run['path'] + '_again')}"
+    words, count, path = shlex.split(environment.get("command") or ""), environment.get("processes") or 1, run["path"]
+    if not words or any(word.split("=")[0] == "--resume" for word in words):  # the command that resumed a run does not repeat it
+        words = [script, "--config", str(Path(path, "config.json"))]
+    elif "--output" in words:
+        place = words.index("--output")
+        del words[place : place + 2]
+    command = shlex.join([script, *words[1:], "--output", f"{path}_again"])  # words[0] may be a copy in a job's $TMPDIR
     start = "python" if count == 1 else f"torchrun --nproc-per-node {count}"
     return {"command": f"{start} {command}", "commit": environment.get("git_commit"), "versions": versions, "hardware": hardware}
 

@@ -9,6 +9,7 @@ import hashlib
 import os
 import pickle
 import resource
+import shlex
 import shutil
 import signal
 import sys
@@ -455,6 +456,6 @@ class Recorder:
         except Interrupted as stop:
             if self.epoch <= self.epochs_wanted and not self.stopped_early:
                 self.save()
-            again = f"python {os.path.basename(sys.argv[0])} --resume {self.run.folder}"
+            again = f"python {os.path.basename(sys.argv[0])} --resume {shlex.quote(self.run.folder)}"
             text = f"{stop} in epoch {self.epoch} after step {self.step}: {again} continues"
             raise Interrupted(text, stop.exit_code) from None

@@ -1,14 +1,18 @@
 """A run that was stopped and resumed equals one that was not, bit for bit, whatever stopped it and wherever."""
 
 import json
+import shlex
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT, SMALL, run_script, script_environment, succeed
+
+from common import training
 
 # all that has state of its own: projectors, EMA, AdamW's moments, warm-up, clipping, plateau
 DISTILL = [
@@ -164,3 +168,13 @@ def test_a_run_without_feature_layers_resumes_too(teacher, tmp_path):
     succeed("distill.py", *SMALL, "--epochs", 1, "--teacher-checkpoint", teacher / "best.pth", "--output", tmp_path / "run")
     succeed("distill.py", "--resume", tmp_path / "run", "--epochs", 2)
     assert len(rows(tmp_path / "run")) == 2
+
+
+def test_the_command_that_continues_can_be_pasted():
+    """A run folder with spaces, in the line of an interrupted script."""
+    recorder = training.Recorder.__new__(training.Recorder)
+    vars(recorder).update(epoch=2, epochs_wanted=1, step=3, stopped_early=False, run=SimpleNamespace(folder="my runs/a"))
+    with pytest.raises(training.Interrupted) as stop, recorder.saving_when_interrupted():
+        raise training.Interrupted("interrupted by SIGTERM", 143)
+    words = shlex.split(str(stop.value))
+    assert words[words.index("--resume") : words.index("--resume") + 3] == ["--resume", "my runs/a", "continues"]
