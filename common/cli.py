@@ -10,6 +10,7 @@ import difflib
 import errno
 import glob
 import importlib.metadata
+import io
 import itertools
 import json
 import math
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 
+import numpy as np
 import torch
 
 from common import distributed
@@ -500,6 +502,14 @@ def write_json(path, value):
     with atomic_write(path) as temporary, open(temporary, "w") as file:
         json.dump(plain(value), file, indent=1, allow_nan=False)
         file.write("\n")
+
+
+def write_array(path, array):
+    """np.save; a full disk is an OSError that says so, as numpy's own does not."""
+    content = io.BytesIO()
+    np.save(content, array, allow_pickle=False)
+    with atomic_write(path) as temporary, open(temporary, "wb") as file:
+        file.write(content.getbuffer())
 
 
 def plain(value):

@@ -12,13 +12,14 @@ Needs augment.py, cli.py and images.py of `common`, torch and numpy.
 
 import contextlib
 import json
+import math
 import os
 
 import numpy as np
 import torch
 
 from common.augment import Policy, uniform
-from common.cli import UserError, read_json, write_json
+from common.cli import UserError, read_json, write_array, write_json
 from common.images import TASK
 
 FORMAT = 1
@@ -100,17 +101,17 @@ class Writer:
             self.complete = not found[0].endswith(PART)
             if self.complete or os.path.exists(self.path("done") + PART):
                 return
-        np.save(os.path.join(self.folder, "ids.npy"), self.ids)
-        np.save(os.path.join(self.folder, "labels.npy"), self.labels)
+        write_array(os.path.join(self.folder, "ids.npy"), self.ids)
+        write_array(os.path.join(self.folder, "labels.npy"), self.labels)
         with contextlib.suppress(FileNotFoundError):
             os.remove(os.path.join(self.folder, "groups.npy"))  # of what is replaced
         if self.groups is not None:
-            np.save(os.path.join(self.folder, "groups.npy"), self.groups)
+            write_array(os.path.join(self.folder, "groups.npy"), self.groups)
         rows = self.stop - self.start
         for name, shape in self.meta["shapes"].items():
-            np.lib.format.open_memmap(self.path(name) + PART, "w+", dtype, (rows, *shape)).flush()
+            allocate(self.path(name) + PART, dtype, (rows, *shape))
         write_json(self._meta_path + PART, self.meta)
-        np.lib.format.open_memmap(self.path("done") + PART, "w+", np.uint8, (rows,)).flush()  # last: it says that all is there
+        allocate(self.path("done") + PART, np.uint8, (rows,))  # last: it says that all is there
 
     def _check_ids(self):
         ids = load(os.path.join(self.folder, "ids.npy"))
@@ -153,6 +154,22 @@ class Writer:
         os.remove(self.path("done") + PART)
 
 
+def allocate(path, dtype, shape):
+    """A new .npy of zeros, memory-mapped.  Its space is taken at once: a disk or a quota that is too small is found now,
+    not by a bus error when the rows are written.  Raises UserError."""
+    try:
+        array = np.lib.format.open_memmap(path, "w+", dtype, shape)
+        if hasattr(os, "posix_fallocate"):  # not on macOS
+            with open(path, "r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.remove(path)
+        size = np.dtype(dtype).itemsize * math.prod(shape) / 1e6
+        raise UserError(f"cannot write {path}, which takes {size:,.1f} MB: {error.strerror}") from None
+    return array
+
+
 def load(path, mmap=None):
     """np.load without pickles; what is wrong with the file as UserError."""
     try:
@@ -182,7 +199,7 @@ def merge(folder, count):
     files = []
     for name, shape in meta["shapes"].items():
         target = os.path.join(folder, name + ".npy")
-        whole = np.lib.format.open_memmap(target + PART, "w+", meta["dtype"], (meta["count"], *shape))
+        whole = allocate(target + PART, meta["dtype"], (meta["count"], *shape))
         for i in range(count):
             start, stop = shard_rows(meta["count"], (i, count))
             path = os.path.join(folder, f"{name}{shard_suffix((i, count))}.npy")
