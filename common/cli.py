@@ -153,6 +153,7 @@ def add_run_flags(parser, output):
     g.add_argument("--seed", type=NATURAL, default=0, help="fixes weights, order and augmentation, never a split")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     g.add_argument("--save-every", type=NATURAL, default=0, metavar="N", help="keep epoch_N.pth every N epochs; 0 is off")
+    g.add_argument("--save-samples", type=picture, metavar="FILE.png", help="draw what the models see in the first epoch, side by side")
 
 
 def add_data_flags(parser, dataset="digits", batch_size=32):
@@ -179,7 +180,6 @@ def add_data_flags(parser, dataset="digits", batch_size=32):
     g.add_argument("--binary", action="store_true", help="benign against malignant (HAM10000: mel, bcc, akiec; ISIC 2017: melanoma)")
     g.add_argument("--negatives", type=POSITIVE, metavar="N", help="of ISIC 2024: keep N negatives of train and val; test keeps all")
     g.add_argument("--extra-train", metavar="FOLDER", help="of ISIC 2024: malignant images from elsewhere, to train only")
-    g.add_argument("--save-samples", type=picture, metavar="FILE.png", help="draw what the models see in the first epoch, side by side")
 
 
 def add_reading_flags(g):
@@ -367,6 +367,12 @@ def check(args):
         raise UserError(f"--hf-dataset {args.hf_dataset} and --data-root {args.data_root} contradict each other: give one of them")
     if getattr(args, "nesterov", False) and args.optimizer not in ("sgd", None):
         raise UserError(f"--nesterov and --optimizer {args.optimizer} contradict each other: it is sgd's")
+    samples = getattr(args, "save_samples", None)
+    if samples and not args.sweep:  # a point has an --output of its own
+        folder = os.path.dirname(samples) or "."
+        made = os.path.abspath(folder) == os.path.abspath(args.output)
+        if os.path.isdir(samples) or not made and not (os.path.isdir(folder) and os.access(folder, os.W_OK)):
+            raise UserError(f"--save-samples {samples}: no file can be written there, name one in a folder that exists")
     frozen = "--freeze-backbone" if getattr(args, "freeze_backbone", False) else "--freeze" if getattr(args, "freeze", None) else None
     if frozen and not (args.pretrained or args.weights or args.init_checkpoint):
         raise UserError(f"{frozen} needs --pretrained, --weights or --init-checkpoint: random features teach a head nothing")

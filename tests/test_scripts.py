@@ -17,6 +17,10 @@ import torch
 from conftest import ROOT, SMALL, run_script, succeed
 from PIL import Image
 
+import extract_embeddings
+import train_student
+from common import cli
+
 TRAINING = ("train_teacher.py", "train_student.py", "distill.py")
 RUN_FILES = {
     "best.pth", "latest.pth", "config.json", "metrics.csv", "metrics.json", "results.json", "log.txt",
@@ -249,6 +253,23 @@ def test_bad_config(tmp_path, refused, content, words):
 def test_bad_flags_of_a_training_script(tmp_path, refused, args, words):
     refused("train_student.py", *args, words=words)
     assert not (tmp_path / "runs").exists()  # nothing half made
+
+
+def test_samples_that_cannot_be_written_are_refused_before_data(tmp_path, monkeypatch):
+    """The run folder itself may be made later; a point of a sweep has its own."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "grid.json").write_text('[{"name": "a", "lr": 0.1}]')
+    parser, point = train_student.build_parser(), ["--sweep", "grid.json", "--sweep-index", "0"]
+    for path in ("no/x.png", "file/x.png", "folder.png", "runs/student/deeper/x.png"):
+        with pytest.raises(cli.UserError, match=f"--save-samples {path}: "):
+            cli.parse_flags(parser, ["--save-samples", path])
+    for flags in (["x.png"], ["runs/student/x.png"], ["runs/b/x.png", "--output", "runs/b/"], ["runs/student/a/x.png", *point]):
+        assert cli.parse_flags(parser, ["--save-samples", *flags]).save_samples == flags[0]
+    with pytest.raises(cli.UserError):
+        cli.parse_flags(parser, ["--save-samples", "runs/student/b/x.png", *point])
+    assert "--save-samples" not in extract_embeddings.build_parser()._option_string_actions  # it would draw nothing
 
 
 @pytest.mark.parametrize("args, words", [
