@@ -25,6 +25,7 @@ from common.images import TASK
 FORMAT = 1
 PART = ".part"  # of all that is not complete
 DTYPES = ("float16", "float32")
+META = ("seed", "policy", "num_views", "shapes", "count", "dtype")  # what every store says
 
 
 def split_folder(root, split):
@@ -74,8 +75,8 @@ class Writer:
         if creates:
             self._create(overwrite, dtype)
         if not self.complete:
-            self.arrays = {name: np.load(self.path(name) + PART, "r+", allow_pickle=False) for name in shapes}
-            self.done = np.load(self.path("done") + PART, "r+", allow_pickle=False)
+            self.arrays = {name: load(self.path(name) + PART, "r+") for name in shapes}
+            self.done = load(self.path("done") + PART, "r+")
 
     def path(self, name):
         return os.path.join(self.folder, f"{name}{self.suffix}.npy")
@@ -243,6 +244,9 @@ class Store:
         self.meta = read_json(os.path.join(folder, "meta.json"))
         if not isinstance(self.meta, dict) or self.meta.get("format") != FORMAT:
             raise UserError(f"{folder}/meta.json is of another format than this version's ({FORMAT})")
+        lacking = [name for name in META if name not in self.meta]
+        if lacking:
+            raise UserError(f"{folder}/meta.json lacks {', '.join(lacking)}: extract them again")
         self.seed, self.policy, self.num_views = self.meta["seed"], Policy.from_dict(self.meta["policy"]), self.meta["num_views"]
         self.ids, self.labels = (load(os.path.join(folder, f"{name}.npy")) for name in ("ids", "labels"))
         groups = os.path.join(folder, "groups.npy")
@@ -254,8 +258,9 @@ class Store:
             if array.shape != expected or array.dtype != self.meta["dtype"]:
                 raise UserError(f"{path} is {array.dtype} {array.shape}, its meta.json says {self.meta['dtype']} {expected}")
             self.arrays[name] = array
-        if len(self.ids) != self.meta["count"] or len(self.labels) != self.meta["count"]:
-            raise UserError(f"{folder} has {len(self.ids)} ids and {len(self.labels)} labels for {self.meta['count']} rows")
+        if not self.ids.shape == self.labels.shape == (self.meta["count"],) or self.ids.dtype.kind != "U" or self.labels.dtype.kind not in "iu":
+            raise UserError(f"{folder} has ids {self.ids.dtype} {self.ids.shape} and labels {self.labels.dtype} {self.labels.shape} for "
+                            f"{self.meta['count']} rows")  # fmt: skip
         if self.groups is not None and len(self.groups) != len(self.ids):
             raise UserError(f"{folder} has {len(self.groups)} groups for {len(self.ids)} rows")
         self._order = np.argsort(self.ids, kind="stable")

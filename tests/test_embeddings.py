@@ -242,13 +242,21 @@ def test_damaged_stores(tmp_path):
         ("embeddings.npy", lambda p: p.write_bytes(p.read_bytes()[:-8]), "truncated"),
         ("embeddings.npy", lambda p: p.unlink(), "missing"),
         ("embeddings.npy", lambda p: np.save(p, np.zeros((5, 2, 4), np.float16)), r"meta.json says"),
-        ("ids.npy", lambda p: np.save(p, np.array(["a"])), "1 ids"),
+        ("embeddings.npy", lambda p: p.write_bytes(b""), "truncated"),
+        ("ids.npy", lambda p: np.save(p, np.array(["a"])), r"ids <U1 \(1,\)"),
+        ("ids.npy", lambda p: np.save(p, np.array("a")), r"ids <U1 \(\)"),
+        ("labels.npy", lambda p: np.save(p, np.array(["a"] * 6)), r"labels <U1 \(6,\)"),
         ("labels.npy", lambda p: np.save(p, np.array([{}], dtype=object), allow_pickle=True), "damaged"),
         ("meta.json", lambda p: p.write_text("{"), "no JSON"),
         ("meta.json", lambda p: p.write_text('{"format": 9}'), "format"),
+        ("meta.json", lambda p: p.write_text(p.read_text().replace('"policy"', '"police"')), "meta.json lacks policy"),
     ):
         with pytest.raises(UserError, match=words):
             Store(damaged(name, change))
+    part = small_writer(tmp_path / "p").path("embeddings") + ".part"
+    open(part, "wb").close()
+    with pytest.raises(UserError, match="embeddings.npy.part is truncated or damaged"):
+        small_writer(tmp_path / "p")
     nan = np.arange(48, dtype=np.float16).reshape(6, 2, 4)
     nan[3, 1, 2] = np.nan
     store = Store(damaged("embeddings.npy", lambda p: np.save(p, nan)))

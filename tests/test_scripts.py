@@ -4,6 +4,7 @@ import ast
 import csv
 import json
 import os
+import pickle
 import re
 import runpy
 import shutil
@@ -19,7 +20,7 @@ from PIL import Image
 
 import extract_embeddings
 import train_student
-from common import cli
+from common import cli, training
 
 TRAINING = ("train_teacher.py", "train_student.py", "distill.py")
 RUN_FILES = {
@@ -330,7 +331,12 @@ def test_bad_checkpoints(tmp_path, teacher, refused):
     content = torch.load(teacher / "best.pth", weights_only=True)
     torch.save({**content, "model_args": {**content["model_args"], "name": "resnet8"}}, tmp_path / "other.pth")
     torch.save({**content, "model_args": {**content["model_args"], "num_classes": 7}}, tmp_path / "seven.pth")
-    for name in ("cut", "empty", "text", "hostile", "foreign", "other", "seven", "absent"):
+    (tmp_path / "pickled.pth").write_bytes(pickle.dumps({"model": object}))
+    for name, part in (("model", [1]), ("model_args", {"nonsense": 1}), ("preprocess", {"resolution": 8}), ("classes", 5), ("flags", {}), ("flags", None)):
+        torch.save({**content, name: part}, tmp_path / "part.pth")
+        with pytest.raises(cli.UserError, match="part.pth"):
+            training.load_model(training.load_checkpoint(tmp_path / "part.pth"), path="part.pth")
+    for name in ("cut", "empty", "text", "pickled", "hostile", "foreign", "other", "seven", "absent"):
         refused("evaluate.py", f"{name}.pth", words=[f"{name}.pth"])
         refused("distill.py", "--teacher-checkpoint", f"{name}.pth", words=[f"{name}.pth"])
     assert not (tmp_path / "hacked").exists()
