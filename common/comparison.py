@@ -50,7 +50,7 @@ def number(value):
 
 
 def check(results):
-    """Raises KeyError or ValueError where results.json does not hold what a comparison needs."""
+    """Raises KeyError, ValueError, TypeError or AttributeError where results.json does not hold what a comparison needs."""
     if results["role"] not in ("teacher", "student", "distill"):
         raise ValueError(f"the role is {results['role']!r}, not teacher, student or distill")
     for dotted, kind in {**NEEDED, **(OF_DISTILLED if results["role"] == "distill" else {})}.items():
@@ -59,6 +59,10 @@ def check(results):
             value = value[key]
         if not isinstance(value, kind):
             raise ValueError(f"{dotted} is {value!r}")
+    for name in ("script", "checkpoint"):
+        if not isinstance(results.get(name) or "", str):
+            raise ValueError(f"{name} is {results[name]!r}")
+    shlex.split((results.get("environment") or {}).get("command") or "")  # as `how_to_repeat` does
     if not 0 <= results["test"]["accuracy"] <= 1:
         raise ValueError(f"the test accuracy is {results['test']['accuracy']}, not between 0 and 1")
 
