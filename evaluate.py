@@ -26,7 +26,7 @@ import os
 import numpy as np
 import torch
 
-from common import cli, probes
+from common import cli, distributed, probes
 from common.data import DATASETS, Splits
 from common.embeddings import open_splits
 from common.evaluation import brackets, cost, outputs, splits_of, task_metrics, uncertainty, write_predictions
@@ -287,6 +287,8 @@ def main(args):
     if teacher:
         reference = scores(teacher, classes)
         student["kept"] = {name: value / reference[name] for name, value in scores(student, classes).items() if reference.get(name)}
+    if distributed.rank():
+        return  # of several processes the first one writes
     os.makedirs(args.output, exist_ok=True)
     cli.write_json(os.path.join(args.output, "evaluation.json"), result)
     if logits:

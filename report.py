@@ -109,7 +109,7 @@ def load_predictions(members, missing, read):
                 if read[run["path"]] is not None:
                     part[run["seed"]] = align(read[run["path"]], first or read[run["path"]])
                     first = first or part[run["seed"]]
-            except (OSError, ValueError, KeyError, EOFError) as error:
+            except (OSError, ValueError, TypeError, KeyError, EOFError) as error:
                 missing.append(f"{file} cannot be used, so {run['path']} has no interval, calibration or gallery: {error}")
     return found
 

@@ -11,6 +11,7 @@ import errno
 import fcntl
 import glob
 import importlib.metadata
+import io
 import itertools
 import json
 import math
@@ -26,6 +27,7 @@ import sys
 import threading
 import time
 
+import numpy as np
 import torch
 
 from common import distributed
@@ -239,6 +241,7 @@ def add_run_flags(parser, output):
                    help="one run after another with each of these seeds, into OUTPUT_SEED")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     g.add_argument("--save-every", type=NATURAL, default=0, metavar="N", help="keep epoch_N.pth every N epochs; 0 is off")
+    g.add_argument("--save-samples", type=picture, metavar="FILE.png", help="draw what the models see in the first epoch, side by side")
 
 
 def add_data_flags(parser, dataset="digits", batch_size=32):
@@ -265,7 +268,6 @@ def add_data_flags(parser, dataset="digits", batch_size=32):
     g.add_argument("--binary", action="store_true", help="benign against malignant (HAM10000: mel, bcc, akiec; ISIC 2017: melanoma)")
     g.add_argument("--negatives", type=POSITIVE, metavar="N", help="of ISIC 2024: keep N negatives of train and val; test keeps all")
     g.add_argument("--extra-train", metavar="FOLDER", help="of ISIC 2024: malignant images from elsewhere, to train only")
-    g.add_argument("--save-samples", type=picture, metavar="FILE.png", help="draw what the models see in the first epoch, side by side")
 
 
 def add_reading_flags(g):
@@ -469,6 +471,12 @@ def check(args):
         raise UserError(f"--hf-dataset {args.hf_dataset} and --data-root {args.data_root} contradict each other: give one of them")
     if getattr(args, "nesterov", False) and args.optimizer not in ("sgd", None):
         raise UserError(f"--nesterov and --optimizer {args.optimizer} contradict each other: it is sgd's")
+    samples = getattr(args, "save_samples", None)
+    if samples and not args.sweep:  # a point has an --output of its own
+        folder = os.path.dirname(samples) or "."
+        made = os.path.abspath(folder) == os.path.abspath(args.output)
+        if os.path.isdir(samples) or not made and not (os.path.isdir(folder) and os.access(folder, os.W_OK)):
+            raise UserError(f"--save-samples {samples}: no file can be written there, name one in a folder that exists")
     frozen = "--freeze-backbone" if getattr(args, "freeze_backbone", False) else "--freeze" if getattr(args, "freeze", None) else None
     if frozen and not (args.pretrained or args.weights or args.init_checkpoint):
         raise UserError(f"{frozen} needs --pretrained, --weights or --init-checkpoint: random features teach a head nothing")
@@ -625,6 +633,14 @@ def write_json(path, value):
         file.write("\n")
 
 
+def write_array(path, array):
+    """np.save; a full disk is an OSError that says so, as numpy's own does not."""
+    content = io.BytesIO()
+    np.save(content, array, allow_pickle=False)
+    with atomic_write(path) as temporary, open(temporary, "wb") as file:
+        file.write(content.getbuffer())
+
+
 def plain(value):
     """JSON's types: tuples become lists, numbers that are not finite null."""
     if isinstance(value, dict):
@@ -647,7 +663,8 @@ def environment(device):
         commit = None
     commit = commit or os.environ.get("GIT_COMMIT")  # a job's copy of the scripts has no .git
     return {"python": platform.python_version(), **versions, "git_commit": commit, "device": device,
-            "threads": torch.get_num_threads(), "processes": distributed.size(), "platform": platform.platform(), "command": shlex.join(sys.argv)}  # fmt: skip
+            "threads": torch.get_num_threads(), "processes": distributed.size(), "platform": platform.platform(),
+            "command": shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])}  # fmt: skip
 
 
 class RunFolder:
@@ -671,7 +688,8 @@ class RunFolder:
 
     def _refuse_to_replace(self):
         if not self.resume and not self.overwrite and any(map(os.path.getsize, self.own_files())):
-            raise UserError(f"{self.folder} holds a run: --resume {self.folder} continues it, --overwrite replaces it, --output names another folder")
+            raise UserError(f"{self.folder} holds a run: --resume {shlex.quote(self.folder)} continues it, --overwrite replaces it, "
+                            "--output names another folder")
 
     def path(self, name):
         return os.path.join(self.folder, name)

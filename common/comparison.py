@@ -50,7 +50,7 @@ def number(value):
 
 
 def check(results):
-    """Raises KeyError or ValueError where results.json does not hold what a comparison needs."""
+    """Raises KeyError, ValueError, TypeError or AttributeError where results.json does not hold what a comparison needs."""
     if results["role"] not in ("teacher", "student", "distill"):
         raise ValueError(f"the role is {results['role']!r}, not teacher, student or distill")
     for dotted, kind in {**NEEDED, **(OF_DISTILLED if results["role"] == "distill" else {})}.items():
@@ -59,6 +59,10 @@ def check(results):
             value = value[key]
         if not isinstance(value, kind):
             raise ValueError(f"{dotted} is {value!r}")
+    for name in ("script", "checkpoint"):
+        if not isinstance(results.get(name) or "", str):
+            raise ValueError(f"{name} is {results[name]!r}")
+    shlex.split((results.get("environment") or {}).get("command") or "")  # as `how_to_repeat` does
     if not 0 <= results["test"]["accuracy"] <= 1:
         raise ValueError(f"the test accuracy is {results['test']['accuracy']}, not between 0 and 1")
 
@@ -286,9 +290,13 @@ def how_to_repeat(run):
     environment, script = run["results"].get("environment") or {}, run["results"].get("script") or f"{run['results']['role']}.py"
     hardware = {key: environment.get(key) for key in ("device", "threads", "processes", "platform")}
     versions = {key: value for key, value in environment.items() if key not in (*hardware, "command", "git_commit")}
-    command, count = environment.get("command"), environment.get("processes") or 1
-    if not command or "--resume" in command:  # the command that resumed a run does not repeat it
-        command = f"{script} --config {shlex.quote(str(Path(run['path'], 'config.json')))} --output {shlex.quote(run['path'] + '_again')}"
+    words, count, path = shlex.split(environment.get("command") or ""), environment.get("processes") or 1, run["path"]
+    if not words or any(word.split("=")[0] == "--resume" for word in words):  # the command that resumed a run does not repeat it
+        words = [script, "--config", str(Path(path, "config.json"))]
+    elif "--output" in words:
+        place = words.index("--output")
+        del words[place : place + 2]
+    command = shlex.join([script, *words[1:], "--output", f"{path}_again"])  # words[0] may be a copy in a job's $TMPDIR
     start = "python" if count == 1 else f"torchrun --nproc-per-node {count}"
     return {"command": f"{start} {command}", "commit": environment.get("git_commit"), "versions": versions, "hardware": hardware}
 

@@ -1,7 +1,7 @@
 """Datasets and their splits.
 
 Needs augment.py, dermatology.py, distributed.py, images.py, splitting.py and tables.py of `common`, torch and numpy
-(image_text.py too for medpix and image_text; scikit-learn for digits, torchvision for CIFAR, h5py for ISIC 2024,
+(loader.py too for medmnist, image_text.py for medpix and image_text; scikit-learn for digits, torchvision for CIFAR, h5py for ISIC 2024,
 opencv-python-headless for hair removal, datasets for --hf-dataset).
 
     splits = load_splits("imagefolder", "data/cifar10")              # .train .val .test .classes .domain
@@ -155,7 +155,7 @@ def load_splits(name, root=None, *, val_split=None, split_seed=0, limit_train=No
     elif name in ("cifar10", "cifar100"):
         parts, found = _cifar(name, root, download)
     elif name == "medmnist":
-        parts, found = _medmnist(root, window)
+        parts, found = _medmnist(root, window, wanted)
     elif name == "imagefolder":
         parts, found = _imagefolder(root, wanted, classes, decode_size, window)
     elif name == "unlabeled":
@@ -427,7 +427,7 @@ def _cifar(name, root, download):
     return parts, part.classes
 
 
-def _medmnist(root, window):
+def _medmnist(root, window, wanted):
     if root is None:
         raise DataError("--dataset medmnist needs --data-root FILE.npz")
     path = root
@@ -436,23 +436,16 @@ def _medmnist(root, window):
         if len(files) != 1:
             raise DataError(f"{root} holds {len(files)} .npz files: name the one, --data-root FILE.npz")
         path = os.path.join(root, files[0])
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            names = [f"{s}_{k}" for s in ("train", "val", "test") for k in ("images", "labels")]
-            missing = [n for n in names if n not in archive.files]
-            if missing:
-                raise DataError(f"{path} is no MedMNIST file: it lacks {', '.join(missing)}")
-            arrays = {n: archive[n] for n in names}
-    except (DataError, MemoryError):
-        raise
-    except Exception as error:  # zipfile and numpy raise half a dozen kinds on a damaged file
-        raise DataError(f"cannot read {path}: {error}") from None
+    kept = wanted | ({"val"} if "train" in wanted else set())
+    arrays = _read_npz(path, [f"{s}_{k}" for s in ("train", "val", "test") for k in ("images", "labels") if k == "labels" or s in kept])
+    for split in {"train", "val", "test"} - kept:  # their labels say what classes there are
+        arrays[f"{split}_images"] = np.broadcast_to(np.uint8(0), (len(arrays[f"{split}_labels"]), 1, 1))
     classes, parts = None, {}
     for split in ("train", "val", "test"):
         images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
         if images.ndim == 4 and images.shape[3] == 1:
             images = images[..., 0]
-        if images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] != 3) or not len(images):
+        if images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] != 3) or not images.size:
             raise DataError(f"{path}: {split}_images of shape {images.shape} are no grey or colour images")
         if labels.ndim == 2 and labels.shape[1] == 1:
             labels = labels[:, 0]
@@ -478,7 +471,34 @@ def _medmnist(root, window):
     side, default = parts["train"].images.shape[1], DATASETS["medmnist"].resolution
     if side > default:
         note(f"{path} has images of {side} px: --resolution {side} keeps them, the default is {default}")
-    return parts, [str(i) for i in classes]
+    return {split: part for split, part in parts.items() if split in kept}, [str(i) for i in classes]
+
+
+def _read_npz(path, names):
+    """{name: array} of a MedMNIST file.  By the headers, before any array is read, refuses what holds no numbers or does
+    not fit in memory: 3 MB may unpack to 3 GB.  Raises DataError."""
+    from common.loader import available_memory
+
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            missing = [n for n in names if n not in archive.files]
+            if missing:
+                raise DataError(f"{path} is no MedMNIST file: it lacks {', '.join(missing)}")
+            needed, free = 0, available_memory()
+            for name in names:
+                with archive.zip.open(f"{name}.npy") as file:
+                    read = np.lib.format.read_array_header_1_0 if np.lib.format.read_magic(file) == (1, 0) else np.lib.format.read_array_header_2_0
+                    shape, _, dtype = read(file)
+                if dtype.kind not in "biuf":
+                    raise DataError(f"{path}: {name} holds values of type {dtype}, not numbers")
+                needed += math.prod(shape) * (dtype.itemsize + (dtype.itemsize > 1))  # what is deeper becomes uint8
+            if needed > free:
+                raise DataError(f"{path} takes {needed / 1e9:,.1f} GB of memory unpacked, {free / 1e9:,.1f} GB are free: use a smaller file or more memory")
+            return {n: archive[n] for n in names}
+    except (DataError, MemoryError):
+        raise
+    except Exception as error:  # zipfile and numpy raise half a dozen kinds on a damaged file
+        raise DataError(f"cannot read {path}: {error}") from None
 
 
 def _imagefolder(root, splits, classes, decode_size, window):

@@ -13,7 +13,7 @@ import torch
 
 from common import distributed, metrics
 from common.augment import Augmenter, Policy
-from common.cli import UserError, atomic_write, read_json, split_flags, write_json
+from common.cli import UserError, atomic_write, read_json, split_flags, write_array, write_json
 from common.cli import data_root as find_data_root
 from common.data import load_splits
 from common.images import TASK, logits_name, tasks_of
@@ -288,8 +288,7 @@ def write_predictions(folder, split, dataset, logits, classes):
             arrays.update({name if task == TASK else f"{name}_{task}": value for name, value in of.items()})
         np.savez(file, **arrays)
     for task, values in logits.items():
-        with atomic_write(os.path.join(folder, f"confusion_{split}_{task}.npy")) as temporary, open(temporary, "wb") as file:
-            np.save(file, metrics.confusion_matrix(values, dataset.targets[task]))
+        write_array(os.path.join(folder, f"confusion_{split}_{task}.npy"), metrics.confusion_matrix(values, dataset.targets[task]))
 
 
 def evaluate_checkpoint(path, split="test", device="auto", batch_size=128, data_root=None):

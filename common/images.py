@@ -164,9 +164,11 @@ def to_uint8(array, window, what):
             f"{what} has {array.dtype} grey levels ({array.min()} to {array.max()}): say which of them are black and "
             "white with --window LOW HIGH"
         )
-    low, high = window
-    levels = np.nan_to_num(array.astype(np.float64), nan=low, posinf=high, neginf=low)
-    return np.rint((np.clip(levels, low, high) - low) * (255 / (high - low))).astype(np.uint8)
+    (low, high), out = window, np.empty(array.shape, np.uint8)
+    for start in range(0, len(array), 256):  # rows of an image, or images: in float64 all would take eight times as much
+        levels = np.nan_to_num(array[start : start + 256].astype(np.float64), nan=low, posinf=high, neginf=low)
+        out[start : start + 256] = np.rint((np.clip(levels, low, high) - low) * (255 / (high - low)))
+    return out
 
 
 def _is_deep_colour(image):

@@ -72,8 +72,6 @@ def choose_cache(dataset, cache, device):
     needed = len(dataset) * np.mean([dataset.read(i).size for i in probe])
     if device.type == "cuda" and needed < torch.cuda.mem_get_info(device)[0] / 4:
         return "device"
-    if dataset.images is not None:
-        return "ram"
     needed *= distributed.environment().local_size  # each process of this node keeps its own
     return "ram" if needed < available_memory() / 4 else "off"
 

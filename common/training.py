@@ -17,6 +17,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,9 @@ from common.cli import UserError, atomic_write, environment, stops
 from common.images import TASK, tasks_of
 from common.metrics import better
 from common.models import build_model, load_weights
+
+# torch's loader says so on stderr before it refuses the file
+warnings.filterwarnings("ignore", message="Detected pickle protocol")
 
 
 class Interrupted(Exception):
@@ -241,6 +245,9 @@ def save_checkpoint(path, content, also=()):
         raise UserError(f"cannot write {path}: {error.__cause__ or error.__context__ or error}") from None
 
 
+CHECKPOINT = {"kind": str, "model": dict, "model_args": dict, "classes": (list, dict), "preprocess": dict, "flags": dict}  # what all need of it
+
+
 def load_tensors(path):
     """What a .pth or .safetensors file holds, on the CPU; nothing in it is run.  Raises UserError."""
     if not os.path.isfile(path):
@@ -272,7 +279,8 @@ def load_tensors(path):
 def load_checkpoint(path):
     """A checkpoint of these scripts as a dict, on the CPU, loaded safely.  Raises UserError."""
     checkpoint = load_tensors(path)
-    if not isinstance(checkpoint, dict) or not {"kind", "model", "model_args", "classes", "preprocess"} <= checkpoint.keys():
+    known = isinstance(checkpoint, dict) and all(isinstance(checkpoint.get(name), kind) for name, kind in CHECKPOINT.items())
+    if not known or not {"dataset", "data_root"} <= checkpoint["flags"].keys():
         raise UserError(f"{path} is no checkpoint of these scripts; foreign weights go to --weights FILE")
     return checkpoint
 
@@ -281,17 +289,17 @@ def load_model(checkpoint, device="cpu", resolution=None, path="the checkpoint")
     """(model in eval mode, Preprocess) from a checkpoint alone; no hub is asked.  Raises UserError, ModelError."""
     if checkpoint["kind"] not in ("image", "image_text"):
         raise UserError(f"{path} is of the unknown kind {checkpoint['kind']!r}")
+    build = build_model
     if checkpoint["kind"] == "image_text":
-        from common.multimodal import build_image_text_model
-
-        model = build_image_text_model(**checkpoint["model_args"])
-    else:
-        model = build_model(**checkpoint["model_args"])
+        from common.multimodal import build_image_text_model as build
+    try:
+        model, preprocess = build(**checkpoint["model_args"]), Preprocess(**checkpoint["preprocess"])
+    except TypeError as error:
+        raise UserError(f"{path} is of another version or damaged: {error}") from None
     try:
         model.load_state_dict(checkpoint["model"], strict=True)
     except RuntimeError as error:
         raise UserError(f"{path} does not fit its own architecture {model.name}: {str(error).splitlines()[-1].strip()[:160]}") from None
-    preprocess = Preprocess(**checkpoint["preprocess"])
     preprocess.reads(model)
     if resolution and resolution != preprocess.resolution:
         model.set_resolution(resolution)

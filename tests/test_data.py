@@ -4,6 +4,7 @@ import hashlib
 import os
 import pickle
 import struct
+import tracemalloc
 import zlib
 
 import numpy as np
@@ -441,7 +442,11 @@ def test_medmnist(tmp_path, tiles, grey):
         ({"train_labels": np.zeros((39, 1), np.uint8)}, r"train_labels of shape \(39,\) are not one class for each image"),
         ({"train_images": np.zeros((40, 28, 28, 28), np.uint8)}, r"train_images of shape \(40, 28, 28, 28\) are no grey"),
         ({"val_images": np.zeros((0, 28, 28), np.uint8), "val_labels": np.zeros((0, 1), np.uint8)}, "val_images of shape"),
-        ({"train_labels": np.array([["a"]] * 40, object)}, "cannot read"),
+        ({"train_labels": np.array([["a"]] * 40, object)}, "train_labels holds values of type object, not numbers"),
+        ({"test_labels": np.array([["cat"]] * 10)}, "test_labels holds values of type <U3, not numbers"),
+        ({"val_images": np.full((10, 28, 28), "0")}, "val_images holds values of type <U1, not numbers"),
+        ({"val_images": np.zeros((10, 0, 0), np.uint8)}, r"val_images of shape \(10, 0, 0\) are no grey"),
+        ({"train_images": np.zeros((40, 28, 0, 3), np.uint8)}, r"train_images of shape \(40, 28, 0, 3\) are no grey"),
     ],
 )
 def test_medmnist_errors(tmp_path, tiles, change, match):
@@ -477,6 +482,41 @@ def test_medmnist_in_other_forms(tmp_path, tiles, capsys):
     np.savez(tmp_path / "x.npz", **arrays)
     fails("medmnist", str(tmp_path), match="--dataset medmnist has one class only, '0': there is nothing to tell apart")
     assert len(load_splits("medmnist", str(tmp_path), labels=False).train) == 40  # to extract embeddings there need not be two
+
+
+def test_a_small_medmnist_file_that_unpacks_to_much(tmp_path, tiles, monkeypatch):
+    """36 MB of zeros, packed: refused by its header, and not read at all where only the other splits are wanted."""
+    arrays = medmnist_arrays(tiles)
+    np.savez_compressed(tmp_path / "x.npz", **{**arrays, "train_images": np.zeros((40, 548, 548, 3), np.uint8)})
+    assert (tmp_path / "x.npz").stat().st_size < 150_000
+    monkeypatch.setattr("common.loader.available_memory", lambda: 30_000_000)
+    tracemalloc.start()
+    try:
+        match = r"x.npz takes 0.\d GB of memory unpacked, 0.0 GB are free"
+        fails("medmnist", str(tmp_path), match=match)
+        splits = load_splits("medmnist", str(tmp_path), splits=("test",))
+        assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    finally:
+        tracemalloc.stop()
+    assert splits.train is None and splits.val is None and splits.classes == ["0", "1", "2", "3"]
+    assert np.array_equal(splits.test.images, arrays["test_images"])
+    np.savez_compressed(tmp_path / "x.npz", **{**arrays, "test_images": np.zeros((10, 548, 548, 3), np.float64)})
+    fails("medmnist", str(tmp_path), match=match)
+    monkeypatch.undo()
+    assert load_splits("medmnist", str(tmp_path), splits=("train",)).test is None
+    assert len(load_splits("medmnist", str(tmp_path), splits=("val",)).val) == 10
+
+
+def test_grey_levels_are_mapped_in_parts():
+    """A window of a whole dataset takes little more memory than its result, which no part's end changes."""
+    levels = np.arange(600 * 100 * 100, dtype=np.uint16).reshape(600, 100, 100)
+    tracemalloc.start()
+    try:
+        mapped = to_uint8(levels, (0, 65535), "x")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert np.array_equal(mapped, np.rint(levels / 257)) and peak < 600 * 100 * 100 * 16
 
 
 def test_medmnist_files(tmp_path, tiles):

@@ -1,8 +1,10 @@
 """extract_embeddings.py and the store: what is stored is what the teacher says of the view that can be made again."""
 
+import errno
 import importlib
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -42,6 +44,36 @@ def assert_equal_stores(a, b):
         for name in NAMES:
             x, y = (np.load(split_folder(folder, split) + f"/{name}.npy", allow_pickle=False) for folder in (a, b))
             assert x.dtype == y.dtype and np.array_equal(x, y), (split, name)
+
+
+@pytest.fixture
+def file_limit():
+    """file_limit(bytes): no file may grow larger, as with a quota."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_quota_is_found_before_the_first_image(tmp_path, file_limit):
+    ids, meta = [f"{i:04d}" for i in range(1000)], {"seed": 0}
+    file_limit(500_000)
+    with pytest.raises(UserError) as error:
+        Writer(tmp_path, meta, ids, np.zeros(1000), {"embeddings": (1, 512)})
+    assert str(error.value) == f"cannot write {tmp_path}/embeddings.npy.part, which takes 1.0 MB: File too large"
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["ids.npy", "labels.npy"]  # nothing that looks begun
+    file_limit(10_000)
+    with pytest.raises(OSError) as error:
+        Writer(tmp_path / "ids", meta, ids, np.zeros(1000), {"embeddings": (1, 1)})
+    assert error.value.errno == errno.EFBIG and not list((tmp_path / "ids").iterdir())
+
+
+def test_space_is_taken_at_once(tmp_path):
+    """Else a full disk would be a bus error in the middle."""
+    writer = Writer(tmp_path, {"seed": 0}, list("abcd"), np.zeros(4), {"embeddings": (1, 100_000)})
+    assert os.stat(tmp_path / "embeddings.npy.part").st_blocks * 512 >= 4 * 100_000 * 2
+    writer.write([0, 1, 2, 3], {"embeddings": np.ones((4, 1, 100_000))})
+    writer.finish()
+    assert (np.load(tmp_path / "embeddings.npy") == 1).all()
 
 
 # ------------------------------------------------------------------------------------------------------------- content
@@ -215,13 +247,21 @@ def test_damaged_stores(tmp_path):
         ("embeddings.npy", lambda p: p.write_bytes(p.read_bytes()[:-8]), "truncated"),
         ("embeddings.npy", lambda p: p.unlink(), "missing"),
         ("embeddings.npy", lambda p: np.save(p, np.zeros((5, 2, 4), np.float16)), r"meta.json says"),
-        ("ids.npy", lambda p: np.save(p, np.array(["a"])), "1 ids"),
+        ("embeddings.npy", lambda p: p.write_bytes(b""), "truncated"),
+        ("ids.npy", lambda p: np.save(p, np.array(["a"])), r"ids <U1 \(1,\)"),
+        ("ids.npy", lambda p: np.save(p, np.array("a")), r"ids <U1 \(\)"),
+        ("labels.npy", lambda p: np.save(p, np.array(["a"] * 6)), r"labels <U1 \(6,\)"),
         ("labels.npy", lambda p: np.save(p, np.array([{}], dtype=object), allow_pickle=True), "damaged"),
         ("meta.json", lambda p: p.write_text("{"), "no JSON"),
         ("meta.json", lambda p: p.write_text('{"format": 9}'), "format"),
+        ("meta.json", lambda p: p.write_text(p.read_text().replace('"policy"', '"police"')), "meta.json lacks policy"),
     ):
         with pytest.raises(UserError, match=words):
             Store(damaged(name, change))
+    part = small_writer(tmp_path / "p").path("embeddings") + ".part"
+    open(part, "wb").close()
+    with pytest.raises(UserError, match="embeddings.npy.part is truncated or damaged"):
+        small_writer(tmp_path / "p")
     nan = np.arange(48, dtype=np.float16).reshape(6, 2, 4)
     nan[3, 1, 2] = np.nan
     store = Store(damaged("embeddings.npy", lambda p: np.save(p, nan)))

@@ -212,7 +212,10 @@ def test_choose_cache(equal, monkeypatch):
     assert choose_cache(equal, "auto", cpu) == "ram"
     monkeypatch.setattr(loader_module, "available_memory", lambda: 4 * needed - 8)
     assert choose_cache(equal, "auto", cpu) == "off" and Loader(equal, 5, "cpu", workers=0).cache is None
-    assert choose_cache(load_splits("digits").val, "auto", cpu) == "ram"  # is in memory already
+    digits = load_splits("digits").val  # decoded and grey: cached as three channels they take three times as much again
+    for spare, kind in ((-8, "off"), (8, "ram")):
+        monkeypatch.setattr(loader_module, "available_memory", lambda spare=spare: 4 * 3 * digits.images.nbytes + spare)
+        assert choose_cache(digits, "auto", cpu) == kind
 
 
 def test_processes_of_a_node_share_its_memory_and_its_cores(equal, monkeypatch):

@@ -1,17 +1,20 @@
 """Where models come from: Hugging Face folders, timm, hub and foreign weights; other resolutions.  No network."""
 
 import argparse
+import ast
+import contextlib
 import json
 import shutil
 
 import pytest
 import torch
-from conftest import shared_archive
+from conftest import ROOT, shared_archive
 from test_models import SWIN, forward, images, no_network, refusal  # noqa: F401
 
 from common.cli import UserError
 from common.data import DATASETS
-from common.models import build_model, load_weights
+from common.models import ModelError, build_model, load_weights
+from common.multimodal import _load
 from common.training import Preprocess, load_checkpoint, need_head, start_weights
 
 # --------------------------------------------------------------------------------------------------------- Hugging Face
@@ -72,6 +75,55 @@ def test_hugging_face_models_are_rebuilt_without_a_hub(hub_folder, tmp_path, nam
     assert torch.equal(forward(rebuilt, images())["logits"], out["logits"])
     assert rebuilt.build_args == model.build_args
     assert forward(rebuilt, images(64))["logits"].shape == (2, 5), "positions follow the image's size"
+
+
+CUSTOM_CODE = """
+from pathlib import Path
+Path("{marker}").touch()
+from transformers import PretrainedConfig, ViTModel
+class Own(PretrainedConfig):
+    model_type = "own"
+class OwnModel(ViTModel):
+    pass
+"""
+
+
+@pytest.mark.parametrize("known", [True, False])  # whether transformers has a model of this type too
+@pytest.mark.parametrize("kind, pretrained", [("image", True), ("image", False), ("text", True), ("text", False)])
+def test_code_of_a_hugging_face_folder_never_runs(hub_folder, tmp_path, monkeypatch, kind, pretrained, known):
+    """A folder whose config names classes of its own, as of a hub's repository: it is refused or taken without them, and nobody is asked."""
+    folder = tmp_path / "model"
+    shutil.copytree(hub_folder / ("vit" if kind == "image" else "bert"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "own.Own", "AutoModel": "own.OwnModel", "AutoTokenizer": ["own.Own", None]}
+    config["model_type"] = config["model_type"] if known else "own"
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text(CUSTOM_CODE.replace("{marker}", str(tmp_path / "ran")))
+    monkeypatch.setattr("builtins.input", lambda *args: pytest.fail("it asks on the terminal"))
+    with contextlib.suppress(ModelError):
+        if kind == "image":
+            build_model(f"hf:{folder}", 5, 32, pretrained=pretrained)
+        else:
+            _load(str(folder), str(folder), pretrained)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_nothing_is_loaded_that_could_run_code():
+    """In no file of the project, by the arguments themselves: pickles, code of a hub's repository, torch.hub, eval."""
+    wanted = {"from_pretrained": ("trust_remote_code", False), "from_config": ("trust_remote_code", False)}
+    seen = []
+    for file in [*ROOT.glob("*.py"), *ROOT.glob("common/*.py"), *ROOT.glob("slurm/*.py")]:
+        for call in (node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)):
+            function = ast.unparse(call.func)
+            given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+            assert function not in ("eval", "exec", "pickle.load", "pickle.loads", "torch.hub.load", "joblib.load"), (file, function)
+            name, value = wanted.get(function.split(".")[-1], (None, None))
+            if function in ("torch.load", "np.load"):
+                name, value = ("weights_only", True) if function == "torch.load" else ("allow_pickle", False)
+            if name:
+                seen.append(function)
+                assert given.get(name) == str(value), f"{file}:{call.lineno}: {function} without {name}={value}"
+    assert {"torch.load", "np.load", "AutoModel.from_pretrained", "AutoModel.from_config", "AutoTokenizer.from_pretrained"} <= set(seen)
 
 
 def test_hugging_face_weights_and_normalization(hub_folder):

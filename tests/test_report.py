@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import report as report_script
+
 REPO = Path(__file__).resolve().parents[1]
 CLASSES = ["cat", "dog", "a class with a rather long name"]
 
@@ -271,6 +273,9 @@ DAMAGE = {
     "NaN": (lambda text: text.replace('"test": {"accuracy": 0.6', '"test": {"accuracy": NaN'), "test accuracy is nan"),
     "in percent": (lambda text: text.replace('"test": {"accuracy": 0.6', '"test": {"accuracy": 60'), "test accuracy is 60"),
     "unknown role": (lambda text: text.replace('"role": "student"', '"role": "probe"'), "role is 'probe'"),
+    "environment as a list": (lambda text: json.dumps({**json.loads(text), "environment": [1]}), "damaged"),
+    "command cut": (lambda text: json.dumps({**json.loads(text), "environment": {"command": "a.py --output 'x"}}), "damaged"),
+    "script as a number": (lambda text: json.dumps({**json.loads(text), "script": 3}), "script is 3"),
     "seed in words": (lambda text: text.replace('"seed": 0', '"seed": "zero"'), "flags.seed is 'zero'"),
 }
 
@@ -290,6 +295,21 @@ def test_damaged_runs_are_named_and_the_others_reported(tmp_path):
     for index, (_, words) in enumerate(DAMAGE.values()):
         assert matching(report["missing"], f"runs/bad{index} is left out", words), (report["missing"], words)
     assert matching(report["missing"], "runs/curves/metrics.json") and matching(report["missing"], "runs/curves/confusion_test_label.npy")
+
+
+@pytest.mark.parametrize("name", ["ids", "labels", "logits", "classes"])
+def test_predictions_of_another_type_are_named(tmp_path, name):
+    """Strings, or one value, where numbers or a row an image should stand."""
+    arrays = {"ids": np.array(["a", "b"]), "labels": np.array([0, 1]), "logits": np.eye(2, dtype=np.float32), "classes": np.array(["x", "y"])}
+    run = {"path": str(tmp_path), "seed": 0, "results": {"test": {"accuracy": 1.0}}}
+    for value in ([None] if name in ("labels", "logits") else []) + [np.array("a")]:
+        np.savez(tmp_path / "predictions_test.npz", **{**arrays, name: arrays[name].astype(str) if value is None else value})
+        missing = []
+        assert report_script.load_predictions(([], [], [run]), missing, {}) == ({}, {}, {})
+        assert "predictions_test.npz cannot be used" in only(missing)
+    np.savez(tmp_path / "predictions_test.npz", **arrays)
+    missing = []
+    assert list(report_script.load_predictions(([], [], [run]), missing, {})[2]) == [0] and not missing
 
 
 def refused(done, *words):

@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 import torch
 from conftest import ROOT, SMALL, run_script, script_environment, succeed
 
+from common import training
 from common.cli import RunFolder, UserError, stops
 from common.optimizer import Schedule, Updater
 from common.training import Interrupted, Interrupts, Precision, Recorder
@@ -342,3 +344,13 @@ def test_a_signal_in_the_loop_waits_for_the_step_but_not_for_ever(monkeypatch):
         assert stops.defer is None and ended[2] == signal.SIGINT
     finally:
         stops.defer, interrupts.saving, stuck.saving = None, True, True  # their timers do nothing now
+
+
+def test_the_command_that_continues_can_be_pasted():
+    """A run folder with spaces, in the line of an interrupted script."""
+    recorder = training.Recorder.__new__(training.Recorder)
+    vars(recorder).update(epoch=2, epochs_wanted=1, step=3, stopped_early=False, run=SimpleNamespace(folder="my runs/a"))
+    with pytest.raises(training.Interrupted) as stop, recorder.saving_when_interrupted():
+        raise training.Interrupted("interrupted by SIGTERM", 143)
+    words = shlex.split(str(stop.value))
+    assert words[words.index("--resume") : words.index("--resume") + 3] == ["--resume", "my runs/a", "continues"]

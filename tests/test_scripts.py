@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -20,7 +21,9 @@ import torch
 from conftest import ROOT, SMALL, run_script, succeed
 from PIL import Image
 
-from common import cli
+import extract_embeddings
+import train_student
+from common import cli, training
 
 TRAINING = ("train_teacher.py", "train_student.py", "distill.py")
 RUN_FILES = {
@@ -247,6 +250,23 @@ def test_bad_flags_of_a_training_script(tmp_path, refused, args, words):
     assert not (tmp_path / "runs").exists()  # nothing half made
 
 
+def test_samples_that_cannot_be_written_are_refused_before_data(tmp_path, monkeypatch):
+    """The run folder itself may be made later; a point of a sweep has its own."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "grid.json").write_text('[{"name": "a", "lr": 0.1}]')
+    parser, point = train_student.build_parser(), ["--sweep", "grid.json", "--sweep-index", "0"]
+    for path in ("no/x.png", "file/x.png", "folder.png", "runs/student/deeper/x.png"):
+        with pytest.raises(cli.UserError, match=f"--save-samples {path}: "):
+            cli.parse_flags(parser, ["--save-samples", path])
+    for flags in (["x.png"], ["runs/student/x.png"], ["runs/b/x.png", "--output", "runs/b/"], ["runs/student/a/x.png", *point]):
+        assert cli.parse_flags(parser, ["--save-samples", *flags]).save_samples == flags[0]
+    with pytest.raises(cli.UserError):
+        cli.parse_flags(parser, ["--save-samples", "runs/student/b/x.png", *point])
+    assert "--save-samples" not in extract_embeddings.build_parser()._option_string_actions  # it would draw nothing
+
+
 @pytest.mark.parametrize("args, words", [
     (["--alpha", 0.3, "--kl-weight", 1], ["--alpha", "--kl-weight"]),
     (["--alpha", 1.5], ["--alpha"]),
@@ -305,7 +325,12 @@ def test_bad_checkpoints(tmp_path, teacher, refused):
     content = torch.load(teacher / "best.pth", weights_only=True)
     torch.save({**content, "model_args": {**content["model_args"], "name": "resnet8"}}, tmp_path / "other.pth")
     torch.save({**content, "model_args": {**content["model_args"], "num_classes": 7}}, tmp_path / "seven.pth")
-    for name in ("cut", "empty", "text", "hostile", "foreign", "other", "seven", "absent"):
+    (tmp_path / "pickled.pth").write_bytes(pickle.dumps({"model": object}))
+    for name, part in (("model", [1]), ("model_args", {"nonsense": 1}), ("preprocess", {"resolution": 8}), ("classes", 5), ("flags", {}), ("flags", None)):
+        torch.save({**content, name: part}, tmp_path / "part.pth")
+        with pytest.raises(cli.UserError, match="part.pth"):
+            training.load_model(training.load_checkpoint(tmp_path / "part.pth"), path="part.pth")
+    for name in ("cut", "empty", "text", "pickled", "hostile", "foreign", "other", "seven", "absent"):
         refused("evaluate.py", f"{name}.pth", words=[f"{name}.pth"])
         refused("distill.py", "--teacher-checkpoint", f"{name}.pth", words=[f"{name}.pth"])
     assert not (tmp_path / "hacked").exists()
