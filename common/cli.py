@@ -34,8 +34,8 @@ NOT_IN_CONFIG = {"resume", "output", "overwrite", "config", "sweep", "sweep_inde
 SPLIT_FLAGS = ("val_split", "split_seed", "limit_train", "on_bad_image", "decode_size", "window", "include_list", "extra_train",
                "hair_removal", "folds", "fold", "binary", "negatives",
                "table", "image_column", "label_column", "group_column", "split_column", "hf_dataset",
-               "text_fields", "tasks")  # fmt: skip
-NOT_STORED = ("limit_train", "on_bad_image", "include_list", "extra_train", "text_fields", "tasks")  # stores hold images with one label
+               "text_fields", "tasks", "positive")  # fmt: skip
+NOT_STORED = ("limit_train", "on_bad_image", "include_list", "extra_train", "text_fields", "tasks", "positive")  # stores hold images with one label
 STORED_FLAGS = tuple(name for name in SPLIT_FLAGS if name not in NOT_STORED)
 DISK_ERRORS = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
                errno.ENOENT, errno.EIO, errno.ENAMETOOLONG}  # fmt: skip
@@ -194,6 +194,11 @@ def add_reading_flags(g):
     g.add_argument("--split-column", metavar="NAME", help="of csv: train, val or test (split); none is off: then a fifth, always the same, is test")
 
 
+def add_positive_flag(g):
+    g.add_argument("--positive", nargs="+", metavar="NAME", help="positive class of average precision, pAUC and sensitivity, of each task with two "
+                   "classes; by default the other one beside benign, normal, negative, no, ..., else the second")  # fmt: skip
+
+
 def add_text_flags(g):
     g.add_argument("--text-fields", nargs="+", metavar="FIELD", help="whose values are the text, a line each (medpix: Caption; image_text: text)")
     g.add_argument("--tasks", nargs="+", metavar="NAME", help="of image_text: the keys of the labels")
@@ -326,6 +331,7 @@ def add_training_flags(parser, epochs, select=CLASSIFICATION):
                    help="evaluate and keep an average of the weights, as 0.999; 0 is off")  # fmt: skip
     g.add_argument("--patience", type=NATURAL, default=0, help="stop after this many epochs without gain in --select-metric; 0 is off")
     g.add_argument("--select-metric", default="accuracy", choices=select, metavar="METRIC", help=f"val metric that chooses the best epoch: {', '.join(select)}")
+    add_positive_flag(g)
     g.add_argument("--amp", default="auto", choices=("auto", "off", "bf16", "fp16"), help="mixed precision; auto: on a GPU")
     g.add_argument("--compile", default="auto", choices=("auto", "on", "off"), help="torch.compile; auto: on a GPU")
 

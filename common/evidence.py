@@ -4,7 +4,7 @@ Needs metrics.py of `common`, numpy, scipy and scikit-learn (which brings scipy)
 """
 
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -20,6 +20,7 @@ class Predictions:
     targets: dict
     logits: dict
     classes: dict
+    positive: dict = field(default_factory=dict)  # {task of two classes: index of the positive one}, 1 where it is not known
 
     def probabilities(self, task):
         """(N, C) float64."""
@@ -39,7 +40,7 @@ class Predictions:
         if not tasks or (name not in metrics.RESAMPLED[:2] and max(len(self.classes[task]) for task in tasks) > 100):
             return None
         weights = np.ones((len(self.ids), 1), np.int32) if weights is None else weights
-        values = [metrics.weighted(self.logits[task], self.targets[task], weights, (name,))[name] for task in tasks]
+        values = [metrics.weighted(self.logits[task], self.targets[task], weights, (name,), self.positive.get(task, 1))[name] for task in tasks]
         return np.mean(values, axis=0)
 
 
@@ -55,6 +56,9 @@ def read_predictions(file):
     result = Predictions(found["ids"], found.get("groups"), by_task["labels"], by_task["logits"],
                          {task: [str(name) for name in names] for task, names in by_task["classes"].items()})  # fmt: skip
     for task in tasks:
+        name = found.get("positive" if "logits" in found else f"positive_{task}")
+        if name is not None:
+            result.positive[task] = result.classes[task].index(str(name))
         if result.logits[task].shape != (len(result.ids), len(result.classes[task])) or len(result.targets[task]) != len(result.ids):
             raise ValueError(f"{len(result.ids)} ids and {len(result.classes[task])} classes with logits of shape {result.logits[task].shape}")
         if not np.isfinite(result.logits[task]).all():
@@ -72,7 +76,7 @@ def align(predictions, like):
     same = np.array_equal(predictions.ids, like.ids)  # a slice copies nothing
     order = slice(None) if same else [rows[sample] for sample in like.ids]
     part = Predictions(like.ids, like.groups, *({task: values[order] for task, values in of.items()}
-                                                for of in (predictions.targets, predictions.logits)), like.classes)  # fmt: skip
+                                                for of in (predictions.targets, predictions.logits)), like.classes, like.positive)  # fmt: skip
     if any((part.targets[task] != like.targets[task]).any() for task in like.targets):
         raise ValueError("its test labels are not those of the other runs")
     return part

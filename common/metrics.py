@@ -27,8 +27,8 @@ def finite_or_none(values):
     return {name: value if value is not None and np.isfinite(value) else None for name, value in values.items()}
 
 
-def classification(logits, labels):
-    """All metrics of one task: {name: float or None}.
+def classification(logits, labels, positive=1):
+    """All metrics of one task: {name: float or None}; positive: of two classes, the index of the positive one.
 
     loss: mean negative log-likelihood in nats; top5_accuracy: from ten classes on; balanced_accuracy: mean recall of
     the classes that occur; macro_f1: mean over the classes that occur or are predicted; auc, average_precision, pauc,
@@ -42,7 +42,7 @@ def classification(logits, labels):
         "accuracy": float(np.mean(predicted == labels)),
         "balanced_accuracy": float(np.mean(recalls)),
         "macro_f1": float(sk.f1_score(labels, predicted, average="macro", zero_division=0)),
-        **ranking(log_probabilities, labels),
+        **ranking(log_probabilities, labels, positive=positive),
         "ece": expected_calibration_error(probabilities, labels),
         "loss": float(-np.mean(log_probabilities[rows, labels])),
     }
@@ -52,16 +52,16 @@ def classification(logits, labels):
     return finite_or_none(result)
 
 
-def ranking(scores, labels, names=("auc", "average_precision", "pauc", "sensitivity_at_90_specificity")):
+def ranking(scores, labels, names=("auc", "average_precision", "pauc", "sensitivity_at_90_specificity"), positive=1):
     """Metrics of the order in which samples are ranked: {name: float or None}; scores (N, C) logits or log-probabilities.
 
     auc: area under the ROC curve; average_precision: mean precision over the positives' ranks; pauc: see
     `partial_auc`; sensitivity_at_90_specificity: the largest true-positive rate at a false-positive rate up to 0.1.
-    Of two classes the second is the positive one; of more, each stands against the rest, and the mean is over the
+    Of two classes number `positive` is the positive one; of more, each stands against the rest, and the mean is over the
     classes that have both kinds.  Samples are ranked by log-odds, as by probability but without its ties near 1.
     None where no class has both kinds or the scores hold NaN.
     """
-    log_odds, classes, broken = ranked_scores(scores, np.asarray(labels))
+    log_odds, classes, broken = ranked_scores(scores, np.asarray(labels), positive)
     if broken.any():
         return dict.fromkeys(names)
     functions = {"auc": sk.roc_auc_score, "average_precision": sk.average_precision_score, "pauc": partial_auc,
@@ -69,13 +69,13 @@ def ranking(scores, labels, names=("auc", "average_precision", "pauc", "sensitiv
     return {name: float(np.mean([functions[name](labels == c, log_odds[:, c]) for c in classes])) if classes else None for name in names}
 
 
-def ranked_scores(scores, labels):
+def ranked_scores(scores, labels, positive=1):
     """What `ranking` ranks: log-odds (N, C), the classes that have both kinds, and which rows hold NaN (N,) bool."""
     log_probabilities = log_softmax(scores)
     broken = np.isnan(log_probabilities).any(1)
     log_probabilities[broken] = 0
     log_odds = np.nan_to_num(class_log_odds(log_probabilities))  # of a probability of exactly 0 or 1: inf
-    classes = [1] if log_odds.shape[1] == 2 else range(log_odds.shape[1])
+    classes = [positive] if log_odds.shape[1] == 2 else range(log_odds.shape[1])
     classes = [c for c in classes if 0 < np.count_nonzero(labels == c) < len(labels)]
     return log_odds, classes, broken
 

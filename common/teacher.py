@@ -162,7 +162,7 @@ def judge_teacher(source, logits, splits, neighbours, args):
     """Note the teacher's val metrics and refuse one at chance level; returns a line for the log."""
     text = source.title
     if logits is not None:
-        source.described["val"] = task_metrics(logits, splits.val.targets)
+        source.described["val"] = task_metrics(logits, splits.val.targets, positive=splits.positive)
         for task, names in tasks_of(splits.classes).items():
             name = "balanced_accuracy" if len(logits) == 1 else f"{task}_balanced_accuracy"
             check_teacher(source.described["val"][name], len(names), splits.val.targets[task], args.allow_weak_teacher, "" if task == TASK else f"in {task} ")
