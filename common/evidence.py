@@ -30,8 +30,8 @@ class Predictions:
         """(N,) bool."""
         return self.logits[task].argmax(1) == self.targets[task]
 
-    def value(self, metric, weights=None):
-        """A metric of metrics.RESAMPLED, the mean over tasks, or <task>_<metric>: one for each column of weights (N, R).
+    def measure(self, metric):
+        """A function of weights (N, R) that gives (R,) of a metric of metrics.RESAMPLED, the mean over tasks, or <task>_<metric>.
 
         None where it is another one, or of curves of more than 100 classes, which take hours.
         """
@@ -39,9 +39,13 @@ class Predictions:
         tasks, name = {**named, **{name: (list(self.targets), name) for name in metrics.RESAMPLED}}.get(metric, ([], None))
         if not tasks or (name not in metrics.RESAMPLED[:2] and max(len(self.classes[task]) for task in tasks) > 100):
             return None
-        weights = np.ones((len(self.ids), 1), np.int32) if weights is None else weights
-        values = [metrics.weighted(self.logits[task], self.targets[task], weights, (name,), self.positive.get(task, 1))[name] for task in tasks]
-        return np.mean(values, axis=0)
+        weighed = [metrics.weighing(self.logits[task], self.targets[task], (name,), self.positive.get(task, 1)) for task in tasks]
+        return lambda weights: np.mean([of(weights)[name] for of in weighed], axis=0)
+
+    def value(self, metric):
+        """`measure` of all rows once (1,), or None."""
+        measure = self.measure(metric)
+        return measure and measure(np.ones((len(self.ids), 1), np.int32))
 
 
 def read_predictions(file):
@@ -92,11 +96,10 @@ def paired_bootstrap(before, after, metric="accuracy", repeats=2000, seed=0):
     first = before[0]
     if first.value(metric) is None:
         return None
-
-    def gain(weights=None):
-        return np.mean([b.value(metric, weights) - a.value(metric, weights) for a, b in zip(before, after, strict=True)], axis=0)
-
-    gains, whole = np.concatenate([gain(weights) for weights in metrics.resamples(len(first.ids), first.groups, repeats, seed)]), gain()[0]
+    measures = [(a.measure(metric), b.measure(metric)) for a, b in zip(before, after, strict=True)]
+    whole = np.mean([b.value(metric) - a.value(metric) for a, b in zip(before, after)])
+    gains = np.concatenate([np.mean([b(weights) - a(weights) for a, b in measures], axis=0)
+                            for weights in metrics.resamples(len(first.ids), first.groups, repeats, seed)])  # fmt: skip
     gains = gains[np.isfinite(gains)]  # a resample without a class has no curve of it
     if len(gains) < repeats / 2 or not np.isfinite(whole):
         return None

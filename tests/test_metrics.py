@@ -23,7 +23,7 @@ from common.metrics import (
     log_softmax,
     partial_auc,
     ranking,
-    weighted,
+    weighing,
 )  # fmt: skip
 
 
@@ -413,7 +413,7 @@ def test_weights_are_the_resamples(case):
         expected.append(got)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = weighted(logits, labels, weights, RESAMPLED)
+        found = weighing(logits, labels, RESAMPLED)(weights)
         intervals = bootstrap(logits, labels, groups, repeats=40, names=RESAMPLED)
     for name in RESAMPLED:
         values = np.array([row[name] for row in expected], float)  # None is NaN
