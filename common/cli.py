@@ -151,6 +151,7 @@ def add_run_flags(parser, output):
     g.add_argument("--seed", type=NATURAL, default=0, help="fixes weights, order and augmentation, never a split")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     g.add_argument("--save-every", type=NATURAL, default=0, metavar="N", help="keep epoch_N.pth every N epochs; 0 is off")
+    g.add_argument("--save-samples", type=picture, metavar="FILE.png", help="draw what the models see in the first epoch, side by side")
 
 
 def add_data_flags(parser, dataset="digits", batch_size=32):
@@ -177,7 +178,6 @@ def add_data_flags(parser, dataset="digits", batch_size=32):
     g.add_argument("--binary", action="store_true", help="benign against malignant (HAM10000: mel, bcc, akiec; ISIC 2017: melanoma)")
     g.add_argument("--negatives", type=POSITIVE, metavar="N", help="of ISIC 2024: keep N negatives of train and val; test keeps all")
     g.add_argument("--extra-train", metavar="FOLDER", help="of ISIC 2024: malignant images from elsewhere, to train only")
-    g.add_argument("--save-samples", type=picture, metavar="FILE.png", help="draw what the models see in the first epoch, side by side")
 
 
 def add_reading_flags(g):
