@@ -210,8 +210,8 @@ def verdict(results, path):
 def uncertainty(logits, dataset, splits):
     """What stands beside a split's metrics: {"intervals": {metric: [low, high] or None}, "class_recalls": {class: recall or None}}.
 
-    logits: {task: (N, C)}; splits: whose classes and positive ones hold; of several tasks the keys are <task>_<metric> and <task>_<class>.  The intervals are of 95 %, by
-    resampling lesions, patients or cases where the dataset has groups, else images.
+    logits: {task: (N, C)}; splits: for classes and positive ones; of several tasks the keys are <task>_<metric> and
+    <task>_<class>.  The intervals are of 95 %, by resampling lesions, patients or cases where the dataset has groups, else images.
     """
     result = {"intervals": {}, "class_recalls": {}}
     for task, names in tasks_of(splits.classes).items():

@@ -1,8 +1,9 @@
 """Every flag of every script does something: with another value a run differs in what the flag is for.
 
-Each line of a table is a command line of tiny data and models, run twice in this process, once with the flag's words and once without
-(or with those behind it); what must differ is named: weights (of best.pth and latest.pth), lines (what is printed), results, rows
-(metrics.json), files, or what the stored arrays hold.  What a run says of its own flags (config.json) does not count.
+Each line of a table is a command line of tiny data and models, run twice in this process, once with the flag's words and once
+without (or with those behind it); what must differ is named: weights (of best.pth and latest.pth), lines (what is printed),
+results, rows (metrics.json), files, calls (what cannot be done here) or what the stored arrays hold.  What a run says of its own
+flags (config.json) does not count.
 """
 
 import hashlib
@@ -11,6 +12,7 @@ import json
 import re
 import runpy
 import shlex
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -110,12 +112,14 @@ def archive(path, seed, counts=(24, 9, 9), classes=3, dtype=np.uint8, side=8):
 
 def table(folder, count=60):
     """Coloured images, two of a patient, in a table with two columns of each kind, and a second table without its last four rows."""
-    rng, lines, parts = np.random.default_rng(3), ["image,other_image,label,other,patient_id,ward,split,part"], ("train", "train", "train", "val", "test")
+    rng, parts = np.random.default_rng(3), ("train", "train", "train", "val", "test")
+    lines = ["image,other_image,label,other,patient_id,ward,split,part"]
     folder.mkdir()
     for i in range(count):
         shade = (30 + 60 * (i % 2), 90, 20 + 2 * i)
         Image.fromarray((rng.integers(0, 40, (12, 16, 3)) + shade).astype(np.uint8)).save(folder / f"{i}.png")
-        lines.append(f"{i}.png,{(i + 2) % count}.png,{('cancer', 'normal')[i % 2]},{'abc'[i % 3]},p{i // 2},w{i // 4},{parts[i // 2 % 5]},{parts[i // 2 % 4 + 1]}")
+        classes, groups = f"{('cancer', 'normal')[i % 2]},{'abc'[i % 3]}", f"p{i // 2},w{i // 4}"
+        lines.append(f"{i}.png,{(i + 2) % count}.png,{classes},{groups},{parts[i // 2 % 5]},{parts[i // 2 % 4 + 1]}")
     for name, kept in (("one.csv", lines), ("two.csv", lines[:-4]), ("gone.csv", [*lines, "gone.png,1.png,normal,a,p,w,train,train"])):
         (folder / name).write_text("\n".join(kept) + "\n")
 
@@ -154,7 +158,7 @@ def place(tmp_path_factory):
     """A folder with all data; what runs make of it is remembered by their command lines."""
     root = tmp_path_factory.mktemp("flags")
     archive(root / "a.npz", 1)
-    archive(root / "b.npz", 2)
+    archive(root / "b.npz", 2, counts=(24, 12, 9))
     archive(root / "two.npz", 4, classes=2)
     archive(root / "deep.npz", 1, dtype=np.uint16)
     table(root / "table")
@@ -180,12 +184,11 @@ SEEN, CALLS = {}, []
 
 
 def outcome(place, monkeypatch, capsys, script, words):
-    """What a command line leaves: {"lines", "files", "weights", "results", "rows", "arrays"}; of equal command lines the same object."""
+    """What a command line leaves, see `left`, and {"calls", "lines"}; of equal command lines the same object."""
     if (script, words) not in SEEN:
         folder = place / f"run{len(SEEN)}"
-        argv = [*shlex.split(words), *([] if "--output" in words else ["--output", str(folder)])]
         monkeypatch.chdir(place)
-        monkeypatch.setattr(sys, "argv", [f"{script}.py", *argv])
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *shlex.split(words), *([] if "--output" in words else ["--output", str(folder)])])
         module, code = runpy.run_path(str(ROOT / f"{script}.py")), 0
         before = {path for path in place.rglob("*") if path.is_file()}
         capsys.readouterr(), CALLS.clear()
@@ -193,25 +196,36 @@ def outcome(place, monkeypatch, capsys, script, words):
             cli.run_script(module["main"], module["build_parser"])
         except SystemExit as stop:
             code = stop.code
-        out, errors = capsys.readouterr()
-        lines = [f"exit {code}", *TIMES.sub("", out + errors).replace(str(folder), "RUN").replace(folder.name, "RUN").splitlines()]
-        found = {"calls": list(CALLS), "lines": lines, "files": sorted(str(p.relative_to(place)).replace(folder.name, "RUN") for p in place.rglob("*") if p.is_file() and p not in before)}
-        for path in sorted(p for p in place.rglob("*") if p.is_file() and p not in before):
-            if path.suffix in (".npy", ".npz") or path.name in ("kept.txt", "report.html"):
-                found.setdefault("arrays", []).append(hashlib.sha256(path.read_bytes().replace(bytes(folder), b"RUN")).hexdigest())
-            if path.name in ("evaluation.json", "report.json"):
-                content = json.loads(path.read_text().replace(str(folder), "RUN"))
-                found["results"] = {key: value for key, value in content.items() if key not in ("environment", "peak_memory_mb", "batch_size", "split")}
-        if (folder / "results.json").exists():
-            results = json.loads((folder / "results.json").read_text())
-            kept = ("dataset", "val", "test", "final_val", "teacher", "select_metric", "best_epoch", "last_epoch", "method", "model")
-            found["results"] = {key: results[key] for key in kept}
-            found["rows"] = [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in json.loads((folder / "metrics.json").read_text())]
-            saved = [torch.load(folder / f"{name}.pth", weights_only=True) for name in ("best", "latest")]
-            found["weights"] = [{name: value.tolist() for name, value in of["model"].items()} for of in saved]
-        SEEN[script, words] = found
+        lines = TIMES.sub("", "".join(capsys.readouterr())).replace(str(folder), "RUN").replace(folder.name, "RUN").splitlines()
+        fresh = sorted(path for path in place.rglob("*") if path.is_file() and path not in before)
+        SEEN[script, words] = {"calls": list(CALLS), "lines": [f"exit {code}", *lines], **left(place, folder, fresh)}
+        for name in (folder, place / "elsewhere"):
+            shutil.rmtree(name, ignore_errors=True)
     return SEEN[script, words]
 
+
+def left(place, folder, fresh):
+    """{"files", "arrays", "results", "rows", "weights"} of fresh files (paths); without times, and the run folder's name is RUN."""
+    found = {"files": [str(path.relative_to(place)).replace(folder.name, "RUN") for path in fresh], "arrays": []}
+    for path in fresh:
+        if path.suffix in (".npy", ".npz") or path.name in ("kept.txt", "report.html"):
+            found["arrays"].append(sha(path.read_bytes().replace(bytes(folder), b"RUN")))
+        elif path.name in ("evaluation.json", "report.json"):
+            content = json.loads(path.read_text().replace(str(folder), "RUN"))
+            found["results"] = {key: value for key, value in content.items() if key not in ("environment", "peak_memory_mb", "batch_size", "split")}
+        elif path.name == "results.json":
+            kept = ("dataset", "val", "test", "final_val", "teacher", "select_metric", "best_epoch", "last_epoch", "method", "model")
+            found["results"] = {key: json.loads(path.read_text())[key] for key in kept}
+        elif path.name == "metrics.json":
+            found["rows"] = [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in json.loads(path.read_text())]
+        elif path.name in ("best.pth", "latest.pth"):
+            weights = torch.load(path, weights_only=True)["model"]
+            found.setdefault("weights", []).append({name: sha(value.contiguous().numpy().tobytes()) for name, value in weights.items()})
+    return found
+
+
+def sha(content):
+    return hashlib.sha256(content).hexdigest()
 
 
 BASE = "--dataset medmnist --data-root a.npz --resolution 8 --batch-size 8 --epochs 2 --model resnet8 --device cpu --workers 0"
@@ -325,8 +339,8 @@ DISTILLED = """
 --teacher-model vit_6_192 | --allow-weak-teacher --teacher-weights vit.pth | TAUGHT | lines
 --teacher-pretrained | --allow-weak-teacher --teacher-model resnet18 | --teacher-weights narrow.pth | calls
 --teacher-weights other.pth | --allow-weak-teacher --teacher-model resnet18 | --teacher-weights narrow.pth | weights
---teacher-embeddings stored | --method mmd | TAUGHT | weights
---num-views 1 | --teacher-embeddings stored --method mmd | | weights
+--teacher-embeddings stored | --allow-weak-teacher --method mmd | --teacher-checkpoint start/best.pth | weights
+--num-views 1 | --allow-weak-teacher --teacher-embeddings stored --method mmd | | weights
 --teacher-resolution 12 | TAUGHT | | weights
 --teacher-pooling mean | VIT --method mmd | | weights
 --allow-weak-teacher | --teacher-model vit_6_192 --teacher-weights flat.pth | | lines
@@ -351,8 +365,8 @@ DISTILLED = """
 --embedding-weight 3 | TAUGHT --method embedding | | weights
 --lambda-feat 3 | TAUGHT --method embedding | | weights
 --lambda-cos 3 | TAUGHT --method embedding | | weights
---shared-dim 4 | TAUGHT --method embedding --teacher-projector linear | | weights
---teacher-projector linear | TAUGHT --method embedding | | weights
+--shared-dim 4 | TAUGHT --method embedding --teacher-projector learned | | weights
+--teacher-projector learned | TAUGHT --method embedding | | weights
 --projection-weight 3 | TAUGHT --method vanilla | | weights
 --contrastive-weight 3 | TAUGHT --method crd | | weights
 --crd-temperature 0.5 | TAUGHT --method crd | | weights
@@ -476,7 +490,8 @@ BY_SCRIPT = {  # {script: [(words of every run, lines)]}
                            ("--device cpu --workers 0 --resolution 8 --dataset medmnist --data-root a.npz --num-views 3", of_extraction())],
     "evaluate": [("", lines_of(EVALUATED))], "report": [("", lines_of(REPORTED))],
 }  # fmt: skip
-CASES = [pytest.param(script, words, *line, id=f"{script}{line[0].split()[0]}") for script, tables in BY_SCRIPT.items() for words, lines in tables for line in lines]
+CASES = [pytest.param(script, words, *line, id=f"{script}{line[0].split()[0]}")
+         for script, tables in BY_SCRIPT.items() for words, lines in tables for line in lines]  # fmt: skip
 
 
 @pytest.fixture
@@ -490,7 +505,7 @@ def leaves(place, monkeypatch, capsys):
         ("train_teacher", f"{BASE} --output start"), ("train_teacher", f"{BASE} --model vit_6_192 --output vit"),
         ("train_student", f"{BASE} CSV --output tabled"), ("train_student", f"{BASE} TEXT --output texted"),
         ("train_student", f"{BASE} --output one/student"), ("train_teacher", f"{BASE} --output one/teacher"),
-        ("distill", f"{BASE} --teacher-checkpoint one/teacher/best.pth --allow-weak-teacher --alpha 1 --lr 0.1 --class-weights 0,1,0 --output one/distill"),
+        ("distill", f"{BASE} --teacher-checkpoint one/teacher/best.pth --allow-weak-teacher --alpha 1 --epochs 15 --output one/distill"),
         *(("extract_embeddings", f"STORED --device cpu --resolution 8 --workers 0 --output {name}") for name in ("made", "spare")),
         ("extract_embeddings", "--checkpoint start/best.pth --device cpu --workers 0 --save-logits --num-views 2 --output stored"),
         *(("extract_embeddings", f"STORED --device cpu --workers 0 --shard {i}/2 --output sharded") for i in range(2)),
@@ -499,8 +514,13 @@ def leaves(place, monkeypatch, capsys):
     return run
 
 
-@pytest.mark.parametrize("script, words", [("train_teacher", BASE), ("train_student", BASE), ("distill", f"{BASE} TAUGHT"), ("extract_embeddings", "STORED --workers 0"),
-                                           ("evaluate", "RUN"), ("report", "one")])  # fmt: skip
+@pytest.mark.parametrize(
+    "script, words",
+    [
+        ("train_teacher", BASE), ("train_student", BASE), ("distill", f"{BASE} TAUGHT"),
+        ("extract_embeddings", "STORED --workers 0"), ("evaluate", "RUN"), ("report", "one"),
+    ],
+)  # fmt: skip
 def test_the_same_flags_leave_the_same(leaves, script, words):
     """Else a difference would say nothing."""
     one, two = leaves(script, words), leaves(script, words, "" if script == "report" else "--workers 0", "--device cpu")
@@ -532,12 +552,13 @@ def test_the_positive_class_from_the_flag_to_the_figures(leaves, place):
             return average_precision_score(stored["labels"] == index, logits[:, index] - logits[:, 1 - index])
 
     turned = leaves("train_student", BASE, "CSV --positive normal --output turned")
-    for folder, name, other, lines in (("tabled", "cancer", "normal", leaves("train_student", BASE, "CSV")["lines"]), ("turned", "normal", "cancer", turned["lines"])):
+    plain = leaves("train_student", BASE, "CSV")
+    for folder, name, other, run in (("tabled", "cancer", "normal", plain), ("turned", "normal", "cancer", turned)):
         results = json.loads((place / folder / "results.json").read_text())
         for split in ("val", "test", "final_test"):
             assert results[split]["positive"] == name
         assert results["test"]["average_precision"] == pytest.approx(average_precision(folder, name))
-        assert any(f"positive class: {name}" in line for line in lines)
+        assert any(f"positive class: {name}" in line for line in run["lines"])
         words = f"{folder}/best.pth --device cpu --workers 0"
         for flag, expected in (("", name), (f"--positive {other}", other)):
             found = leaves("evaluate", words, flag)
