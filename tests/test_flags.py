@@ -494,23 +494,32 @@ CASES = [pytest.param(script, words, *line, id=f"{script}{line[0].split()[0]}")
          for script, tables in BY_SCRIPT.items() for words, lines in tables for line in lines]  # fmt: skip
 
 
+READY = {  # what some command lines start from is made before the first of them: {folder: [(script, words)]}
+    "start": [("train_teacher", f"{BASE} --output start")], "vit": [("train_teacher", f"{BASE} --model vit_6_192 --output vit")],
+    "tabled": [("train_student", f"{BASE} CSV --output tabled")], "texted": [("train_student", f"{BASE} TEXT --output texted")],
+    "turned": [("train_student", f"{BASE} CSV --positive normal --output turned")],
+    "one": [("train_student", f"{BASE} --output one/student"), ("train_teacher", f"{BASE} --output one/teacher"),
+            ("distill", f"{BASE} --teacher-checkpoint one/teacher/best.pth --allow-weak-teacher --alpha 1 --epochs 15 --output one/distill")],
+    **{name: [("extract_embeddings", f"STORED --device cpu --resolution 8 --workers 0 --output {name}")] for name in ("made", "spare")},
+    "stored": [("extract_embeddings", "--checkpoint start/best.pth --device cpu --workers 0 --save-logits --num-views 2 --output stored")],
+    "sharded": [("extract_embeddings", f"STORED --device cpu --workers 0 --shard {i}/2 --output sharded") for i in range(2)],
+}  # fmt: skip
+MADE = set()
+
+
 @pytest.fixture
 def leaves(place, monkeypatch, capsys):
-    """What a command line leaves, see `outcome`; what several of them start from is there."""
+    """What a command line leaves, see `outcome`."""
 
     def run(script, *parts):
-        return outcome(place, monkeypatch, capsys, script, spelt(*parts))
+        words = spelt(*parts)
+        for name in {word.split("/")[0] for word in words.split()} & {*READY} - MADE:
+            MADE.add(name)
+            for earlier in READY[name]:
+                found = run(*earlier)["lines"]
+                assert found[0] == "exit 0", found
+        return outcome(place, monkeypatch, capsys, script, words)
 
-    for script, words in (
-        ("train_teacher", f"{BASE} --output start"), ("train_teacher", f"{BASE} --model vit_6_192 --output vit"),
-        ("train_student", f"{BASE} CSV --output tabled"), ("train_student", f"{BASE} TEXT --output texted"),
-        ("train_student", f"{BASE} --output one/student"), ("train_teacher", f"{BASE} --output one/teacher"),
-        ("distill", f"{BASE} --teacher-checkpoint one/teacher/best.pth --allow-weak-teacher --alpha 1 --epochs 15 --output one/distill"),
-        *(("extract_embeddings", f"STORED --device cpu --resolution 8 --workers 0 --output {name}") for name in ("made", "spare")),
-        ("extract_embeddings", "--checkpoint start/best.pth --device cpu --workers 0 --save-logits --num-views 2 --output stored"),
-        *(("extract_embeddings", f"STORED --device cpu --workers 0 --shard {i}/2 --output sharded") for i in range(2)),
-    ):  # fmt: skip
-        assert run(script, words)["lines"][0] == "exit 0", run(script, words)["lines"]
     return run
 
 
@@ -551,14 +560,13 @@ def test_the_positive_class_from_the_flag_to_the_figures(leaves, place):
             index, logits = stored["classes"].tolist().index(name), stored["logits"].astype(np.float64)
             return average_precision_score(stored["labels"] == index, logits[:, index] - logits[:, 1 - index])
 
-    turned = leaves("train_student", BASE, "CSV --positive normal --output turned")
-    plain = leaves("train_student", BASE, "CSV")
-    for folder, name, other, run in (("tabled", "cancer", "normal", plain), ("turned", "normal", "cancer", turned)):
+    for folder, name, other in (("tabled", "cancer", "normal"), ("turned", "normal", "cancer")):
+        log = leaves(*READY[folder][0])["lines"]
         results = json.loads((place / folder / "results.json").read_text())
         for split in ("val", "test", "final_test"):
             assert results[split]["positive"] == name
         assert results["test"]["average_precision"] == pytest.approx(average_precision(folder, name))
-        assert any(f"positive class: {name}" in line for line in run["lines"])
+        assert any(f"positive class: {name}" in line for line in log)
         words = f"{folder}/best.pth --device cpu --workers 0"
         for flag, expected in (("", name), (f"--positive {other}", other)):
             found = leaves("evaluate", words, flag)
