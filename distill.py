@@ -189,7 +189,8 @@ def settle(args):
         raise cli.UserError(f"--select-metric {args.select_metric}: without cross-entropy and the teacher's logits "
                             "the student has none, distillation_loss is left")  # fmt: skip
     for name, given in (("--freeze-backbone", args.freeze_backbone), ("--class-weights", args.class_weights != "none"),
-                        ("--sampler balanced", args.sampler == "balanced"), ("--limit-labels", args.limit_labels)):  # fmt: skip
+                        ("--sampler balanced", args.sampler == "balanced"), ("--limit-labels", args.limit_labels),
+                        ("--positive", args.positive)):  # fmt: skip
         if given and not labelled:
             raise cli.UserError(f"{name} needs labels and a head: without cross-entropy and the teacher's logits there are none")
     return weights, labelled
@@ -321,7 +322,7 @@ def main(args):
     recorder = Recorder(
         run, updater, interrupts, epochs=args.epochs, metric=args.select_metric, patience=args.patience,
         save_every=args.save_every, loss=criterion,
-        content={"role": "distill", "classes": classes, "preprocess": preprocess.to_dict(),
+        content={"role": "distill", "classes": classes, "positive": splits.positive, "preprocess": preprocess.to_dict(),
                  "data": splits.describe(), "augment": policy.to_dict(), "flags": vars(args), "teacher": source.described},
     )  # fmt: skip
     recorder.open(args)
@@ -342,7 +343,7 @@ def main(args):
         student, values = updater.evaluated_model, {}
         if labelled:
             logits = predict(student, loader, preprocess, precision, interrupts)  # {task: (N, C)}
-            values = task_metrics(logits, loader.dataset.targets, teacher_logits[split])
+            values = task_metrics(logits, loader.dataset.targets, teacher_logits[split], splits.positive)
         if args.select_metric == "distillation_loss":
             of_split = lambda batch: source.targets(batch, split)  # noqa: E731
             values["distillation_loss"] = distillation_loss(student, criterion, of_split, loader, preprocess, precision, interrupts)

@@ -73,7 +73,7 @@ def main(args):
     recorder = Recorder(
         run, updater, interrupts, epochs=args.epochs, metric=args.select_metric, patience=args.patience,
         save_every=args.save_every,
-        content={"role": "teacher", "classes": splits.classes, "preprocess": preprocess.to_dict(),
+        content={"role": "teacher", "classes": splits.classes, "positive": splits.positive, "preprocess": preprocess.to_dict(),
                  "data": splits.describe(), "augment": policy.to_dict(), "flags": vars(args)},
     )  # fmt: skip
     recorder.open(args)
@@ -97,7 +97,7 @@ def main(args):
                 updater(loss)
                 recorder.meter.add(loss=loss, accuracy=task_accuracy(out, targets))
             logits = predict(updater.evaluated_model, val, preprocess, precision, interrupts)  # {task: (N, C)}
-            recorder.end_epoch(task_metrics(logits, splits.val.targets))
+            recorder.end_epoch(task_metrics(logits, splits.val.targets, positive=splits.positive))
 
         test = Loader(splits.test, args.batch_size, device, cache=args.cache, workers=args.workers)
         write_results(run, splits, {"val": val, "test": test}, recorder, preprocess, precision, script="train_teacher.py")

@@ -42,8 +42,9 @@ SPLIT_FLAGS = ("limit_train", "limit_labels", "on_bad_image", "include_list", "e
                "val_split", "split_seed", "decode_size", "window", "hair_removal",
                "folds", "fold", "binary", "negatives",
                "table", "image_column", "label_column", "group_column", "split_column", "hf_dataset",
-               "text_fields", "tasks")  # fmt: skip
-NOT_STORED = ("limit_train", "limit_labels", "on_bad_image", "include_list", "extra_train", "text_fields", "tasks")  # stores: one label an image
+               "text_fields", "tasks", "positive")  # fmt: skip
+NOT_STORED = ("limit_train", "limit_labels", "on_bad_image", "include_list", "extra_train", "text_fields", "tasks",
+              "positive")  # stores hold images with one label
 DIVISION = ("val_split", "split_seed", "folds", "fold", "group_column", "split_column")  # what makes an image val
 STORED_FLAGS = tuple(name for name in SPLIT_FLAGS if name not in NOT_STORED)
 DISK_ERRORS = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
@@ -284,6 +285,11 @@ def add_reading_flags(g):
     g.add_argument("--split-column", metavar="NAME", help="of csv: train, val or test (split); none is off: then a fifth, always the same, is test")
 
 
+def add_positive_flag(g):
+    g.add_argument("--positive", nargs="+", metavar="NAME", help="positive class of average precision, pAUC and sensitivity, of each task with two "
+                   "classes; by default the other one beside benign, normal, negative, no, ..., else the second")  # fmt: skip
+
+
 def add_text_flags(g):
     g.add_argument("--text-fields", nargs="+", metavar="FIELD", help="whose values are the text, a line each (medpix: Caption; image_text: text)")
     g.add_argument("--tasks", nargs="+", metavar="NAME", help="of image_text: the keys of the labels")
@@ -429,6 +435,7 @@ def add_training_flags(parser, epochs, select=CLASSIFICATION):
                    help="evaluate and keep an average of the weights, as 0.999; 0 is off")  # fmt: skip
     g.add_argument("--patience", type=NATURAL, default=0, help="stop after this many epochs without gain in --select-metric; 0 is off")
     g.add_argument("--select-metric", default="accuracy", choices=select, metavar="METRIC", help=f"val metric that chooses the best epoch: {', '.join(select)}")
+    add_positive_flag(g)
     g.add_argument("--amp", default="auto", choices=("auto", "off", "bf16", "fp16"), help="mixed precision; auto: on a GPU")
     g.add_argument("--compile", default="auto", choices=("auto", "on", "off"), help="torch.compile; auto: on a GPU")
 

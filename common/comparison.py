@@ -16,13 +16,14 @@ from common.metrics import better
 # teacher are told apart by their fingerprints, so their paths may differ from machine to machine.
 NOT_SETTINGS = {"seed", "output", "device", "workers", "overwrite", "resume", "cache", "config", "sweep", "sweep_index", "save_every",
                 "save_samples", "download", "data_root", "teacher_checkpoint", "dataset", "model", "method", "resolution",
-                "eval_dataset", "eval_data_root", "eval_every"}  # fmt: skip
+                "eval_dataset", "eval_data_root", "eval_every", "positive"}  # fmt: skip
 NEEDED = {"flags.seed": int, "dataset.name": str, "dataset.sha256.train": str, "dataset.sha256.test": str, "model.name": str,
           "model.family": str, "test.accuracy": (int, float)}  # fmt: skip
 OF_DISTILLED = {"method": str, "teacher.name": str}
 NAMES = ("dataset", "teacher", "student", "method")
-TEST = ("test", "classes")  # must agree where two test figures are compared
+TEST = ("test", "classes", "positive")  # must agree where two test figures are compared
 STUDENT = ("dataset", "train", *TEST, "student", "resolution")  # and these between a student and its baseline
+POSITIVE = ("average_precision", "pauc", "sensitivity_at_90_specificity")  # metrics of one of two classes
 NOT_PERCENT = ("loss", "teacher_kl")  # metrics that are no share of 1
 KINDS = {"teacher": "#0072B2", "student without KD": "#E69F00", "student with KD": "#009E73"}  # Okabe-Ito colours
 KEYS = ("teacher_{}", "student_{}_without_kd", "student_{}_with_kd")  # of report.json, with the metric's name
@@ -74,7 +75,8 @@ def identity(results):
         flags["teacher_embeddings"] = Path(flags["teacher_embeddings"]).name  # a staged copy keeps only its name
     return {"dataset": dataset["name"], "teacher": teacher.get("name"), "student": results["model"]["name"],
             "method": results.get("method"), "resolution": results["model"].get("resolution"), "test": dataset["sha256"]["test"],
-            "train": dataset["sha256"]["train"], "classes": dataset.get("classes"), "teacher sha256": teacher.get("sha256"),
+            "train": dataset["sha256"]["train"], "classes": dataset.get("classes"),
+            "positive": ", ".join(str(name) for key, name in results["test"].items() if key.endswith("positive")), "teacher sha256": teacher.get("sha256"),
             **{f"--{key.replace('_', '-')}": flags[key] for key in flags if key not in NOT_SETTINGS}}  # fmt: skip
 
 
@@ -223,6 +225,8 @@ def describe(members, notes, everyone, metric):
     group = {**{name: first["id"][name] for name in NAMES}, "resolution": first["id"]["resolution"], "variant": ", ".join(variant),
              "domain": first["results"]["dataset"].get("domain"), "family": first["results"]["model"]["family"],
              **compare(members, "accuracy", notes)}  # fmt: skip
+    if metric.endswith(POSITIVE) and first["id"]["positive"]:
+        notes.append(f"{metric}: the positive class is {first['id']['positive']}")
     if teacher and not distilled:
         group["teacher"] = teacher[0]["id"]["student"]
     if metric != "accuracy":

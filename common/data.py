@@ -85,6 +85,7 @@ OWN_OPTIONS = {
 }
 WITHOUT_TEST = ("csv", "isic2024")  # the first may have one
 WITH_TEXTS = ("medpix", "image_text")  # and several tasks
+NEGATIVE = ("0", "benign", "control", "false", "healthy", "negative", "no", "normal")  # beside one of these the other class is positive
 
 
 @dataclass
@@ -96,13 +97,23 @@ class Splits:
     val: ImageDataset = None
     test: ImageDataset = None
     labelled: int = None  # images of train that keep their labels, where not all do
+    positive: dict = None  # {task of two classes: index of the positive one}; names (--positive) become it
+
+    def __post_init__(self):
+        if not isinstance(self.positive, dict):
+            self.positive = positive_classes(self.classes, self.positive or ())
 
     def __str__(self):
         parts = {k: getattr(self, k) for k in ("train", "val", "test")}
         sizes = ", ".join(f"{len(part)} {k}" for k, part in parts.items() if part is not None)
         sizes = sizes.replace(" train", f" train ({self.labelled} with labels)") if self.labelled is not None else sizes
         counts = ", ".join(f"{len(names)} classes" + ("" if task == TASK else f" of {task}") for task, names in tasks_of(self.classes).items())
-        return f"{self.name}: {sizes}, {counts}"
+        return ", ".join([f"{self.name}: {sizes}, {counts}", *(f"{key} class: {name}" for key, name in self.positive_names().items())])
+
+    def positive_names(self):
+        """For results.json: {"positive": name}, of several tasks <task>_positive for those of two classes."""
+        tasks = tasks_of(self.classes)
+        return {f"{task}_positive" if len(tasks) > 1 else "positive": tasks[task][index] for task, index in self.positive.items()}
 
     def describe(self):
         """Plain types for results.json."""
@@ -122,9 +133,25 @@ class Splits:
         return {"train": self.labelled, "sha256": self.train.subset(np.flatnonzero(labels >= 0)).fingerprint(self.classes)}
 
 
+def positive_classes(classes, given=()):
+    """{task: index of the positive class} of the tasks with two classes; given: names of --positive.  Raises DataError."""
+    binary = {task: list(names) for task, names in tasks_of(classes).items() if len(names) == 2}
+    unknown = [name for name in given if not any(name in names for names in binary.values())]
+    if unknown:
+        known = " or ".join(", ".join(names) for names in binary.values())
+        raise DataError(f"--positive {unknown[0]} is no class: choose {known}" if binary else f"--positive {unknown[0]}: no task here has two classes")
+    found = {}
+    for task, names in binary.items():
+        chosen = [name for name in names if name in given] or [b for a, b in (names, names[::-1]) if a.lower() in NEGATIVE]
+        if names[0] in given and names[1] in given:
+            raise DataError(f"--positive {' '.join(given)}: {names[0]} and {names[1]} are the two classes of one task, name one")
+        found[task] = names.index(chosen[0]) if len(chosen) == 1 else 1
+    return found
+
+
 def load_splits(name, root=None, *, val_split=None, split_seed=0, limit_train=None, limit_labels=None, splits=("train", "val", "test"),
                 classes=None, download=False, on_bad_image="error", decode_size=512, window=None, hair_removal=False,
-                folds=None, fold=None, include_list=None, labels=True, **own):
+                folds=None, fold=None, include_list=None, labels=True, positive=None, **own):
     """Read a dataset's splits; see DATASETS for the names.
 
     root: the folder (medmnist: the .npz, or a folder with one); val_split: share of train that becomes val where the
@@ -133,7 +160,7 @@ def load_splits(name, root=None, *, val_split=None, split_seed=0, limit_train=No
     leave; the others get -1); splits: those wanted, the others are None; classes: the names a checkpoint
     knows, in its order, for an outside test set; window: see `to_uint8`; hair_removal: see `remove_hair`; folds, fold:
     see `_divide`; include_list: a file of images' names, a line each, train keeps only these, or, beside extra_train,
-    all of its own and of the extra images these: see `_only_listed`; labels: whether the run needs them, which
+    all of its own and of the extra images these: see `_only_listed`; positive: see `positive_classes`; labels: whether the run needs them, which
     "unlabeled" has not (-1, no classes, no test); own: see OWN_OPTIONS and the readers.  Patients and lesions are never
     cut, where the dataset has groups.  Raises DataError.
     """
@@ -190,7 +217,7 @@ def load_splits(name, root=None, *, val_split=None, split_seed=0, limit_train=No
     pool = [parts[k] for k in ("train", "val") if k in parts and (k == "train" or folds)]  # what train is chosen from
     given = set() if name == "ham10000" else {"val", "test"} & set(parts) - ({"val"} if folds else set())
     parts = _divide(name, parts, val_split, split_seed, folds, fold, negatives)
-    result = Splits(name, DATASETS[name].domain, found if isinstance(found, dict) else list(found), **parts)
+    result = Splits(name, DATASETS[name].domain, found if isinstance(found, dict) else list(found), **parts, positive=positive)
     own = len(result.train) if "train" in splits and extra_train else None
     if own is not None:
         result.train = add_positives(result.train, extra_train, known)

@@ -166,7 +166,7 @@ def judge_teacher(source, logits, splits, neighbours, args):
     """Note the teacher's val metrics and refuse one at chance level; returns a line for the log."""
     text = source.title
     if logits is not None:
-        source.described["val"] = task_metrics(logits, splits.val.targets)
+        source.described["val"] = task_metrics(logits, splits.val.targets, positive=splits.positive)
         text += f", val accuracy {source.described['val']['accuracy']:.4f}"
         for task in logits:
             auc, how = source.described["val"]["auc" if len(logits) == 1 else f"{task}_auc"], f"in {task} "

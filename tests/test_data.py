@@ -13,7 +13,7 @@ import torch
 from conftest import SHARED_DATA
 from PIL import Image
 
-from common.data import load_splits
+from common.data import Splits, load_splits
 from common.images import DataError, ImageDataset, read_image, to_uint8
 from common.splitting import split_off, stratified_rows
 
@@ -338,10 +338,39 @@ def test_classes_are_mapped_by_name():
     backwards = [str(i) for i in reversed(range(10))]
     plain, mapped = load_splits("digits"), load_splits("digits", classes=backwards)
     assert mapped.classes == backwards and np.array_equal(mapped.test.labels, 9 - plain.test.labels)
+    rotated = load_splits("digits", classes=[*"1234567890"])  # unlike a reversal no inverse of itself
+    assert np.array_equal(rotated.test.labels, (plain.test.labels - 1) % 10)
     more = load_splits("digits", classes=[*plain.classes, "ten"])
     assert len(more.classes) == 11 and np.array_equal(more.test.labels, plain.test.labels)
     fails("digits", classes=["cat", "dog"], match=r"digits has 10 classes, the checkpoint knows 2 \(cat, dog.*0, 1, 2")
     fails("digits", classes=[f"c{i}" for i in range(10)], match="0, 1, 2, 3, 4 are not among them")
+
+
+@pytest.mark.parametrize("classes, given, expected", [
+    (["benign", "malignant"], (), "malignant"), (["0", "1"], (), "1"), (["cancer", "normal"], (), "cancer"), (["NORMAL", "PNEUMONIA"], (), "PNEUMONIA"),
+    (["abnormal", "normal"], (), "abnormal"), (["negative", "positive"], (), "positive"), (["no", "yes"], (), "yes"), (["false", "true"], (), "true"),
+    (["disease", "healthy"], (), "disease"), (["case", "control"], (), "case"), (["cat", "dog"], (), "dog"), (["benign", "normal"], (), "normal"),
+    (["cat", "dog"], ["cat"], "cat"), (["benign", "malignant"], ["benign"], "benign"), (["1", "2"], (), "2"),
+])  # fmt: skip
+def test_the_positive_class(classes, given, expected):
+    """What --positive names, else the one beside a name that says no, else the second."""
+    splits = Splits("x", "custom", classes, positive=given)
+    assert splits.positive == {"label": classes.index(expected)} and splits.positive_names() == {"positive": expected}
+    assert str(splits).endswith(f"positive class: {expected}")
+
+
+def test_the_positive_classes_of_several_tasks():
+    classes = {"organ": ["liver", "lung", "skin"], "side": ["left", "right"], "sign": ["absent", "present"]}
+    assert Splits("x", "custom", classes).positive_names() == {"side_positive": "right", "sign_positive": "present"}
+    assert Splits("x", "custom", classes, positive=["left", "absent"]).positive == {"side": 0, "sign": 0}
+    assert Splits("x", "custom", [str(i) for i in range(10)]).positive == {}
+    for names, given, match in (
+        (classes, ["lung"], "--positive lung is no class: choose left, right or absent, present"),
+        (["cat", "dog"], ["cow"], "--positive cow is no class: choose cat, dog"), (["cat", "dog"], ["cat", "dog"], "name one"),
+        (["a", "b", "c"], ["a"], "--positive a: no task here has two classes"),
+    ):  # fmt: skip
+        with pytest.raises(DataError, match=match):
+            Splits("x", "custom", names, positive=given)
 
 
 def test_bad_values():

@@ -26,7 +26,7 @@ from common.metrics import (
     log_softmax,
     partial_auc,
     ranking,
-    weighted,
+    weighing,
 )  # fmt: skip
 from common.teacher import check_teacher, judge_teacher
 
@@ -373,6 +373,26 @@ def test_ranking_against_scikit_learn():
     assert ranking(logits, labels)["average_precision"] == pytest.approx(np.mean(expected))
 
 
+def test_the_positive_class_may_be_the_first():
+    """Cancer before normal in the alphabet: what is asked of cancer, by scikit-learn on its own margin and share."""
+    logits, labels = two_classes()
+    cancer, margin = labels == 0, logits[:, 0] - logits[:, 1]
+    got, other = classification(logits, labels, positive=0), classification(logits, labels)
+    assert got["average_precision"] == pytest.approx(sk.average_precision_score(cancer, margin)) and got["average_precision"] > other["average_precision"] + 0.1
+    assert got["pauc"] == pytest.approx(official_pauc(cancer.astype(int), margin), abs=1e-12)
+    t = np.sort(margin[~cancer])[int(np.ceil(0.9 * (~cancer).sum())) - 1]
+    assert got["sensitivity_at_90_specificity"] == pytest.approx(np.mean(margin[cancer] > t))
+    assert got["auc"] == pytest.approx(other["auc"]) and got["accuracy"] == other["accuracy"]
+    swapped = classification(logits[:, ::-1], 1 - labels)
+    assert got == pytest.approx(swapped, abs=1e-12)
+    names = ("average_precision", "pauc")
+    once = weighing(logits, labels, names, positive=0)(np.ones((len(labels), 1), np.int32))
+    intervals = bootstrap(logits, labels, repeats=50, names=names, positive=0)
+    for name in names:
+        assert once[name][0] == pytest.approx(got[name], abs=1e-12)
+        assert intervals[name][0] < got[name] < intervals[name][1]
+
+
 def test_ranking_of_one_class_is_undefined():
     logits, _ = two_classes()
     assert set(ranking(logits, np.zeros(600, int)).values()) == {None}
@@ -446,7 +466,7 @@ def test_weights_are_the_resamples(case):
         expected.append(got)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = weighted(logits, labels, weights, RESAMPLED)
+        found = weighing(logits, labels, RESAMPLED)(weights)
         intervals = bootstrap(logits, labels, groups, repeats=40, names=RESAMPLED)
     for name in RESAMPLED:
         values = np.array([row[name] for row in expected], float)  # None is NaN
