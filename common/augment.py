@@ -145,7 +145,8 @@ def sample_parameters(policy, seed, view, key, sizes, stream=0):
     across and down the output, and, where the policy has colour, `brightness`, `contrast`, `saturation`, `hue` (B,)
     float32.
     """
-    u = uniform(seed, view, stream, key, 10 + 2 * CROP_TRIES).unbind(1)  # always all, so that a flag changes its own draw alone
+    # always all of them, so that a flag changes its own draw alone
+    u = uniform(seed, view, stream, key, 10 + 2 * CROP_TRIES).unbind(1)
     plain = torch.as_tensor(view) == 0
     height, width = sizes.double().unbind(1)
     one, zero = torch.ones_like(u[0]), torch.zeros_like(u[0])
@@ -205,7 +206,8 @@ def render(images, sizes, params, resolution):
     antialias=True, else it is bilinear at once.
     """
     device = images.device
-    count = torch.where(params["extent"] > resolution, torch.ceil(params["extent"] - 1e-6).long(), resolution)  # (B, 2), samples
+    extent = params["extent"]
+    count = torch.where(extent > resolution, torch.ceil(extent - 1e-6).long(), resolution)  # (B, 2), samples
     affine = [params["matrix"].flatten(1), params["shift"], sizes.float(), params["border"], count.float()]
     affine = torch.cat(affine, 1)  # (B, 12), one transfer
     affine, parts, shrinks = affine.to(device, non_blocking=True), [], count > resolution
@@ -232,7 +234,8 @@ def _images_at_once(images, samples):
     """How many a CPU resamples together, so that they stay in its caches: 1.8 times as fast for 16 of 176 px to 96 px.  A GPU takes all."""
     if images.device.type != "cpu":
         return len(images)
-    return max(1, PIXELS_A_CORE // (_padded_side(images) ** 2 + samples)) * torch.get_num_threads()  # grid_sample gives each thread whole images
+    pixels = _padded_side(images) ** 2 + samples
+    return max(1, PIXELS_A_CORE // pixels) * torch.get_num_threads()  # grid_sample gives each thread whole images
 
 
 def _pad_to_power_of_two(images):
@@ -281,7 +284,8 @@ def _shrink(samples, count, resolution):
     rows = planes + row.clamp(max=most - 1).long()[:, :, None]  # (taps, B, 3, R)
     flat = samples.flatten(0, 2)
     taps = (flat.index_select(0, at.flatten()).view(images, channels, resolution, -1) for at in rows)
-    return sum(tap * weight[:, None, :, None] for tap, weight in zip(taps, weights)).clamp(max=255)  # white is 255 to the last bit
+    # white is 255 to the last bit
+    return sum(tap * weight[:, None, :, None] for tap, weight in zip(taps, weights)).clamp(max=255)
 
 
 def _resample(images, affine, resolution, most_x, most_y):

@@ -35,7 +35,9 @@ FEATURE_TERMS = ("feature", "attention")  # terms that need feature maps of both
 RELATIONS = ("contrastive", "rkd_distance", "rkd_angle", "mmd", "dist")  # terms that compare the images of a batch
 ALPHA = {"response": ("ce", "kl"), "feature": ("ce", "kl"), "feature_matching": ("feature", "ce")}  # alpha weighs the first, 1 - alpha the second
 FEATURE_LOSSES = ("mse", "cosine")
-FLAT = 0.1  # smallest deviation of a student's logits or (as a share) probabilities that `dist` and `standardized_kl` divide by: 0.01 overshoots
+# Smallest deviation of a student's logits, or (as a share) probabilities, that `standardized_kl` and `dist` divide by: with
+# 0.01 a head of zeros overshoots, as measured.
+FLAT = 0.1
 ROUNDING = 1e-5  # share of the largest logit that counts as float32's rounding, which is 6e-8 a step
 COLLAPSED = 0.1  # share of its first variance below which the shared space counts as collapsed (0.014 measured)
 TEACHER_PROJECTORS = ("identity", "frozen-orthogonal", "learned")
@@ -157,7 +159,7 @@ def _rounding(logits):
 
 
 def _standardized(logits, least):
-    """Rows of logits (B, C) with mean 0 and deviation 1, of those above minus infinity; deviations below `least` count as it."""
+    """Logits (B, C) with mean 0 and deviation 1 of those above minus infinity; deviations below `least` count as it."""
     finite = logits > -math.inf
     count = finite.sum(1, keepdim=True)
     centred = logits - logits.masked_fill(~finite, 0.0).sum(1, keepdim=True) / count
@@ -242,13 +244,14 @@ def attention_transfer(student, teacher):
 
 
 def embedding_loss(student, teacher, lambda_feat=1.0, lambda_cos=1.0):
-    """lambda_feat * ||t - s||^2 / D + lambda_cos * (1 - cos(t, s)) of embeddings (B, D) of equal width, mean over the batch.
+    """lambda_feat * ||t - s||^2 / D + lambda_cos * (1 - cos(t, s)) of embeddings (B, D), mean over the batch.
 
     Summed over dimensions, as lambda_feat = D makes it, the squared error of wide teachers drowns a cross-entropy.
     """
     with torch.autocast(student.device.type, enabled=False):
         student, teacher = _float32(student, teacher)
-        return lambda_feat * F.mse_loss(student, teacher) + lambda_cos * (1 - F.cosine_similarity(student, teacher, dim=1)).mean()
+        cosine = F.cosine_similarity(student, teacher, dim=1)
+        return lambda_feat * F.mse_loss(student, teacher) + lambda_cos * (1 - cosine).mean()
 
 
 def normalized_mse(student, teacher):
@@ -288,7 +291,8 @@ def rkd_distance(student, teacher):
     """
     _several(student)
     with torch.autocast(student.device.type, enabled=False):
-        distances, pairs = [pairwise_distances(x) for x in _float32(student, teacher)], len(student) * (len(student) - 1)
+        distances = [pairwise_distances(x) for x in _float32(student, teacher)]
+        pairs = len(student) * (len(student) - 1)
         return F.smooth_l1_loss(*(d / (d.sum() / pairs).clamp(min=1e-12) for d in distances))  # equal rows alone: zeros
 
 

@@ -243,7 +243,8 @@ def fidelity(student_logits, teacher_logits, labels=None):
     same = np.asarray(student_logits).argmax(1) == np.asarray(teacher_logits).argmax(1)
     result = {
         "agreement": float(np.mean(same)),
-        "teacher_kl": float(np.mean((np.exp(teacher) * (np.maximum(teacher, -1e300) - student)).sum(1))),  # 0 * inf is NaN
+        # a class that the teacher rules out costs 0, not 0 * inf
+        "teacher_kl": float(np.mean((np.exp(teacher) * (np.maximum(teacher, -1e300) - student)).sum(1))),
     }
     if labels is not None:
         right = np.asarray(teacher_logits).argmax(1) == labels
