@@ -622,7 +622,7 @@ def load_weights(model, state, source):
         text = "holds no state dict of tensors"
         if tried:
             _, names, *_, wrong = min(tried, key=lambda fit: len(fit[-1]))
-            begin = _few(".".join(name.split(".")[:-1][:2]) + "." for name in names)
+            begin = _few(re.match(r"(\w+\.){0,2}", name)[0] or name for name in names)
             text = f"does not fit {model.name}: {wrong[0]} (and {len(wrong) - 1} more); its names begin with {begin}"
         raise ModelError(f"{source} {text}; its keys: {_few(state if isinstance(state, dict) else [])}")
     path, names, prefix, part, known, kept, _ = fitting[0]
