@@ -574,6 +574,9 @@ def test_the_positive_class_from_the_flag_to_the_figures(leaves, place):
             assert found["results"]["student"]["average_precision"] == pytest.approx(average_precision(folder, expected))
         report = leaves("report", folder, "--metric average_precision")["lines"]
         assert any("average_precision: the positive class is " + name in line for line in report)
+    for flag, expected in (("", "yes"), ("--positive no", "no")):  # of two tasks, of which organ has three classes
+        student = leaves("evaluate", "texted/best.pth --device cpu --workers 0", flag)["results"]["student"]
+        assert student["sign_positive"] == expected and "organ_positive" not in student and "positive" not in student
     refused = leaves("train_student", BASE, "CSV --positive cow")["lines"]
     assert refused[0] == "exit 2" and refused[-1] == "error: --positive cow is no class: choose cancer, normal"
     assert leaves("train_student", BASE, "--positive 1")["lines"][-1] == "error: --positive 1: no task here has two classes"
