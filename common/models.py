@@ -563,7 +563,7 @@ def _take_hugging_face_head(model, source):
         return config.num_labels, False
     from transformers import AutoModelForImageClassification
 
-    whole = AutoModelForImageClassification.from_pretrained(source).float().eval()
+    whole = AutoModelForImageClassification.from_pretrained(source, trust_remote_code=False).float().eval()
     theirs, own = [m for m in whole.modules() if isinstance(m, nn.Linear)][-1], model.backbone.head
     if theirs.weight.shape != own.weight.shape:
         return 0, False

@@ -425,6 +425,7 @@ def test_weights_bring_their_normalization(tmp_path):
     start_weights(model, str(tmp_path / "x.pth"))
     assert str(Preprocess.of_new(model, 32, "digits", DATASETS["digits"])) == f"mean 0.5 0.5 0.5, std 0.5 0.5 0.5, of the weights of {name}"
     checkpoint = {"kind": "image", "model": model.state_dict(), "model_args": model.build_args, "classes": list("abcd"),
+                  "flags": {"dataset": "digits", "data_root": None},
                   "preprocess": {"resolution": 32, "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}}  # fmt: skip
     torch.save(checkpoint, tmp_path / "own.pth")
     for given in ({"weights": str(tmp_path / "own.pth")}, {"init_checkpoint": str(tmp_path / "own.pth")}):
