@@ -210,7 +210,8 @@ def save_checkpoint(path, content, also=()):
         raise UserError(f"cannot write {path}: {error.__cause__ or error.__context__ or error}") from None
 
 
-CHECKPOINT = {"kind": str, "model": dict, "model_args": dict, "classes": (list, dict), "preprocess": dict, "flags": dict}  # what all need of it
+# what every script needs of one
+CHECKPOINT = {"kind": str, "model": dict, "model_args": dict, "classes": (list, dict), "preprocess": dict, "flags": dict}
 
 
 def load_checkpoint(path):
@@ -222,7 +223,7 @@ def load_checkpoint(path):
     except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError, OSError) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(f"{path} is damaged or no safe checkpoint: {reason[:160]}") from None
-    known = isinstance(checkpoint, dict) and all(isinstance(checkpoint.get(name), kind) for name, kind in CHECKPOINT.items())
+    known = isinstance(checkpoint, dict) and all(isinstance(checkpoint.get(k), kind) for k, kind in CHECKPOINT.items())
     if not known or not {"dataset", "data_root"} <= checkpoint["flags"].keys():
         raise UserError(f"{path} is no checkpoint of these scripts; foreign weights go to --weights FILE")
     return checkpoint
