@@ -295,7 +295,7 @@ def how_to_repeat(run):
     hardware = {key: environment.get(key) for key in ("device", "threads", "processes", "platform")}
     versions = {key: value for key, value in environment.items() if key not in (*hardware, "command", "git_commit")}
     words, count, path = shlex.split(environment.get("command") or ""), environment.get("processes") or 1, run["path"]
-    if not words or any(word.split("=")[0] == "--resume" for word in words):  # the command that resumed a run does not repeat it
+    if not words or any(word.split("=")[0] == "--resume" for word in words):  # what resumed a run does not repeat it
         words = [script, "--config", str(Path(path, "config.json"))]
     elif "--output" in words:
         place = words.index("--output")

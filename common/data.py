@@ -464,7 +464,7 @@ def _medmnist(root, window, wanted):
             raise DataError(f"{root} holds {len(files)} .npz files: name the one, --data-root FILE.npz")
         path = os.path.join(root, files[0])
     kept = wanted | ({"val"} if "train" in wanted else set())
-    arrays = _read_npz(path, [f"{s}_{k}" for s in ("train", "val", "test") for k in ("images", "labels") if k == "labels" or s in kept])
+    arrays = _read_npz(path, [f"{s}_images" for s in sorted(kept)] + [f"{s}_labels" for s in ("train", "val", "test")])
     for split in {"train", "val", "test"} - kept:  # their labels say what classes there are
         arrays[f"{split}_images"] = np.broadcast_to(np.uint8(0), (len(arrays[f"{split}_labels"]), 1, 1))
     classes, parts = None, {}
@@ -514,13 +514,14 @@ def _read_npz(path, names):
             needed, free = 0, available_memory()
             for name in names:
                 with archive.zip.open(f"{name}.npy") as file:
-                    read = np.lib.format.read_array_header_1_0 if np.lib.format.read_magic(file) == (1, 0) else np.lib.format.read_array_header_2_0
-                    shape, _, dtype = read(file)
+                    version = min(np.lib.format.read_magic(file)[0], 2)  # the third has the second's layout
+                    shape, _, dtype = getattr(np.lib.format, f"read_array_header_{version}_0")(file)
                 if dtype.kind not in "biuf":
                     raise DataError(f"{path}: {name} holds values of type {dtype}, not numbers")
                 needed += math.prod(shape) * (dtype.itemsize + (dtype.itemsize > 1))  # what is deeper becomes uint8
             if needed > free:
-                raise DataError(f"{path} takes {needed / 1e9:,.1f} GB of memory unpacked, {free / 1e9:,.1f} GB are free: use a smaller file or more memory")
+                sizes = f"{needed / 1e9:,.1f} GB of memory unpacked, {free / 1e9:,.1f} GB are free"
+                raise DataError(f"{path} takes {sizes}: use a smaller file or more memory")
             return {n: archive[n] for n in names}
     except (DataError, MemoryError):
         raise

@@ -156,8 +156,10 @@ class Writer:
 
 
 def allocate(path, dtype, shape):
-    """A new .npy of zeros, memory-mapped.  Its space is taken at once: a disk or a quota that is too small is found now,
-    not by a bus error when the rows are written.  Raises UserError."""
+    """A new .npy of zeros, memory-mapped.  Raises UserError.
+
+    Its space is taken at once: a disk or quota that is too small is found now, not by a bus error when rows are written.
+    """
     try:
         array = np.lib.format.open_memmap(path, "w+", dtype, shape)
         if hasattr(os, "posix_fallocate"):  # not on macOS
@@ -258,9 +260,10 @@ class Store:
             if array.shape != expected or array.dtype != self.meta["dtype"]:
                 raise UserError(f"{path} is {array.dtype} {array.shape}, its meta.json says {self.meta['dtype']} {expected}")
             self.arrays[name] = array
-        if not self.ids.shape == self.labels.shape == (self.meta["count"],) or self.ids.dtype.kind != "U" or self.labels.dtype.kind not in "iu":
-            raise UserError(f"{folder} has ids {self.ids.dtype} {self.ids.shape} and labels {self.labels.dtype} {self.labels.shape} for "
-                            f"{self.meta['count']} rows")  # fmt: skip
+        ids, labels, count = self.ids, self.labels, self.meta["count"]
+        if not ids.shape == labels.shape == (count,) or ids.dtype.kind != "U" or labels.dtype.kind not in "iu":
+            told = f"ids {ids.dtype} {ids.shape} and labels {labels.dtype} {labels.shape}"
+            raise UserError(f"{folder} has {told} for {count} rows")
         if self.groups is not None and len(self.groups) != len(self.ids):
             raise UserError(f"{folder} has {len(self.groups)} groups for {len(self.ids)} rows")
         self._order = np.argsort(self.ids, kind="stable")

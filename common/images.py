@@ -165,7 +165,7 @@ def to_uint8(array, window, what):
             "white with --window LOW HIGH"
         )
     (low, high), out = window, np.empty(array.shape, np.uint8)
-    for start in range(0, len(array), 256):  # rows of an image, or images: in float64 all would take eight times as much
+    for start in range(0, len(array), 256):  # rows of an image, or images: all in float64 take much
         levels = np.nan_to_num(array[start : start + 256].astype(np.float64), nan=low, posinf=high, neginf=low)
         out[start : start + 256] = np.rint((np.clip(levels, low, high) - low) * (255 / (high - low)))
     return out

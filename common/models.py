@@ -528,11 +528,13 @@ def _build_hugging_face(name, num_classes, build_args, pretrained, hf_config):
     try:
         if hf_config is not None:
             hf_config = dict(hf_config)
-            body = AutoModel.from_config(AutoConfig.for_model(hf_config.pop("model_type"), **hf_config), trust_remote_code=False)
+            config = AutoConfig.for_model(hf_config.pop("model_type"), **hf_config)
+            body = AutoModel.from_config(config, trust_remote_code=False)
         elif pretrained:
             body = AutoModel.from_pretrained(source, trust_remote_code=False)  # None would ask on the terminal
         else:
-            body = AutoModel.from_config(AutoConfig.from_pretrained(source, trust_remote_code=False), trust_remote_code=False)
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+            body = AutoModel.from_config(config, trust_remote_code=False)
     except Exception as error:
         raise ModelError(
             f"cannot load {source} ({_one_line(error)}): download config.json and model.safetensors of it into a "

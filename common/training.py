@@ -245,7 +245,8 @@ def save_checkpoint(path, content, also=()):
         raise UserError(f"cannot write {path}: {error.__cause__ or error.__context__ or error}") from None
 
 
-CHECKPOINT = {"kind": str, "model": dict, "model_args": dict, "classes": (list, dict), "preprocess": dict, "flags": dict}  # what all need of it
+# what every script needs of one
+CHECKPOINT = {"kind": str, "model": dict, "model_args": dict, "classes": (list, dict), "preprocess": dict, "flags": dict}
 
 
 def load_tensors(path):
@@ -279,7 +280,7 @@ def load_tensors(path):
 def load_checkpoint(path):
     """A checkpoint of these scripts as a dict, on the CPU, loaded safely.  Raises UserError."""
     checkpoint = load_tensors(path)
-    known = isinstance(checkpoint, dict) and all(isinstance(checkpoint.get(name), kind) for name, kind in CHECKPOINT.items())
+    known = isinstance(checkpoint, dict) and all(isinstance(checkpoint.get(k), kind) for k, kind in CHECKPOINT.items())
     if not known or not {"dataset", "data_root"} <= checkpoint["flags"].keys():
         raise UserError(f"{path} is no checkpoint of these scripts; foreign weights go to --weights FILE")
     return checkpoint
