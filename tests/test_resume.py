@@ -188,7 +188,8 @@ def recorder(folder, resume=False, epochs=9, patience=0, data=DATA):
     model = Tiny(2, 2)
     updater = Updater(model, torch.optim.SGD(model.parameters(), 0.1), Schedule("constant", 0.1, 9, 1), Precision("off", torch.device("cpu")))
     made = Recorder(RunFolder(str(folder), resume, not resume), updater, Interrupts(), epochs=epochs, metric="accuracy", patience=patience,
-                    save_every=0, content={"flags": {"dataset": "d", "data_root": None}, "classes": [], "preprocess": {}, **({"data": data} if data else {})})  # fmt: skip
+                    save_every=0, content={"flags": {"dataset": "d", "data_root": None}, "classes": [], "preprocess": {},
+                                           **({"data": data} if data else {})})  # fmt: skip
     made.open(SimpleNamespace(resume=resume, seed=0))
     return made
 
