@@ -248,6 +248,7 @@ TRAINED = """
 --output elsewhere | | | files
 --save-every 1 | | | files
 --seed 1 | | | weights
+--seeds 1 2 | | | files
 --device nowhere | | | lines
 --config flags.json | | | weights
 --sweep grid.json --sweep-index 0 | --output swept --overwrite | | files
@@ -346,6 +347,7 @@ DISTILLED = """
 --allow-weak-teacher | --teacher-model vit_6_192 --teacher-weights flat.pth | | lines
 --method dkd | TAUGHT | | weights
 --alpha 0.9 | TAUGHT | | weights
+--limit-labels 8 | TAUGHT | | weights
 --temperature 8 | TAUGHT | | weights
 --distillation-warmup-epochs 2 | TAUGHT | | weights
 --ce-weight 3 | TAUGHT | | weights
