@@ -96,7 +96,7 @@ def identity(results):
 
 
 def is_fold(flags):
-    return flags.get("folds") is not None and flags.get("fold") is not None
+    return None not in (flags.get("folds"), flags.get("fold"))
 
 
 def read_run(folder):
@@ -222,7 +222,7 @@ def choose_baselines(distilled, students, notes, missing):
     if differences(ranked[0][0], first):
         notes.append(f"the baseline has other flags than the distilled runs: {', '.join(differences(ranked[0][0], first))}")
     baselines, twins = newest_per_seed(ranked[0], notes), {run["seed"]: run for run in distilled}
-    strangers = [run for run in baselines if run["seed"] in twins and tested_on(run) != tested_on(twins[run["seed"]])]
+    strangers = [run for run in baselines if not same_images(run, twins.get(run["seed"], run), ("test", "val"))]
     if strangers:
         missing.append(f"{paths(strangers)} are left out: their folds hold other images than those of {paths(distilled)}")
         baselines = [run for run in baselines if run not in strangers]
@@ -232,9 +232,10 @@ def choose_baselines(distilled, students, notes, missing):
     return baselines
 
 
-def tested_on(run):
-    """What the run's own test figures are of; folds differ in it."""
-    return run["results"]["dataset"]["sha256"].get("test"), run["id"]["classes"]
+def same_images(run, other, splits):
+    """Of two runs, or of two runs' folds."""
+    one, two = (of["results"]["dataset"]["sha256"] for of in (run, other))
+    return all(one.get(split) == two.get(split) for split in splits)
 
 
 def find_teacher(distilled, runs, notes, missing):
@@ -245,7 +246,7 @@ def find_teacher(distilled, runs, notes, missing):
         if sha in used:
             continue
         found = [run for run in runs if sha and run["results"].get("checkpoint_sha256") == sha]
-        fitting = [run for run in found if tested_on(run) == tested_on(first) or is_label_free(first["results"])]
+        fitting = [run for run in found if is_label_free(first["results"]) or same_images(run, first, ("test",)) and same(run, first, ("classes",))]
         *copies, used[sha] = sorted(fitting, key=lambda run: run["written"]) or [None]
         if not found:
             missing.append(f"the teacher run of {teacher['name']} ({teacher.get('checkpoint')}, sha256 {str(sha)[:12]}) is not among "
@@ -253,7 +254,7 @@ def find_teacher(distilled, runs, notes, missing):
         elif not fitting:
             missing.append(f"the teacher run {paths(found)} was tested on other images, or with its classes in another order, than "
                            f"{paths(distilled)}: its figures are left out")  # fmt: skip
-        elif not same(fitting[0], first, ("dataset",)) or (same(fitting[0], first, ("trained on",)) and not same(fitting[0], first, ("train",))):
+        elif not same(fitting[0], first, ("dataset",)) or not same_images(fitting[0], first, ("train",)) and same(fitting[0], first, ("trained on",)):
             notes.append("the teacher was trained on other data than the student")
         if copies:
             notes.append(f"the teacher's checkpoint stands more than once: {used[sha]['path']} is used, left out: {paths(copies)}")
@@ -305,20 +306,20 @@ def cautions(members, metric, runs):
     """What a reader of the gain must know: a teacher worse than the student alone, a student alone that beats the baseline."""
     teacher, before, after = (stats(some, metric, [])[0]["mean"] for some in members)
     result = []
-    if better(metric, before, teacher) and teacher is not None:
+    if teacher is not None and better(metric, before, teacher):
         result.append(f"the teacher ({cell(teacher, metric)}) is worse than the student alone ({cell(before, metric)})")
-    if not better(metric, after, before) or before is None:
+    if before is None or not better(metric, after, before):
         return result
-    first, rivals = members[1][0], []
+    first, best, rivals = members[1][0], before, None
     for twins in gather([run for run in runs if run["results"]["role"] == "student"], "id"):
-        if same(twins[0], first, ("dataset", *TEST, "student")) and same_labels(twins[0], first):
-            rivals.append((stats(twins, metric, [])[0]["mean"], twins))
-    for mean, twins in rivals:
-        if better(metric, mean, before) and not any(better(metric, other, mean) for other, _ in rivals):
-            how = ", ".join(differences(twins[0], first)) or f"resolution {twins[0]['id']['resolution']}"
-            most = f", and better than the student with KD ({cell(after, metric)})" * better(metric, mean, after)
-            result.append(f"{paths(twins)}, alone too, is better than this baseline: {cell(mean, metric)} against {cell(before, metric)}{most}; "
-                          f"it has {how}")  # fmt: skip
+        mean = stats(twins, metric, [])[0]["mean"]
+        if same(twins[0], first, ("dataset", *TEST, "student")) and same_labels(twins[0], first) and better(metric, mean, best):
+            best, rivals = mean, twins
+    if rivals:
+        how = ", ".join(differences(rivals[0], first)) or f"resolution {rivals[0]['id']['resolution']}"
+        most = f", and than the student with KD ({cell(after, metric)})" * better(metric, best, after)
+        result.append(f"another student alone, with {how}, is better ({cell(best, metric)}) than this baseline ({cell(before, metric)}){most}: "
+                      f"{paths(rivals)}")  # fmt: skip
     return result
 
 
@@ -361,11 +362,13 @@ def select(runs, wanted, mode):
     """
     if not wanted:
         runs = [run for run in runs if run["results"]["role"] == "distill"] or [run for run in runs if run["results"]["role"] == "student"]
-        metrics = {run["results"].get("select_metric") for run in runs}
-        alike = all(same(run, runs[0], ("dataset", *TEST, "student")) and metrics <= set(run["results"].get("val") or {}) for run in runs)
-        if not alike or len(metrics) != 1 or len(gather(runs, "id")) < 2:
+        if len(gather(runs, "id")) < 2:
             return None
-        wanted = f"val_{metrics.pop()}"
+        metric = runs[0]["results"].get("select_metric")
+        alike = all(same(run, runs[0], ("dataset", "train", *TEST, "student")) and run["results"].get("select_metric") == metric for run in runs)
+        if not alike or any(number((run["results"].get("val") or {}).get(metric)) is None for run in runs):
+            return None
+        wanted = f"val_{metric}"
     split, _, chosen = wanted.partition("_")
     known = {key for run in runs for key in run["results"].get("val") or {}}
     if split != "val" or chosen not in known:

@@ -100,36 +100,32 @@ def draw_cost(path, title, points, xlabel, ylabel):
     """Accuracy against cost.  points: (name, colour, marker, cost, mean, std or None), cost above 0 on a log axis."""
     from matplotlib import ticker
 
-    count = len({name for name, *_ in points})
-    with figure(path, 4 + 0.25 * count, title, width=6.5) as (drawn, axis):
+    with figure(path, 4 + 0.25 * len({name for name, *_ in points}), title) as (drawn, axis):
         named = set()
         for name, colour, marker, x, mean, std in points:
-            text = None if name in named else textwrap.fill(name, 70)
+            text = None if name in named else textwrap.fill(name, 55)
             axis.errorbar(x, mean, yerr=std, fmt=marker, color=colour, markersize=9, capsize=3, label=text)
             named.add(name)
         costs = [x for _, _, _, x, _, _ in points]
         axis.set(xlabel=xlabel, ylabel=ylabel, xscale="log", xlim=(min(costs) / 2, max(costs) * 2))
         log_ticks(axis.xaxis, ticker.EngFormatter(sep=""))
         axis.grid(alpha=0.3, which="both")
-        drawn.legend(loc="outside lower center", frameon=False, fontsize=10)
+        drawn.legend(loc="outside lower center", frameon=False, fontsize=10, labelspacing=0.8)
 
 
 def draw_reliability(path, title, kinds):
-    """Share of right answers against confidence, and how the confidence is spread.
+    """Share of right answers against confidence, larger points where there are more images.
 
     kinds: (name, colour, {"confidence", "accuracy", "share" (bins,), "ece"}).
     """
-    with figure(path, 7.1, title, rows=2) as (drawn, (axis, spread)):
+    with figure(path, 5, title) as (drawn, axis):
         axis.plot([0, 1], [0, 1], color="grey", linestyle="--", linewidth=1)
-        for index, (name, colour, found) in enumerate(kinds):
+        for name, colour, found in kinds:
             full = found["share"] > 0
             axis.plot(found["confidence"][full], found["accuracy"][full], color=colour, linewidth=0.8, alpha=0.6)
             axis.scatter(found["confidence"][full], found["accuracy"][full], 8 + 220 * found["share"][full], color=colour, alpha=0.8,
                          label=f"{name}, ECE {found['ece']:.3f}")  # fmt: skip
-            bins, width = len(full), 1 / len(full) / (len(kinds) + 0.5)
-            spread.bar([(i + 0.2) / bins + index * width for i in range(bins)], found["share"], width, align="edge", color=colour)
-        axis.set(xlabel="confidence (larger points hold more images)", ylabel="share of right answers", xlim=(0, 1), ylim=(0, 1.02))
-        spread.set(xlabel="confidence", ylabel="share of test images", xlim=(0, 1))
+        axis.set(xlabel="confidence (larger points hold more images)", ylabel="share of right answers", xlim=(0, 1.02), ylim=(0, 1.02))
         axis.grid(alpha=0.3)
         for handle in drawn.legend(loc="outside lower center", frameon=False).legend_handles:
             handle.set_sizes([40])

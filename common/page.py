@@ -83,16 +83,16 @@ def csv_text(runs):
 
 def comparison_rows(groups, metric):
     """A head and a row a group that was trained with labels, as text."""
-    points = "" if metric.endswith(NOT_PERCENT) else " (points)"
+    points, many = "" if metric.endswith(NOT_PERCENT) else " (points)", "folds" if groups and all(group["folds"] for group in groups) else "seeds"
     rows = [["dataset", "teacher", "student", "method", *(kind.removeprefix("student ") for kind in KINDS), f"difference{points}",
-             "95 % over test images", "95 % over seeds", "verdict", "seeds"]]  # fmt: skip
+             "95 % over test images", f"95 % over {many}", "verdict", many]]  # fmt: skip
     for group in (group for group in groups if not group["label_free"]):
         part, evidence = group if metric == "accuracy" else group[metric], group.get("evidence") or {}
         kinds = [part[key.format(metric)] for key in KEYS]
         rows.append([*names(group), *(cell(kind["mean"], metric, kind["std"]) for kind in kinds),
                      cell(part["gain_paired"]["mean"] if part["gain_paired"] else part["gain"], metric, part["gain_std"], "+"),
                      *(span(evidence.get(key), metric, False) for key in ("interval", "seeds_interval")), evidence.get("verdict", "-"),
-                     repeats(group, kinds[1]["n"], kinds[2]["n"])])  # fmt: skip
+                     repeats(kinds[1]["n"], kinds[2]["n"])])  # fmt: skip
     return rows
 
 
@@ -102,7 +102,7 @@ def label_free_rows(groups):
     for group in (group for group in groups if group["label_free"]):
         loss, knn = group["val_distillation_loss"], group["knn"]
         rows.append([*names(group), cell(loss["mean"], "loss", loss["std"]), *(cell(knn[of], "knn") for of in ("student", "teacher")),
-                     repeats(group, 0, loss["n"])])  # fmt: skip
+                     repeats(0, loss["n"])])  # fmt: skip
     return rows
 
 
@@ -115,9 +115,8 @@ def names(group):
     return [group["dataset"], group["teacher"] or "-", group["student"], ", ".join(filter(None, (group["method"], group["variant"]))) or "-"]
 
 
-def repeats(group, without, with_kd):
-    count = str(with_kd or without) if not (with_kd and without) or with_kd == without else f"{without} without, {with_kd} with"
-    return count + " folds" * group["folds"]
+def repeats(without, with_kd):
+    return str(with_kd or without) if not (with_kd and without) or with_kd == without else f"{without} without, {with_kd} with"
 
 
 def ranking_rows(selected, metric):
@@ -218,10 +217,10 @@ pre { background: var(--band); padding: 0.6rem; overflow-x: auto; white-space: p
 {% macro grid(head, rows) %}<div class="scroll"><table><thead><tr>{% for name in head %}<th>{{ name }}</th>{% endfor %}</tr></thead>
 <tbody>{% for row in rows %}<tr>{% for value in row %}<td>{{ value }}</td>{% endfor %}</tr>{% endfor %}</tbody></table></div>{% endmacro %}
 {% macro figures(names) %}{% if names %}<div class="row">{% for name in names %}<div class="scroll"><img class="figure" loading="lazy"
- alt="{{ titles[name] }}" style="min-width: {{ images[name].least }}px" src="data:image/png;base64,{{ images[name].png }}"></div>
+ alt="{{ report.figures[name] }}" style="min-width: {{ images[name].least }}px" src="data:image/png;base64,{{ images[name].png }}"></div>
 {% endfor %}</div>{% endif %}{% endmacro %}
 <h1>Knowledge distillation report</h1>
-<p class="soft">{{ report.runs|length }} runs, {{ groups|length }} groups. A group is the seeds or folds of one student trained in one way; figures are
+<p class="soft">Runs: {{ report.runs|length }}. Groups: {{ groups|length }}. A group is the seeds or folds of one student trained in one way; figures are
  of the test set, of the epoch chosen on val.</p>
 
 {% if selection %}<h2>Selection on val</h2>
@@ -229,40 +228,42 @@ pre { background: var(--band); padding: 0.6rem; overflow-x: auto; white-space: p
  <span class="soft">The setting is chosen on val; to choose it by the test figures below would flatter it.</span></p>
 {{ grid(selection[0], selection[1:]) }}<p>Again:</p><pre>{{ report.selected.command }}</pre>{% endif %}
 
-{% if families %}<h2>What did distillation buy?</h2>
-<ul class="headline">{% for group in groups %}{% if group.sentence %}<li><b class="{{ group.colour }}">{{ group.label }}</b>: {{ group.sentence }}
-{% for text in group.warnings %}<br><b class="loss">Warning:</b> {{ text }}.{% endfor %}<br><span class="soft">{{ group.saw }}</span></li>
-{% endif %}{% endfor %}</ul>
-{% for heading, some in families.items() %}<h3>{{ heading }}</h3>
-<div class="scroll"><table class="figures"><thead><tr><th>method</th>{% for name in columns %}<th>{{ name }}</th>{% endfor %}</tr></thead><tbody>
-{% for group in some %}<tr><td>{{ group.method }}</td><td class="verdict {{ group.colour }}">{{ group.word }}</td>
-{% for value in group.cells %}<td>{{ value }}</td>{% endfor %}</tr>{% endfor %}
+{% if families %}<h2>{{ "What did distillation buy?" if judged else "Test figures" }}</h2>
+<ul class="headline">{% for group in judged %}<li><b class="{{ verdict_of(group)[1] }}">{{ label(group) }}</b>: {{ group.evidence.sentence }}
+{% for text in group.warnings %}<br><b class="loss">Warning:</b> {{ text }}.{% endfor %}<br><span class="soft">{{ saw(group) }}</span></li>
+{% endfor %}</ul>
+{% for heading, rows in families.items() %}<h3>{{ heading }}</h3>
+<div class="scroll"><table class="figures"><thead><tr>{% for name in columns %}<th>{{ name }}</th>{% endfor %}</tr></thead><tbody>
+{% for method, verdict, cells in rows %}<tr><td>{{ method }}</td><td class="verdict {{ verdict[1] }}">{{ verdict[0] }}</td>
+{% for value in cells %}<td>{{ value }}</td>{% endfor %}</tr>{% endfor %}
 </tbody></table></div>{% endfor %}
 <p class="soft">Test {{ title }}{{ percent }}; mean ± sample standard deviation over seeds. The interval over test images resamples them (whole lesions,
  patients or cases where there are such groups), the same for both students; the one over seeds, or folds, is Student's t of their gains. A
  verdict of gain or loss needs both without 0. A single seed says nothing of training's noise; folds share training images, so that their
- interval is rather too narrow. {% if compared > 1 %}{{ compared }} differences are judged here, each as if it were the only one.{% endif %}</p>
+ interval is rather too narrow. {% if judged|length > 1 %}{{ judged|length }} differences are judged here, each as if it were the only one.
+{% endif %}</p>
 {% endif %}
-{% if free %}<h2>Students without labels</h2>{{ grid(free[0], free[1:]) }}
+{% if free[1:] %}<h2>Students without labels</h2>{{ grid(free[0], free[1:]) }}
 <p class="soft">The distillation loss is of the epoch that it chose on val; k-NN accuracy is of the last epoch, where --eval-dataset was given.</p>{% endif %}
 {{ figures(overview) }}
 
-<h2>{{ "Can I trust it?" if families else "In detail" }}</h2>
-{% for group in groups %}
-<details{% if loop.first %} open{% endif %}><summary>{{ group.label }}</summary>
-<p class="soft">{{ group.saw }}</p>{% for note in group.notes %}<p class="soft">{{ note }}</p>{% endfor %}
-{% if group.metrics %}<h3>Test metrics{% if group.fidelity %}, fidelity to the teacher{% endif %}</h3>{{ grid([""] + kinds, group.metrics) }}{% endif %}
-{% if group.cost %}<h3>Cost</h3>{{ grid([""] + cost_names, group.cost) }}{% endif %}
-{% if group.mcnemar %}<h3>McNemar's test of accuracy</h3>
+<h2>{{ "Can I trust it?" if judged else "In detail" }}</h2>
+{% for group, gallery in groups %}
+<details{% if loop.first %} open{% endif %}><summary>{{ label(group) }}</summary>
+<p class="soft">{{ saw(group) }}</p>{% for note in group.notes %}<p class="soft">{{ note }}</p>{% endfor %}
+{% if group.metrics %}<h3>Test metrics{% if group.evidence.fidelity %}, fidelity to the teacher{% endif %}</h3>
+{{ grid([""] + kinds, metric_rows(group)) }}{% endif %}
+{% if group.cost %}<h3>Cost</h3>{{ grid([""] + cost_names, cost_rows(group)) }}{% endif %}
+{% if group.evidence.mcnemar %}<h3>McNemar's test of accuracy</h3>
 <p class="soft">Of the images that one of two students alone gets right: do both have the same share? It is about the accuracy of each pair of
- runs on these test images, whatever metric the verdict is about, and not about training's noise.{% if group.grouped %} Several images are of one
- lesion, patient or case; the test takes them for independent, the interval above does not.{% endif %}</p>
-{{ grid(["seed or fold", "task", "right with KD alone", "right without KD alone", "p, exact"], group.mcnemar) }}{% endif %}
+ runs on these test images, whatever metric the verdict is about, and not about training's noise.{% if group.evidence.grouped %} Several images
+ are of one lesion, patient or case; the test takes them for independent, the interval above does not.{% endif %}</p>
+{{ grid(["seed or fold", "task", "right with KD alone", "right without KD alone", "p, exact"], mcnemar_rows(group)) }}{% endif %}
 {{ figures(group.figures) }}
-{% if group.gallery %}<h3>Where the students differ</h3>
+{% if gallery %}<h3>Where the students differ</h3>
 <p class="soft">Of the images that one student alone gets right, those with the largest change in the true class's probability
- ({{ group.gallery[0].seed }}): the extremes, no sample of the test set.</p>
-<ul class="gallery">{% for item in group.gallery %}<li><img alt="test image {{ item.id }}" src="data:image/jpeg;base64,{{ item.image }}">
+ ({{ gallery[0].seed }}): the extremes, no sample of the test set.</p>
+<ul class="gallery">{% for item in gallery %}<li><img alt="test image {{ item.id }}" src="data:image/jpeg;base64,{{ item.image }}">
 <div class="soft">{{ item.id }}{% if item.task %}, {{ item.task }}{% endif %}</div><div>true: <b>{{ item.true }}</b></div>
 {% for answer in item.answers %}<div><span class="{{ 'gain' if answer.right else 'loss' }}">{{ '✓' if answer.right else '✗' }}</span>
  {{ answer.kind }}: {{ answer.name }} {{ '%.0f' % (100 * answer.probability) }} %</div>{% endfor %}
@@ -275,7 +276,7 @@ pre { background: var(--band); padding: 0.6rem; overflow-x: auto; white-space: p
 {% if rest %}<h2>Runs in no group</h2>{{ figures(rest) }}{% endif %}
 
 <h2>How to repeat each run</h2>
-{{ grid(run_names, run_rows) }}
+{{ grid(runs_table[0], runs_table[1:]) }}
 {% for run in repeats %}<details><summary>{{ run.path }}</summary><pre>{{ run.command }}</pre>
 <p class="soft">git commit {{ run.commit or "unknown" }}<br>
 {% for name, value in run.hardware.items() %}{{ name }}: {{ value }}{{ ", " if not loop.last }}{% endfor %}<br>
@@ -285,16 +286,13 @@ pre { background: var(--band); padding: 0.6rem; overflow-x: auto; white-space: p
 """
 
 
-def group_view(group, row, gallery):
-    """What the template shows of a group.  row: of `comparison_rows`, or None."""
+def verdict_of(group):
+    """(word, CSS class): one seed alone is no proof, and has no colour."""
     evidence = group.get("evidence") or {}
-    teacher, without, with_kd, difference, images, seeds, word, count = row[4:] if row else [None] * 8
-    colour = word if word in ("gain", "loss") and evidence["seeds_interval"] else "noise"
-    return {"label": label(group), "method": names(group)[3], "colour": colour, "word": f"{word}, one seed" if colour != word in ("gain", "loss") else word,
-            "cells": [difference, images, seeds, with_kd, without, teacher, count], "sentence": evidence.get("sentence"), "notes": group["notes"],
-            "warnings": group["warnings"], "saw": saw(group), "cost": cost_rows(group), "metrics": metric_rows(group),
-            "fidelity": evidence.get("fidelity"), "mcnemar": mcnemar_rows(group), "grouped": evidence.get("grouped"),
-            "figures": group["figures"], "gallery": gallery}  # fmt: skip
+    word = evidence.get("verdict", "-")
+    if word not in ("gain", "loss"):
+        return word, "noise"
+    return (word, word) if evidence["seeds_interval"] else (f"{word}, one seed", "noise")
 
 
 def html(report, runs, metric, folder, galleries):
@@ -307,20 +305,18 @@ def html(report, runs, metric, folder, galleries):
         images[name] = {"png": base64.b64encode(png).decode(), "least": round(0.45 * Image.open(io.BytesIO(png)).width)}  # smaller is not readable
     placed = {name for group in groups for name in group["figures"]}
     overview = [name for name in images if name.startswith("cost-")]
-    (head, *rows), views, families = comparison_rows(groups, metric), [], {}
-    for group, gallery in zip(groups, galleries):
-        views.append(group_view(group, None if group["label_free"] else rows.pop(0), gallery))
-        if not group["label_free"]:
-            models = f"{group['teacher']} to {group['student']}" if group["teacher"] else f"{group['student']} alone"
-            families.setdefault(f"{group['dataset']}: {models}", []).append(views[-1])
-    run_head, *run_table = run_rows(report["runs"], metric)
-    free = label_free_rows(groups)
-    page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True).from_string(TEMPLATE)
+    (head, *rows), families, free, runs_table = comparison_rows(groups, metric), {}, label_free_rows(groups), run_rows(report["runs"], metric)
+    for group, row in zip([group for group in groups if not group["label_free"]], rows):
+        models = f"{group['teacher']} to {group['student']}" if group["teacher"] else f"{group['student']} alone"
+        cells = [row[7], row[8], row[9], row[6], row[5], row[4], row[11]]  # what distillation bought comes first
+        families.setdefault(f"{group['dataset']}: {models}", []).append((row[3], verdict_of(group), cells))
+    page = jinja2.Environment(autoescape=True, trim_blocks=True).from_string(TEMPLATE)
     return page.render(
-        report=report, title=title(metric), percent=" in %" if percent else "", kinds=list(KINDS), groups=views, families=families,
-        columns=["verdict", head[7], head[8], head[9], "with KD", "without KD", "teacher", "seeds"], cost_names=[name for _, name in COSTS],
-        compared=sum(bool(view["sentence"]) for view in views), titles=report["figures"], images=images, overview=overview,
+        report=report, groups=list(zip(groups, galleries)), title=title(metric), percent=" in %" if percent else "", kinds=list(KINDS), families=families,
+        columns=["method", "verdict", head[7], head[8], head[9], "with KD", "without KD", "teacher", head[11]], cost_names=[name for _, name in COSTS],
+        judged=[group for group in groups if group.get("evidence", {}).get("sentence")], images=images, overview=overview, free=free,
         rest=[name for name in images if name not in {*placed, *overview}], selection=report["selected"] and ranking_rows(report["selected"], metric),
-        free=free if free[1:] else None, lists=[("Missing", report["missing"]), ("Notes", report["notes"])], run_names=run_head, run_rows=run_table,
-        repeats=[{"path": run["path"], **how_to_repeat(run)} for run in runs],
+        lists=[("Missing", report["missing"]), ("Notes", report["notes"])], runs_table=runs_table,
+        repeats=[{"path": run["path"], **how_to_repeat(run)} for run in runs], label=label, saw=saw, verdict_of=verdict_of, cost_rows=cost_rows,
+        metric_rows=metric_rows, mcnemar_rows=mcnemar_rows,
     )  # fmt: skip

@@ -1,6 +1,8 @@
-"""report.py on run folders with known numbers, run as a user would run it."""
+"""report.py on run folders with known numbers, called as its command line calls it."""
 
+import contextlib
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -11,6 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+
+import report
+from common import cli
 
 REPO = Path(__file__).resolve().parents[1]
 CLASSES = ["cat", "dog", "a class with a rather long name"]
@@ -45,12 +50,22 @@ def write_run(folder, role, accuracy, *, seed=0, model="resnet8", family="cnn", 
     return results["checkpoint_sha256"]
 
 
-def run_report(cwd, *args, script=REPO / "report.py"):
-    return subprocess.run([sys.executable, str(script), *map(str, args)], cwd=cwd, capture_output=True, text=True)
+def run_report(cwd, *args):
+    """What `python report.py ARGS` prints and exits with; in this process, which has imported torch and matplotlib already."""
+    out, err, before, argv = io.StringIO(), io.StringIO(), os.getcwd(), sys.argv
+    try:
+        os.chdir(cwd)
+        sys.argv = ["report.py", *map(str, args)]
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as ended:
+            cli.run_script(report.main, report.build_parser)
+    finally:
+        os.chdir(before)
+        sys.argv = argv
+    return subprocess.CompletedProcess(args, ended.value.code, out.getvalue(), err.getvalue())
 
 
-def report_of(cwd, *args, **where):
-    done = run_report(cwd, *args, **where)
+def report_of(cwd, *args, run=run_report):
+    done = run(cwd, *args)
     assert done.returncode == 0, done.stderr
     return json.loads((cwd / "report" / "report.json").read_text()), done
 
@@ -349,10 +364,14 @@ def test_reevaluate(tmp_path):
     write_run(tmp_path / "runs/s", "student", 0.6)
     write_run(tmp_path / "runs/d", "distill", 0.7, method="response", teacher=teacher)
     flags = ("runs", "--reevaluate", "--device", "cpu", "--batch-size", "7")
-    refused(run_report(tmp_path, *flags, script=tmp_path / "report.py"), "--reevaluate could evaluate no checkpoint")
+
+    def run(cwd, *args):
+        return subprocess.run([sys.executable, str(tmp_path / "report.py"), *args], cwd=cwd, capture_output=True, text=True)
+
+    refused(run(tmp_path, *flags), "--reevaluate could evaluate no checkpoint")
     (tmp_path / "runs/s/best.pth").write_text('{"accuracy": 0.60005, "macro_f1": 0.1}')
     (tmp_path / "runs/d/best.pth").write_text('{"accuracy": 0.75}')
-    report, done = report_of(tmp_path, *flags, script=tmp_path / "report.py")
+    report, done = report_of(tmp_path, *flags, run=run)
     assert report["cnn"] == {"teacher_accuracy": 0.9, "student_accuracy_without_kd": 0.60005, "student_accuracy_with_kd": 0.75}
     run = only([run for run in report["runs"] if run["run"] == "runs/d"])
     assert run["recorded_test"]["accuracy"] == 0.7 and run["recomputed_test"] == {"accuracy": 0.75} and run["test"]["accuracy"] == 0.75
