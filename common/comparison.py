@@ -112,7 +112,7 @@ def read_run(folder):
             return None  # a Hugging Face model's, say
     except KeyError as error:
         raise ValueError(f"is left out: its results.json lacks {error}") from None
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"is left out: its results.json or config.json is damaged: {error}") from None
     raise ValueError("is unfinished: it holds config.json but no results.json")
 
