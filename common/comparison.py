@@ -61,6 +61,9 @@ def check(results):
     """Raises KeyError or ValueError where results.json does not hold what a comparison needs."""
     if results["role"] not in ("teacher", "student", "distill"):
         raise ValueError(f"the role is {results['role']!r}, not teacher, student or distill")
+    for key in ("environment", "teacher", "val", "test", "final_val", "final_test"):
+        if not isinstance(results.get(key) or {}, dict):
+            raise ValueError(f"{key} is {results[key]!r}")
     free = is_label_free(results)
     for dotted, kind in {**NEEDED, **(OF_DISTILLED if results["role"] == "distill" else {}), **({} if free else OF_LABELLED)}.items():
         value = results
