@@ -60,10 +60,10 @@ def draw_curves(path, title, metric, scale, lines):
                 points = {row["epoch"]: scale * row[key] for row in rows if number(row.get(key)) is not None}
                 if not points:
                     continue
-                kind += ": teacher" * (style == "--")
+                kind += ": its teacher" * (style == "--")
                 (names[kind],) = axis.plot(points.keys(), points.values(), style, color=colour, linewidth=1.2, alpha=0.85,
                                            marker="o" if len(points) < 20 else None, markersize=3)  # fmt: skip
-                if results.get("best_epoch") in points:
+                if results.get("best_epoch") in points and style == "-":
                     best = axis.plot(results["best_epoch"], points[results["best_epoch"]], "*", color=colour, markersize=11, markeredgecolor="white")
                     names["best epoch"] = best[0]
                 if results.get("stopped_early"):
@@ -104,7 +104,8 @@ def draw_cost(path, title, points, xlabel, ylabel):
         named = set()
         for name, colour, marker, x, mean, std in points:
             text = None if name in named else textwrap.fill(name, 55)
-            axis.errorbar(x, mean, yerr=std, fmt=marker, color=colour, markersize=9, capsize=3, label=text)
+            axis.errorbar(x, mean, yerr=std, fmt="none", color=colour, capsize=3)
+            axis.plot(x, mean, marker, color=colour, markersize=9, label=text)
             named.add(name)
         costs = [x for _, _, _, x, _, _ in points]
         axis.set(xlabel=xlabel, ylabel=ylabel, xscale="log", xlim=(min(costs) / 2, max(costs) * 2))

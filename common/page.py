@@ -206,6 +206,7 @@ details { border: 1px solid var(--line); border-radius: 8px; margin: 0.7rem 0; p
 summary { cursor: pointer; padding: 0.45rem 0; font-weight: 600; }
 img.figure { max-width: 100%; height: auto; display: block; margin: 0.4rem 0; background: #fff; }
 .row { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 430px), 1fr)); gap: 0.8rem; align-items: start; }
+.wide { grid-column: 1 / -1; }
 .gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(145px, 1fr)); gap: 0.8rem; padding: 0; list-style: none; }
 .gallery li { border: 1px solid var(--line); border-radius: 8px; padding: 0.6rem; font-size: 0.82rem; line-height: 1.35; overflow-wrap: anywhere; }
 .gallery img { width: 100%; aspect-ratio: 1; object-fit: contain; background: var(--band); image-rendering: auto; }
@@ -216,7 +217,7 @@ pre { background: var(--band); padding: 0.6rem; overflow-x: auto; white-space: p
 <body>
 {% macro grid(head, rows) %}<div class="scroll"><table><thead><tr>{% for name in head %}<th>{{ name }}</th>{% endfor %}</tr></thead>
 <tbody>{% for row in rows %}<tr>{% for value in row %}<td>{{ value }}</td>{% endfor %}</tr>{% endfor %}</tbody></table></div>{% endmacro %}
-{% macro figures(names) %}{% if names %}<div class="row">{% for name in names %}<div class="scroll"><img class="figure" loading="lazy"
+{% macro figures(names) %}{% if names %}<div class="row">{% for name in names %}<div class="scroll{{ ' wide' if images[name].least > 400 }}"><img class="figure" loading="lazy"
  alt="{{ report.figures[name] }}" style="min-width: {{ images[name].least }}px" src="data:image/png;base64,{{ images[name].png }}"></div>
 {% endfor %}</div>{% endif %}{% endmacro %}
 <h1>Knowledge distillation report</h1>
