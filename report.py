@@ -38,9 +38,15 @@ def build_parser():
     parser = cli.Parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUNS", help="run folders, or folders searched for them")
     parser.add_argument("--output", default="report", help="folder for report.html, .md, .json, .csv and figures")
-    parser.add_argument("--metric", default="accuracy", help="test metric of tables and verdicts; cnn and vit always hold accuracy")
-    parser.add_argument("--select", metavar="val_METRIC", help="rank the settings by this val metric and name the best; as val_loss; by default "
-                        "the settings of one student, where there are several, by the metric that chose their epochs")  # fmt: skip
+    parser.add_argument(
+        "--metric", default="accuracy", help="test metric of tables and verdicts; cnn and vit always hold accuracy"
+    )
+    parser.add_argument(
+        "--select",
+        metavar="val_METRIC",
+        help="rank the settings by this val metric and name the best; as val_loss; by default "
+        "the settings of one student, where there are several, by the metric that chose their epochs",
+    )
     parser.add_argument("--mode", choices=("max", "min"), help="of --select; by default min for losses, else max")
     parser.add_argument("--method", help="only a group of this method fills the entries cnn and vit; by default any")
     parser.add_argument("--dataset", help="only a group on this dataset fills the entries cnn and vit; by default any")
@@ -55,7 +61,9 @@ def build_parser():
 def script_defaults(role):
     """{flag: default} of the script of a role, for runs that are older than a flag; {} where the script or a package of it is not here."""
     try:
-        script = importlib.import_module({"teacher": "train_teacher", "student": "train_student", "distill": "distill"}[role])
+        script = importlib.import_module(
+            {"teacher": "train_teacher", "student": "train_student", "distill": "distill"}[role]
+        )
     except ImportError:
         return {}
     return vars(script.build_parser().parse_args([]))
@@ -242,7 +250,7 @@ def main(args):
         best = [run for run in runs if run["path"] in selected["ranked"][0]["runs"]]
         selected.update(test=comparison.stats(best, args.metric, [])[0], command=comparison.how_to_repeat(best[0])["command"])
     report = {"runs": [{**summarize(run), "cost": comparison.run_cost(run)} for run in runs], "groups": groups, "missing": missing,
-              "notes": notes, **entries, "figures": figures, "selected": selected}  # fmt: skip
+              "notes": notes, **entries, "figures": figures, "selected": selected}
     write(output, report, runs, galleries, args.metric)
     print("\n\n".join(map(table, comparison_tables(groups, args.metric))))
     print("".join(f"{sentence}\n" for sentence in headline(groups)), end="")

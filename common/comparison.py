@@ -25,7 +25,11 @@ OF_LABELLED = {"dataset.sha256.test": str, "test.accuracy": (int, float)}
 NAMES = ("dataset", "teacher", "student", "method")
 TEST = ("test", "classes")  # must agree where two test figures are compared
 STUDENT = ("dataset", *TEST, "student", "resolution")  # and these, and the labels, between a student and its baseline
-LABELS = ("split_seed", "include_list", "extra_train")  # flags that say which labels --limit-train and --limit-labels choose
+LABELS = (
+    "split_seed",
+    "include_list",
+    "extra_train",
+)  # flags that say which labels --limit-train and --limit-labels choose
 NOT_PERCENT = ("loss", "teacher_kl", "ece", "pauc")  # metrics that are not shown in per cent
 KINDS = {"teacher": "#0072B2", "student without KD": "#E69F00", "student with KD": "#009E73"}  # Okabe-Ito colours
 KEYS = ("teacher_{}", "student_{}_without_kd", "student_{}_with_kd")  # of report.json, with the metric's name
@@ -89,12 +93,22 @@ def identity(results):
     dataset, teacher, flags = results["dataset"], results["teacher"], dict(results["flags"])
     if flags.get("teacher_embeddings"):
         flags["teacher_embeddings"] = Path(flags["teacher_embeddings"]).name  # a staged copy keeps only its name
-    found = {"dataset": dataset["name"], "teacher": teacher.get("name"), "student": results["model"]["name"], "method": results.get("method"),
-             "resolution": results["model"].get("resolution"), "classes": dataset.get("classes"), "trained on": trained_on(results),
-             **{split: dataset["sha256"].get(split) for split in ("test", "val", "train")}, "teacher sha256": teacher.get("sha256")}  # fmt: skip
+    found = {
+        "dataset": dataset["name"],
+        "teacher": teacher.get("name"),
+        "student": results["model"]["name"],
+        "method": results.get("method"),
+        "resolution": results["model"].get("resolution"),
+        "classes": dataset.get("classes"),
+        "trained on": trained_on(results),
+        **{split: dataset["sha256"].get(split) for split in ("test", "val", "train")},
+        "teacher sha256": teacher.get("sha256"),
+    }
     if is_fold(flags):  # each has its own images, which choose_baselines and find_teacher compare fold by fold
         limits = [f"{flags[name]} {name[6:]}" for name in ("limit_train", "limit_labels") if flags.get(name)]
-        found.update(dict.fromkeys(("test", "val"), "a fold"), train=" ".join(["a fold", *limits]), **{"trained on": ""})
+        found.update(
+            dict.fromkeys(("test", "val"), "a fold"), train=" ".join(["a fold", *limits]), **{"trained on": ""}
+        )
     return {**found, **{f"--{key.replace('_', '-')}": flags[key] for key in flags if key not in NOT_SETTINGS}}
 
 
@@ -204,8 +218,10 @@ def same_labels(run, other):
     """
     if run["id"]["train"] == other["id"]["train"]:
         return True
-    (few, *one), (many, *two) = ([(flags.get("limit_labels") or 0, flags.get("limit_train") or 0), *map(flags.get, LABELS)]
-                                 for flags in (run["results"]["flags"], other["results"]["flags"]))  # fmt: skip
+    (few, *one), (many, *two) = (
+        [(flags.get("limit_labels") or 0, flags.get("limit_train") or 0), *map(flags.get, LABELS)]
+        for flags in (run["results"]["flags"], other["results"]["flags"])
+    )
     return any(few) and few == many[::-1] and one == two and same(run, other, ("val",))
 
 
@@ -227,7 +243,9 @@ def choose_baselines(distilled, students, notes, missing):
     baselines, twins = newest_per_seed(ranked[0], notes), {run["seed"]: run for run in distilled}
     strangers = [run for run in baselines if not same_images(run, twins.get(run["seed"], run), ("test", "val"))]
     if strangers:
-        missing.append(f"{paths(strangers)} are left out: their folds hold other images than those of {paths(distilled)}")
+        missing.append(
+            f"{paths(strangers)} are left out: their folds hold other images than those of {paths(distilled)}"
+        )
         baselines = [run for run in baselines if run not in strangers]
     seeds, others = [[run["seed"] for run in kind] for kind in (distilled, baselines)]
     if seeds != others:
@@ -249,18 +267,32 @@ def find_teacher(distilled, runs, notes, missing):
         if sha in used:
             continue
         found = [run for run in runs if sha and run["results"].get("checkpoint_sha256") == sha]
-        fitting = [run for run in found if is_label_free(first["results"]) or same_images(run, first, ("test",)) and same(run, first, ("classes",))]
+        fitting = [
+            run
+            for run in found
+            if is_label_free(first["results"]) or same_images(run, first, ("test",)) and same(run, first, ("classes",))
+        ]
         *copies, used[sha] = sorted(fitting, key=lambda run: run["written"]) or [None]
         if not found:
-            missing.append(f"the teacher run of {teacher['name']} ({teacher.get('checkpoint')}, sha256 {str(sha)[:12]}) is not among "
-                           f"RUNS; it taught {paths(distilled)}")  # fmt: skip
+            missing.append(
+                f"the teacher run of {teacher['name']} ({teacher.get('checkpoint')}, sha256 {str(sha)[:12]}) is not among "
+                f"RUNS; it taught {paths(distilled)}"
+            )
         elif not fitting:
-            missing.append(f"the teacher run {paths(found)} was tested on other images, or with its classes in another order, than "
-                           f"{paths(distilled)}: its figures are left out")  # fmt: skip
-        elif not same(fitting[0], first, ("dataset",)) or not same_images(fitting[0], first, ("train",)) and same(fitting[0], first, ("trained on",)):
+            missing.append(
+                f"the teacher run {paths(found)} was tested on other images, or with its classes in another order, than "
+                f"{paths(distilled)}: its figures are left out"
+            )
+        elif (
+            not same(fitting[0], first, ("dataset",))
+            or not same_images(fitting[0], first, ("train",))
+            and same(fitting[0], first, ("trained on",))
+        ):
             notes.append("the teacher was trained on other data than the student")
         if copies:
-            notes.append(f"the teacher's checkpoint stands more than once: {used[sha]['path']} is used, left out: {paths(copies)}")
+            notes.append(
+                f"the teacher's checkpoint stands more than once: {used[sha]['path']} is used, left out: {paths(copies)}"
+            )
     return [run for run in used.values() if run]
 
 
@@ -316,13 +348,19 @@ def cautions(members, metric, runs):
     first, best, rivals = members[1][0], before, None
     for twins in gather([run for run in runs if run["results"]["role"] == "student"], "id"):
         mean = stats(twins, metric, [])[0]["mean"]
-        if same(twins[0], first, ("dataset", *TEST, "student")) and same_labels(twins[0], first) and better(metric, mean, best):
+        if (
+            same(twins[0], first, ("dataset", *TEST, "student"))
+            and same_labels(twins[0], first)
+            and better(metric, mean, best)
+        ):
             best, rivals = mean, twins
     if rivals:
         how = ", ".join(differences(rivals[0], first)) or f"resolution {rivals[0]['id']['resolution']}"
         most = f", and than the student with KD ({cell(after, metric)})" * better(metric, best, after)
-        result.append(f"another student alone, with {how}, is better ({cell(best, metric)}) than this baseline ({cell(before, metric)}){most}: "
-                      f"{paths(rivals)}")  # fmt: skip
+        result.append(
+            f"another student alone, with {how}, is better ({cell(best, metric)}) than this baseline ({cell(before, metric)}){most}: "
+            f"{paths(rivals)}"
+        )
     return result
 
 
@@ -338,24 +376,45 @@ def describe(members, notes, everyone, metric, runs):
             text = shown(value)
             variant.append(f"{key} {text[:8] if len(text) == 64 else text[:24]}")  # 64: a SHA-256
     free = is_label_free(first["results"])
-    group = {**{name: first["id"][name] for name in NAMES}, "resolution": first["id"]["resolution"], "variant": ", ".join(variant),
-             "domain": first["results"]["dataset"].get("domain"), "family": first["results"]["model"]["family"], "label_free": free,
-             **compare(members, "accuracy", [] if free else notes)}  # fmt: skip
+    group = {
+        **{name: first["id"][name] for name in NAMES},
+        "resolution": first["id"]["resolution"],
+        "variant": ", ".join(variant),
+        "domain": first["results"]["dataset"].get("domain"),
+        "family": first["results"]["model"]["family"],
+        "label_free": free,
+        **compare(members, "accuracy", [] if free else notes),
+    }
     if teacher and not distilled:
         group["teacher"] = teacher[0]["id"]["student"]
     if metric != "accuracy":
         group[metric] = compare(members, metric, [] if free else notes)
     if free:
         group["val_distillation_loss"] = stats(distilled, "distillation_loss", notes, "val")[0]
-        looks = {of: [[row[key] for row in run["rows"] if number(row.get(key)) is not None][-1:] for run in distilled]
-                 for of, key in (("teacher", "val_teacher_knn"), ("student", "val_knn"))}  # fmt: skip
-        group["knn"] = {of: statistics.fmean(sum(found, [])) if all(found) else None for of, found in looks.items()}  # at the last epoch
-    known = {key: 0 for some in members for run in some for key, value in run["results"]["test"].items() if number(value) is not None}
+        looks = {
+            of: [[row[key] for row in run["rows"] if number(row.get(key)) is not None][-1:] for run in distilled]
+            for of, key in (("teacher", "val_teacher_knn"), ("student", "val_knn"))
+        }
+        group["knn"] = {
+            of: statistics.fmean(sum(found, [])) if all(found) else None for of, found in looks.items()
+        }  # at the last epoch
+    known = {
+        key: 0
+        for some in members
+        for run in some
+        for key, value in run["results"]["test"].items()
+        if number(value) is not None
+    }
     group["metrics"] = {key: {kind: stats(some, key, [])[0] for kind, some in zip(KINDS, members)} for key in known}
     files = {"students": [run["path"] for run in baselines], "distilled": [run["path"] for run in distilled]}
-    return {**group, "trained_on": {kind: trained_on(some[0]["results"]) for kind, some in zip(KINDS, members) if some}, "notes": notes,
-            "warnings": [] if free else cautions(members, metric, runs), "folds": isinstance(first["seed"], str),
-            "runs": {"teacher": teacher[0]["path"] if teacher else None, **files}}  # fmt: skip
+    return {
+        **group,
+        "trained_on": {kind: trained_on(some[0]["results"]) for kind, some in zip(KINDS, members) if some},
+        "notes": notes,
+        "warnings": [] if free else cautions(members, metric, runs),
+        "folds": isinstance(first["seed"], str),
+        "runs": {"teacher": teacher[0]["path"] if teacher else None, **files},
+    }
 
 
 def select(runs, wanted, mode):
@@ -364,11 +423,16 @@ def select(runs, wanted, mode):
     wanted: val_METRIC, of all runs; None: the runs' own, where they hold several settings of one student, else the result is None.
     """
     if not wanted:
-        runs = [run for run in runs if run["results"]["role"] == "distill"] or [run for run in runs if run["results"]["role"] == "student"]
+        runs = [run for run in runs if run["results"]["role"] == "distill"] or [
+            run for run in runs if run["results"]["role"] == "student"
+        ]
         if len(gather(runs, "id")) < 2:
             return None
         metric = runs[0]["results"].get("select_metric")
-        alike = all(same(run, runs[0], ("dataset", "train", *TEST, "student")) and run["results"].get("select_metric") == metric for run in runs)
+        alike = all(
+            same(run, runs[0], ("dataset", "train", *TEST, "student")) and run["results"].get("select_metric") == metric
+            for run in runs
+        )
         if not alike or any(number((run["results"].get("val") or {}).get(metric)) is None for run in runs):
             return None
         wanted = f"val_{metric}"
@@ -377,7 +441,7 @@ def select(runs, wanted, mode):
     if split != "val" or chosen not in known:
         raise cli.UserError(f"--select {wanted}: choose on val, by one of {', '.join(f'val_{key}' for key in sorted(known))}")
     flags = {key: {json.dumps(run["id"].get(key)) for run in runs} for run in runs for key in run["id"]
-             if key.startswith("--") or key in (*NAMES, "resolution", "trained on")}  # fmt: skip
+             if key.startswith("--") or key in (*NAMES, "resolution", "trained on")}
     ranked = []
     for twins in gather(runs, "id"):
         values = [number((run["results"].get("val") or {}).get(chosen)) for run in twins]

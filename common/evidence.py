@@ -51,7 +51,11 @@ def read_predictions(file):
             found = dict(arrays)
     except zipfile.BadZipFile as error:
         raise ValueError(str(error)) from None
-    tasks = {name.removeprefix("logits_") if name != "logits" else "label": name.removeprefix("logits") for name in found if name.startswith("logits")}
+    tasks = {
+        name.removeprefix("logits_") if name != "logits" else "label": name.removeprefix("logits")
+        for name in found
+        if name.startswith("logits")
+    }
     by_task = {key: {task: found[key + end] for task, end in tasks.items()} for key in ("labels", "logits", "classes")}
     result = Predictions(found["ids"], found.get("groups"), by_task["labels"], by_task["logits"],
                          {task: [str(name) for name in names] for task, names in by_task["classes"].items()})  # fmt: skip
@@ -104,7 +108,9 @@ def paired_bootstrap(before, after, metric="accuracy", repeats=2000, seed=0):
             return np.sum([b.value(metric, weights) - a.value(metric, weights) for a, b in pairs], axis=0) / len(before)
 
         whole += gain()[0]
-        gains += np.concatenate([gain(weights) for weights in metrics.resamples(len(first.ids), first.groups, repeats, seed + shift)])
+        gains += np.concatenate(
+            [gain(weights) for weights in metrics.resamples(len(first.ids), first.groups, repeats, seed + shift)]
+        )
         units += len(first.ids if first.groups is None else set(first.groups))
     gains = gains[np.isfinite(gains)]  # a resample without a class has no curve of it
     if len(gains) < repeats / 2 or not np.isfinite(whole):
@@ -160,8 +166,12 @@ def verdict(gain, images, seeds, metric="accuracy", over=("test images", "seeds"
 
 def mean_fidelity(students, teachers):
     """`metrics.fidelity` of Predictions {seed: ...} to their teachers', mean over tasks and seeds; None where it is undefined."""
-    found = [metrics.fidelity(student.logits[task], teachers[seed].logits[task], student.targets[task])
-             for seed, student in students.items() if seed in teachers for task in student.logits] or [{}]  # fmt: skip
+    found = [
+        metrics.fidelity(student.logits[task], teachers[seed].logits[task], student.targets[task])
+        for seed, student in students.items()
+        if seed in teachers
+        for task in student.logits
+    ] or [{}]
     return {name: None if any(of[name] is None for of in found) else float(np.mean([of[name] for of in found])) for name in found[0]}
 
 
@@ -182,8 +192,12 @@ def class_gains(before, after, task):
     present = [run.targets[task] for run in (before[few[0]] for few in by_images(before))]
     counts = np.bincount(np.concatenate(present), minlength=len(before[0].classes[task]))
     with np.errstate(invalid="ignore"):  # a class that a fold lacks
-        recalls = [np.ma.masked_invalid([np.array(metrics.class_recalls(run.logits[task], run.targets[task]), float) for run in runs]).mean(0)
-                   for runs in (before, after)]  # fmt: skip
+        recalls = [
+            np.ma.masked_invalid(
+                [np.array(metrics.class_recalls(run.logits[task], run.targets[task]), float) for run in runs]
+            ).mean(0)
+            for runs in (before, after)
+        ]
     return [{"class": name, "images": int(count), "before": float(a), "after": float(b)}
             for name, count, a, b in zip(before[0].classes[task], counts, *recalls) if count]  # fmt: skip
 
@@ -214,12 +228,19 @@ def weigh(teachers, before, after, metric, runs):
     paired = paired_bootstrap(*pairs, metric) if seeds else None
     if seeds:
         tasks, result["grouped"] = list(after[seeds[0]].targets), after[seeds[0]].groups is not None
-        result["mcnemar"] = [{"seed": seed, "task": task, **mcnemar(before[seed].right(task), after[seed].right(task))} for seed in seeds for task in tasks]
+        result["mcnemar"] = [
+            {"seed": seed, "task": task, **mcnemar(before[seed].right(task), after[seed].right(task))}
+            for seed in seeds
+            for task in tasks
+        ]
         result["classes"] = {task: class_gains(*pairs, task) for task in tasks}
     if paired:
         gains = [float((after[seed].value(metric) - before[seed].value(metric))[0]) for seed in seeds]
         result.update(paired, seeds=seeds, seeds_interval=seeds_interval(gains))
-        over = "groups of test images" if result["grouped"] else "test images", "folds" if isinstance(seeds[0], str) else "seeds"
+        over = (
+            "groups of test images" if result["grouped"] else "test images",
+            "folds" if isinstance(seeds[0], str) else "seeds",
+        )
         result["verdict"], result["sentence"] = verdict(result["gain"], result["interval"], result["seeds_interval"], metric, over)
         if len(seeds) < runs:
             which = ", ".join(map(repeat_name, seeds))

@@ -50,9 +50,18 @@ def draw_curves(path, title, metric, scale, lines):
     lines: (name, colour, rows of metrics.json, results.json); lines of one name share a legend entry.
     A star is the best epoch, whose weights were tested; a bar at the end says that --patience stopped the run.
     """
-    names, panels = {}, [("train_loss", 1, "train loss", "-"), (f"val_{metric}", scale, f"val {metric}" + " (%)" * (scale == 100), "-")]
+    names, panels = (
+        {},
+        [
+            ("train_loss", 1, "train loss", "-"),
+            (f"val_{metric}", scale, f"val {metric}" + " (%)" * (scale == 100), "-"),
+        ],
+    )
     if any(number(row.get("val_knn")) is not None for _, _, rows, _ in lines for row in rows):
-        panels += [("val_knn", 100, "val k-NN accuracy (%)", "-"), ("val_teacher_knn", 100, "val k-NN accuracy (%)", "--")]
+        panels += [
+            ("val_knn", 100, "val k-NN accuracy (%)", "-"),
+            ("val_teacher_knn", 100, "val k-NN accuracy (%)", "--"),
+        ]
     count = len({name for _, _, name, _ in panels})
     with figure(path, 0.9 + 3.1 * count, title, count) as (drawn, axes):
         for axis, (key, scale, name, style) in zip([*axes, axes[-1]], panels):
@@ -140,7 +149,12 @@ def draw_two_class(path, title, positive, lines):
             (names[name],) = roc.plot(fpr, tpr, color=colour, linewidth=1.3, alpha=0.85)
             pr.step(recall, precision, where="post", color=colour, linewidth=1.3, alpha=0.85)
         roc.plot([0, 1], [0, 1], color="grey", linestyle="--", linewidth=1)
-        roc.set(xlabel=f"false-positive rate (positive: {positive})", ylabel="true-positive rate", xlim=(-0.01, 1), ylim=(0, 1.02))
+        roc.set(
+            xlabel=f"false-positive rate (positive: {positive})",
+            ylabel="true-positive rate",
+            xlim=(-0.01, 1),
+            ylim=(0, 1.02),
+        )
         pr.set(xlabel=f"recall (positive: {positive})", ylabel="precision", xlim=(0, 1.01), ylim=(0, 1.02))
         for axis in (roc, pr):
             axis.grid(alpha=0.3)

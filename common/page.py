@@ -83,26 +83,66 @@ def csv_text(runs):
 
 def comparison_rows(groups, metric):
     """A head and a row a group that was trained with labels, as text."""
-    points, many = "" if metric.endswith(NOT_PERCENT) else " (points)", "folds" if groups and all(group["folds"] for group in groups) else "seeds"
-    rows = [["dataset", "teacher", "student", "method", *(kind.removeprefix("student ") for kind in KINDS), f"difference{points}",
-             "95 % over test images", f"95 % over {many}", "verdict", many]]  # fmt: skip
+    points, many = (
+        "" if metric.endswith(NOT_PERCENT) else " (points)",
+        "folds" if groups and all(group["folds"] for group in groups) else "seeds",
+    )
+    rows = [
+        [
+            "dataset",
+            "teacher",
+            "student",
+            "method",
+            *(kind.removeprefix("student ") for kind in KINDS),
+            f"difference{points}",
+            "95 % over test images",
+            f"95 % over {many}",
+            "verdict",
+            many,
+        ]
+    ]
     for group in (group for group in groups if not group["label_free"]):
         part, evidence = group if metric == "accuracy" else group[metric], group.get("evidence") or {}
         kinds = [part[key.format(metric)] for key in KEYS]
-        rows.append([*names(group), *(cell(kind["mean"], metric, kind["std"]) for kind in kinds),
-                     cell(part["gain_paired"]["mean"] if part["gain_paired"] else part["gain"], metric, part["gain_std"], "+"),
-                     *(span(evidence.get(key), metric, False) for key in ("interval", "seeds_interval")), evidence.get("verdict", "-"),
-                     repeats(kinds[1]["n"], kinds[2]["n"])])  # fmt: skip
+        rows.append(
+            [
+                *names(group),
+                *(cell(kind["mean"], metric, kind["std"]) for kind in kinds),
+                cell(
+                    part["gain_paired"]["mean"] if part["gain_paired"] else part["gain"], metric, part["gain_std"], "+"
+                ),
+                *(span(evidence.get(key), metric, False) for key in ("interval", "seeds_interval")),
+                evidence.get("verdict", "-"),
+                repeats(kinds[1]["n"], kinds[2]["n"]),
+            ]
+        )
     return rows
 
 
 def label_free_rows(groups):
     """A head and a row a group that was trained without labels, as text."""
-    rows = [["dataset", "teacher", "student", "method", "val distillation loss", "val k-NN (%)", "teacher's k-NN (%)", "seeds"]]
+    rows = [
+        [
+            "dataset",
+            "teacher",
+            "student",
+            "method",
+            "val distillation loss",
+            "val k-NN (%)",
+            "teacher's k-NN (%)",
+            "seeds",
+        ]
+    ]
     for group in (group for group in groups if group["label_free"]):
         loss, knn = group["val_distillation_loss"], group["knn"]
-        rows.append([*names(group), cell(loss["mean"], "loss", loss["std"]), *(cell(knn[of], "knn") for of in ("student", "teacher")),
-                     repeats(0, loss["n"])])  # fmt: skip
+        rows.append(
+            [
+                *names(group),
+                cell(loss["mean"], "loss", loss["std"]),
+                *(cell(knn[of], "knn") for of in ("student", "teacher")),
+                repeats(0, loss["n"]),
+            ]
+        )
     return rows
 
 
@@ -112,27 +152,47 @@ def comparison_tables(groups, metric):
 
 
 def names(group):
-    return [group["dataset"], group["teacher"] or "-", group["student"], ", ".join(filter(None, (group["method"], group["variant"]))) or "-"]
+    return [
+        group["dataset"],
+        group["teacher"] or "-",
+        group["student"],
+        ", ".join(filter(None, (group["method"], group["variant"]))) or "-",
+    ]
 
 
 def repeats(without, with_kd):
-    return str(with_kd or without) if not (with_kd and without) or with_kd == without else f"{without} without, {with_kd} with"
+    return (
+        str(with_kd or without)
+        if not (with_kd and without) or with_kd == without
+        else f"{without} without, {with_kd} with"
+    )
 
 
 def ranking_rows(selected, metric):
     """A head and a row a setting of `select`, as text; the test figure of the best alone, for the choice is val's."""
     ranked, test = selected["ranked"], selected["test"]
     flags = list(ranked[0]["flags"])
-    return [[selected["metric"], f"test {metric}", "runs", *flags],
-            *([f"{s['value']:.4f}", cell(test["mean"], metric, test["std"]) if s is ranked[0] else "", ", ".join(s["runs"]),
-               *(shown(s["flags"][flag]) for flag in flags)] for s in ranked)]  # fmt: skip
+    return [
+        [selected["metric"], f"test {metric}", "runs", *flags],
+        *(
+            [
+                f"{s['value']:.4f}",
+                cell(test["mean"], metric, test["std"]) if s is ranked[0] else "",
+                ", ".join(s["runs"]),
+                *(shown(s["flags"][flag]) for flag in flags),
+            ]
+            for s in ranked
+        ),
+    ]
 
 
 def ranking(selected, metric):
     """The settings as a table, then the best one's name, then the command that repeats it."""
     best = selected["ranked"][0]
-    return (f"{table(ranking_rows(selected, metric))}\nbest {selected['metric']}: {best['value']:.4f}, {', '.join(best['runs'])}\n"
-            f"again: {selected['command']}")  # fmt: skip
+    return (
+        f"{table(ranking_rows(selected, metric))}\nbest {selected['metric']}: {best['value']:.4f}, {', '.join(best['runs'])}\n"
+        f"again: {selected['command']}"
+    )
 
 
 def table(rows):
@@ -158,7 +218,9 @@ def run_rows(runs, metric):
         row = [run["run"], run["role"], run.get("method") or "-", run["model"]["name"], run["dataset"], run["seed"]]
         row += [run.get("best_epoch"), run.get("last_epoch")]
         own = run.get("select_metric") or metric
-        split, shown, of = ("test", metric, "") if number(run["test"].get(metric)) is not None else ("val", own, f" (val {own})")
+        split, shown, of = (
+            ("test", metric, "") if number(run["test"].get(metric)) is not None else ("val", own, f" (val {own})")
+        )
         values = [number((run.get(part) or {}).get(shown)) for part in (split, f"final_{split}")]
         rows.append([*map(str, row), *("-" if value is None else cell(value, shown) + of for value in values)])
     return rows
@@ -168,7 +230,9 @@ def markdown(report, metric):
     rows = run_rows(report["runs"], metric)
     notes = [f"{label(group)}: {note}" for group in report["groups"] for note in group["notes"]] + report["notes"]
     costs = [[label(group), *row] for group in report["groups"] for row in cost_rows(group)]
-    chosen = report["selected"] and ranking(report["selected"], metric).replace("\nbest", "\n\nbest").replace("\nagain", "\n\nagain")
+    chosen = report["selected"] and ranking(report["selected"], metric).replace("\nbest", "\n\nbest").replace(
+        "\nagain", "\n\nagain"
+    )
     parts = ["# Report", *(["## Selection on val", chosen] if chosen else []),
              f"## Test {title(metric)}" + ("" if metric.endswith(NOT_PERCENT) else " in %"), *map(table, comparison_tables(report["groups"], metric)),
              "Mean ± sample standard deviation over seeds; the difference is that between runs of one seed, where both kinds have one.",
@@ -306,7 +370,12 @@ def html(report, runs, metric, folder, galleries):
         images[name] = {"png": base64.b64encode(png).decode(), "least": round(0.45 * Image.open(io.BytesIO(png)).width)}  # smaller is not readable
     placed = {name for group in groups for name in group["figures"]}
     overview = [name for name in images if name.startswith("cost-")]
-    (head, *rows), families, free, runs_table = comparison_rows(groups, metric), {}, label_free_rows(groups), run_rows(report["runs"], metric)
+    (head, *rows), families, free, runs_table = (
+        comparison_rows(groups, metric),
+        {},
+        label_free_rows(groups),
+        run_rows(report["runs"], metric),
+    )
     for group, row in zip([group for group in groups if not group["label_free"]], rows):
         models = f"{group['teacher']} to {group['student']}" if group["teacher"] else f"{group['student']} alone"
         cells = [row[7], row[8], row[9], row[6], row[5], row[4], row[11]]  # what distillation bought comes first

@@ -31,7 +31,7 @@ def sha(text):
 
 
 def write_run(folder, role, accuracy, *, seed=0, model="resnet8", family="cnn", method=None, teacher=None, dataset="toy", test_set="test",
-              train_set="train", val_set="", images=90, labelled=None, classes=CLASSES, resolution=32, flags=None, figures=False, **more):  # fmt: skip
+              train_set="train", val_set="", images=90, labelled=None, classes=CLASSES, resolution=32, flags=None, figures=False, **more):
     """A run folder as the scripts write it; returns the SHA-256 that stands for its checkpoint."""
     folder.mkdir(parents=True)
     results = {
@@ -372,7 +372,9 @@ def test_reevaluate(tmp_path):
     flags = ("runs", "--reevaluate", "--device", "cpu", "--batch-size", "7")
 
     def run(cwd, *args):
-        return subprocess.run([sys.executable, str(tmp_path / "report.py"), *args], cwd=cwd, capture_output=True, text=True)
+        return subprocess.run(
+            [sys.executable, str(tmp_path / "report.py"), *args], cwd=cwd, capture_output=True, text=True
+        )
 
     refused(run(tmp_path, *flags), "--reevaluate could evaluate no checkpoint")
     (tmp_path / "runs/s/best.pth").write_text('{"accuracy": 0.60005, "macro_f1": 0.1}')
@@ -439,7 +441,12 @@ def write_predicted(folder, role, right, *, groups=None, name="i", **more):
     sha256 = write_run(folder, role, float(np.mean(right)), **more)
     labels = np.arange(len(right)) % 3
     logits = np.eye(3, dtype=np.float32)[np.where(right, labels, (labels + 1) % 3)] * 5
-    found = {"ids": np.array([f"{name}{i}" for i in range(len(right))]), "labels": labels, "logits": logits, "classes": np.array(CLASSES)}
+    found = {
+        "ids": np.array([f"{name}{i}" for i in range(len(right))]),
+        "labels": labels,
+        "logits": logits,
+        "classes": np.array(CLASSES),
+    }
     np.savez(folder / "predictions_test.npz", **found, **({} if groups is None else {"groups": groups}))
     return sha256
 
@@ -456,7 +463,9 @@ def test_both_intervals_stand_beside_the_verdict(tmp_path):
         write_predicted(tmp_path / f"runs/d{seed}", "distill", after, seed=seed, method="response", teacher=teacher)
     report, done = report_of(tmp_path, "runs")
     seeds = scipy.stats.ttest_1samp(np.mean(gains, axis=1), 0).confidence_interval()
-    images = scipy.stats.bootstrap((np.mean(gains, axis=0),), np.mean, n_resamples=4000, method="percentile", rng=0).confidence_interval
+    images = scipy.stats.bootstrap(
+        (np.mean(gains, axis=0),), np.mean, n_resamples=4000, method="percentile", rng=0
+    ).confidence_interval
     row = [text.strip() for text in only(matching(done.stdout.splitlines(), "| toy", "response")).strip("|").split("|")]
     assert [float(text) for text in row[8].split(" to ")] == pytest.approx([100 * value for value in images], abs=0.4)
     assert row[9] == f"{100 * seeds.low:+.2f} to {100 * seeds.high:+.2f}" and row[10] == "gain"
@@ -464,7 +473,9 @@ def test_both_intervals_stand_beside_the_verdict(tmp_path):
     headline = page[page.index("What did distillation buy?") : page.index("<table")]
     cells = re.findall("<td[^>]*>([^<]*)</td>", page[page.index("<tbody>") : page.index("</tbody>")])
     assert cells[1:5] == ["gain", row[7], row[8], row[9]]
-    assert f"{row[8]} points over test images and {row[9]} points over seeds, exclude 0" in headline and "gain" in headline
+    assert (
+        f"{row[8]} points over test images and {row[9]} points over seeds, exclude 0" in headline and "gain" in headline
+    )
     assert f"{row[8]} points over test images and {row[9]} points over seeds" in done.stdout
     assert "McNemar's test of accuracy" in page and "not about training's noise" in page
 
@@ -507,8 +518,10 @@ def test_a_gain_over_a_baseline_that_another_run_beats_says_so(tmp_path):
     report, done = report_of(tmp_path, "runs")
     group = only([group for group in report["groups"] if group["method"]])
     assert group["runs"]["students"] == ["runs/same"]
-    assert group["warnings"] == ["another student alone, with --lr 0.3 (not 0.1), is better (75.00) than this baseline (60.00), and than the student "
-                                 "with KD (70.00): runs/faster"]  # fmt: skip
+    assert group["warnings"] == [
+        "another student alone, with --lr 0.3 (not 0.1), is better (75.00) than this baseline (60.00), and than the student "
+        "with KD (70.00): runs/faster"
+    ]
     assert group["warnings"][0] in done.stdout and group["warnings"][0] in page_of(tmp_path)
     shutil.rmtree(tmp_path / "runs/faster")
     report, _ = report_of(tmp_path, "runs")
@@ -520,10 +533,33 @@ def test_what_each_side_saw_and_which_baseline_has_the_same_labels(tmp_path):
     teacher = write_run(tmp_path / "runs/t", "teacher", 0.95, images=808, train_set="all")
     alone = {"train_set": "first 100", "images": 100}
     write_run(tmp_path / "runs/s", "student", 0.6, flags={"limit_train": 100, "split_seed": 0}, **alone)
-    write_run(tmp_path / "runs/s_fewer", "student", 0.5, flags={"limit_train": 50, "split_seed": 0}, train_set="first 50", images=50)
-    write_run(tmp_path / "runs/s_other", "student", 0.9, flags={"limit_train": 100, "split_seed": 1}, train_set="other 100", images=100)
-    write_run(tmp_path / "runs/d", "distill", 0.7, method="response", teacher=teacher, train_set="100 of all", images=808, labelled=100,
-              flags={"limit_labels": 100, "limit_train": 0, "split_seed": 0})  # fmt: skip
+    write_run(
+        tmp_path / "runs/s_fewer",
+        "student",
+        0.5,
+        flags={"limit_train": 50, "split_seed": 0},
+        train_set="first 50",
+        images=50,
+    )
+    write_run(
+        tmp_path / "runs/s_other",
+        "student",
+        0.9,
+        flags={"limit_train": 100, "split_seed": 1},
+        train_set="other 100",
+        images=100,
+    )
+    write_run(
+        tmp_path / "runs/d",
+        "distill",
+        0.7,
+        method="response",
+        teacher=teacher,
+        train_set="100 of all",
+        images=808,
+        labelled=100,
+        flags={"limit_labels": 100, "limit_train": 0, "split_seed": 0},
+    )
     report, done = report_of(tmp_path, "runs")
     group = only([group for group in report["groups"] if group["method"]])
     assert group["runs"]["students"] == ["runs/s"] and group["warnings"] == []
@@ -536,11 +572,20 @@ def test_weight_decay_is_a_setting(tmp_path):
     teacher = write_run(tmp_path / "runs/t", "teacher", 0.9)
     write_run(tmp_path / "runs/s", "student", 0.6, flags={"weight_decay": 0.0})
     for name, decay in (("none", None), ("small", 0.0005)):
-        write_run(tmp_path / f"runs/d_{name}", "distill", 0.7, method="response", teacher=teacher, flags={"weight_decay": decay})
+        write_run(
+            tmp_path / f"runs/d_{name}",
+            "distill",
+            0.7,
+            method="response",
+            teacher=teacher,
+            flags={"weight_decay": decay},
+        )
     report, _ = report_of(tmp_path, "runs")
     groups = {group["runs"]["distilled"][0]: group for group in report["groups"]}
     assert {name: group["variant"] for name, group in groups.items()} == {
-        "runs/d_none": "--weight-decay default", "runs/d_small": "--weight-decay 0.0005"}  # fmt: skip
+        "runs/d_none": "--weight-decay default",
+        "runs/d_small": "--weight-decay 0.0005",
+    }
     assert matching(groups["runs/d_small"]["notes"], "the baseline has other flags", "--weight-decay 0.0 (not 0.0005)")
 
 
@@ -548,10 +593,15 @@ def test_a_run_older_than_a_flag_had_its_default(tmp_path):
     """--distillation-warmup-epochs is 0 where it is not given: an old run and a new one with 0 are seeds of one group."""
     teacher = write_run(tmp_path / "runs/t", "teacher", 0.9)
     for seed, flags in enumerate(({}, {"distillation_warmup_epochs": 0}, {"distillation_warmup_epochs": 3.0})):
-        write_run(tmp_path / f"runs/d{seed}", "distill", 0.7, seed=seed, method="response", teacher=teacher, flags=flags)
+        write_run(
+            tmp_path / f"runs/d{seed}", "distill", 0.7, seed=seed, method="response", teacher=teacher, flags=flags
+        )
     report, done = report_of(tmp_path, "runs")
     found = {group["variant"]: group["runs"]["distilled"] for group in report["groups"]}
-    assert found == {"--distillation-warmup-epochs 0": ["runs/d0", "runs/d1"], "--distillation-warmup-epochs 3.0": ["runs/d2"]}
+    assert found == {
+        "--distillation-warmup-epochs 0": ["runs/d0", "runs/d1"],
+        "--distillation-warmup-epochs 3.0": ["runs/d2"],
+    }
     assert "None" not in done.stdout
 
 
@@ -559,7 +609,10 @@ def test_the_last_epoch_stands_beside_the_best(tmp_path):
     write_run(tmp_path / "runs/s", "student", 0.6, final_test={"accuracy": 0.4321})
     report_of(tmp_path, "runs")
     row = only(matching((tmp_path / "report/report.md").read_text().splitlines(), "| runs/s ", "student"))
-    assert [text.strip() for text in row.strip("|").split("|")][-2:] == ["60.00", "43.21"] and "<td>43.21</td>" in page_of(tmp_path)
+    assert [text.strip() for text in row.strip("|").split("|")][-2:] == [
+        "60.00",
+        "43.21",
+    ] and "<td>43.21</td>" in page_of(tmp_path)
 
 
 def test_a_partial_auc_stands_with_its_maximum_and_chance(tmp_path):
@@ -567,7 +620,9 @@ def test_a_partial_auc_stands_with_its_maximum_and_chance(tmp_path):
     _, done = report_of(tmp_path, "runs", "--metric", "pauc")
     assert "| 0.1576 " in done.stdout and "at most 0.2, chance 0.02" in (tmp_path / "report/report.md").read_text()
     report_of(tmp_path, "runs")  # among the other metrics
-    assert re.search(r"<td>pauc \(above 80 % true-positive rate; at most 0.2, chance 0.02\)</td>.*<td>0.1576</td>", page_of(tmp_path))
+    assert re.search(
+        r"<td>pauc \(above 80 % true-positive rate; at most 0.2, chance 0.02\)</td>.*<td>0.1576</td>", page_of(tmp_path)
+    )
 
 
 # --------------------------------------------------------------------------------------------- sweeps, folds, no labels
@@ -579,18 +634,37 @@ def test_a_sweep_opens_with_the_choice_on_val(tmp_path):
         write_run(tmp_path / f"runs/lr-{lr}", "student", test, flags={"lr": lr}, val={"accuracy": val})
     report, done = report_of(tmp_path, "runs")
     assert report["selected"]["metric"] == "val_accuracy" and report["selected"]["test"]["mean"] == 0.6
-    assert [setting["runs"] for setting in report["selected"]["ranked"]] == [["runs/lr-0.01"], ["runs/lr-0.1"], ["runs/lr-0.001"]]
+    assert [setting["runs"] for setting in report["selected"]["ranked"]] == [
+        ["runs/lr-0.01"],
+        ["runs/lr-0.1"],
+        ["runs/lr-0.001"],
+    ]
     page = page_of(tmp_path)
-    assert page.index("Selection on val") < page.index("Test figures") and "with test accuracy <b>60.00</b> in %: runs/lr-0.01" in page
+    assert (
+        page.index("Selection on val") < page.index("Test figures")
+        and "with test accuracy <b>60.00</b> in %: runs/lr-0.01" in page
+    )
     assert "best val_accuracy: 0.8000, runs/lr-0.01\n" in done.stdout
-    write_run(tmp_path / "runs/more", "student", 0.9, train_set="more", flags={"lr": 0.01})  # another question than which rate
+    write_run(
+        tmp_path / "runs/more", "student", 0.9, train_set="more", flags={"lr": 0.01}
+    )  # another question than which rate
     assert report_of(tmp_path, "runs")[0]["selected"] is None
 
 
 def fold_run(folder, role, fold, right, **more):
     """Of a cross-validation in three parts: each fold has a test set of its own."""
-    return write_predicted(folder, role, right, name=f"fold{fold}-", test_set=f"test {fold}", train_set=f"train {fold}", val_set=f"val {fold}",
-                           images=90 + fold, flags={"folds": 3, "fold": fold, **more.pop("flags", {})}, **more)  # fmt: skip
+    return write_predicted(
+        folder,
+        role,
+        right,
+        name=f"fold{fold}-",
+        test_set=f"test {fold}",
+        train_set=f"train {fold}",
+        val_set=f"val {fold}",
+        images=90 + fold,
+        flags={"folds": 3, "fold": fold, **more.pop("flags", {})},
+        **more,
+    )
 
 
 def test_folds_are_one_group(tmp_path):
@@ -605,17 +679,27 @@ def test_folds_are_one_group(tmp_path):
         fold_run(tmp_path / f"runs/d{fold}", "distill", fold, after, method="response", teacher=teacher)
     report, done = report_of(tmp_path, "runs")
     group, means = only(report["groups"]), [gain.mean() for gain in gains]
-    assert group["runs"]["distilled"] == ["runs/d0", "runs/d1", "runs/d2"] and group["student_accuracy_without_kd"]["n"] == 3
+    assert (
+        group["runs"]["distilled"] == ["runs/d0", "runs/d1", "runs/d2"]
+        and group["student_accuracy_without_kd"]["n"] == 3
+    )
     assert group["gain"] == pytest.approx(np.mean(means)) and group["teacher_accuracy"] == {
-        "mean": 1, "std": 0, "n": 3, "seeds": [f"fold {fold}, seed 0" for fold in range(3)]}  # fmt: skip
+        "mean": 1,
+        "std": 0,
+        "n": 3,
+        "seeds": [f"fold {fold}, seed 0" for fold in range(3)],
+    }
     evidence = group["evidence"]
     assert evidence["gain"] == pytest.approx(np.mean(means)) and evidence["units"] == 600
     spread = 1.96 * np.sqrt(sum(gain.var() / len(gain) for gain in gains)) / 3  # of a mean of three independent means
     assert evidence["interval"] == pytest.approx([np.mean(means) - spread, np.mean(means) + spread], abs=0.01)
     assert evidence["seeds_interval"] == pytest.approx(list(scipy.stats.ttest_1samp(means, 0).confidence_interval()))
     assert "points over folds" in done.stdout and "95 % over folds" in done.stdout
-    assert evidence["fidelity"]["student with KD"]["agreement"] == pytest.approx(np.mean([
-        json.loads((tmp_path / f"runs/d{fold}/results.json").read_text())["test"]["accuracy"] for fold in range(3)]))  # the teachers are right
+    assert evidence["fidelity"]["student with KD"]["agreement"] == pytest.approx(
+        np.mean(
+            [json.loads((tmp_path / f"runs/d{fold}/results.json").read_text())["test"]["accuracy"] for fold in range(3)]
+        )
+    )  # the teachers are right
     assert sum(row["images"] for row in evidence["classes"]["label"]) == 600
 
 
@@ -635,13 +719,34 @@ def test_folds_of_another_division_are_not_paired(tmp_path):
 
 def write_label_free(folder, seed, teacher):
     """A run of --method tokens on unlabelled images: no head, no test set."""
-    write_run(folder, "distill", 0.5, seed=seed, method="tokens", teacher=teacher, dataset="unlabeled", classes=[], model="vit_6_192",
-              select_metric="distillation_loss", val={"distillation_loss": 0.25 + seed / 10}, test=None, final_test=None)  # fmt: skip
+    write_run(
+        folder,
+        "distill",
+        0.5,
+        seed=seed,
+        method="tokens",
+        teacher=teacher,
+        dataset="unlabeled",
+        classes=[],
+        model="vit_6_192",
+        select_metric="distillation_loss",
+        val={"distillation_loss": 0.25 + seed / 10},
+        test=None,
+        final_test=None,
+    )
     results = json.loads((folder / "results.json").read_text())
     del results["test"], results["final_test"], results["dataset"]["sha256"]["test"]
     (folder / "results.json").write_text(json.dumps(results))
-    rows = [{"epoch": epoch, "train_loss": 1 / epoch, "val_distillation_loss": 10.0**-epoch, "val_knn": 0.1 * epoch if epoch != 2 else None,
-             "val_teacher_knn": 0.4} for epoch in (1, 2, 3)]  # fmt: skip
+    rows = [
+        {
+            "epoch": epoch,
+            "train_loss": 1 / epoch,
+            "val_distillation_loss": 10.0**-epoch,
+            "val_knn": 0.1 * epoch if epoch != 2 else None,
+            "val_teacher_knn": 0.4,
+        }
+        for epoch in (1, 2, 3)
+    ]
     (folder / "metrics.json").write_text(json.dumps(rows))
 
 
@@ -651,11 +756,35 @@ def test_label_free_runs_have_their_page(tmp_path):
         write_label_free(tmp_path / f"runs/free{seed}", seed, sha("t"))
     report, done = report_of(tmp_path, "runs")
     page = page_of(tmp_path)
-    rows = [[text.strip() for text in line.strip("|").split("|")] for line in done.stdout.splitlines() if line.startswith("| ")]
-    assert rows == [["dataset", "teacher", "student", "method", "val distillation loss", "val k-NN (%)", "teacher's k-NN (%)", "seeds"],
-                    ["unlabeled", "resnet18", "vit_6_192", "tokens", "0.3000 ± 0.0707", "30.00", "40.00", "2"]]  # fmt: skip
-    assert "Students without labels" in page and "Test figures" not in page and "Test metrics" not in page and "McNemar" not in page
-    assert not re.search(r"<tbody>\s*</tbody>", page) and "baseline" not in done.stdout and "predictions" not in done.stdout
+    rows = [
+        [text.strip() for text in line.strip("|").split("|")]
+        for line in done.stdout.splitlines()
+        if line.startswith("| ")
+    ]
+    assert rows == [
+        [
+            "dataset",
+            "teacher",
+            "student",
+            "method",
+            "val distillation loss",
+            "val k-NN (%)",
+            "teacher's k-NN (%)",
+            "seeds",
+        ],
+        ["unlabeled", "resnet18", "vit_6_192", "tokens", "0.3000 ± 0.0707", "30.00", "40.00", "2"],
+    ]
+    assert (
+        "Students without labels" in page
+        and "Test figures" not in page
+        and "Test metrics" not in page
+        and "McNemar" not in page
+    )
+    assert (
+        not re.search(r"<tbody>\s*</tbody>", page)
+        and "baseline" not in done.stdout
+        and "predictions" not in done.stdout
+    )
     assert "0.2500 (val distillation_loss)" in page and "90 images without labels" in page
     write_label_free(tmp_path / "runs/free0_again", 0, write_run(tmp_path / "runs/t", "teacher", 0.9))
     write_run(tmp_path / "runs/s", "student", 0.6)
@@ -666,9 +795,15 @@ def test_label_free_runs_have_their_page(tmp_path):
 
 def test_learning_curves_show_what_chose_the_epoch(tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(figures, "draw_curves", lambda path, title, metric, scale, lines: (drawn.append((metric, scale)), path.write_bytes(PIXEL)))
+    monkeypatch.setattr(
+        figures,
+        "draw_curves",
+        lambda path, title, metric, scale, lines: (drawn.append((metric, scale)), path.write_bytes(PIXEL)),
+    )
     teacher = write_run(tmp_path / "runs/t", "teacher", 0.9)
-    write_run(tmp_path / "runs/d", "distill", 0.7, method="response", teacher=teacher, select_metric="balanced_accuracy")
+    write_run(
+        tmp_path / "runs/d", "distill", 0.7, method="response", teacher=teacher, select_metric="balanced_accuracy"
+    )
     write_run(tmp_path / "runs/alone", "teacher", 0.7, dataset="other", select_metric="loss")
     report_of(tmp_path, "runs")
     assert drawn == [("balanced_accuracy", 100), ("loss", 1)]
@@ -684,14 +819,27 @@ def test_curves_have_panels_of_that_metric_and_a_log_axis_where_they_need_it(tmp
             yield drawn, axes
             drawn.canvas.draw()
             for axis in axes:
-                seen.append((axis.get_ylabel(), axis.get_yscale(), [text.get_text() for text in axis.get_yticklabels(which="both")]))
+                seen.append(
+                    (
+                        axis.get_ylabel(),
+                        axis.get_yscale(),
+                        [text.get_text() for text in axis.get_yticklabels(which="both")],
+                    )
+                )
 
     monkeypatch.setattr(figures, "figure", look)
-    rows = [{"epoch": 1, "train_loss": high, "val_distillation_loss": high}, {"epoch": 2, "train_loss": 0.05, "val_distillation_loss": 0.05}]
-    figures.draw_curves(tmp_path / "c.png", "title", "distillation_loss", 1, [("student", "C0", rows, {"best_epoch": 2})])
+    rows = [
+        {"epoch": 1, "train_loss": high, "val_distillation_loss": high},
+        {"epoch": 2, "train_loss": 0.05, "val_distillation_loss": 0.05},
+    ]
+    figures.draw_curves(
+        tmp_path / "c.png", "title", "distillation_loss", 1, [("student", "C0", rows, {"best_epoch": 2})]
+    )
     assert [name for name, _, _ in seen] == ["train loss", "val distillation_loss"]
     for _, scale, texts in seen:
-        assert (scale == "log") == log and any(texts) and not any("$" in text or "mathdefault" in text for text in texts)
+        assert (
+            (scale == "log") == log and any(texts) and not any("$" in text or "mathdefault" in text for text in texts)
+        )
         assert not log or {"0.1", "1", "10"} <= set(texts)
 
 
@@ -707,8 +855,16 @@ def test_confusion_matrices_are_readable_on_a_narrow_screen(tmp_path, size):
         assert int(least) >= 0.44 * image.width and (int(least) <= 360) == (size <= 10)
 
 
-ODD = {"a byte order mark": "\ufeff{}".encode(), "UTF-16": "{}".encode("utf-16"), "nothing": b"", "bytes": bytes(range(256)), "a number": b"7",
-       "null": b"null", "a list": b"[]", "deep": b"[" * 5000}  # fmt: skip
+ODD = {
+    "a byte order mark": "\ufeff{}".encode(),
+    "UTF-16": "{}".encode("utf-16"),
+    "nothing": b"",
+    "bytes": bytes(range(256)),
+    "a number": b"7",
+    "null": b"null",
+    "a list": b"[]",
+    "deep": b"[" * 5000,
+}
 
 
 def test_odd_folders_are_named_in_one_line_each(tmp_path):
@@ -727,15 +883,23 @@ def test_odd_folders_are_named_in_one_line_each(tmp_path):
 
 def test_a_results_file_with_any_part_missing_ends_in_no_traceback(tmp_path, monkeypatch):
     """Each key down to the second level is left out or null, those of the first are a string or a list too."""
-    monkeypatch.setattr(report, "draw_report", lambda *args: {} if not [group.update(figures=[]) for group in args[3]] else {})
+    monkeypatch.setattr(
+        report, "draw_report", lambda *args: {} if not [group.update(figures=[]) for group in args[3]] else {}
+    )
     teacher = write_run(tmp_path / "runs/t", "teacher", 0.9)
     write_run(tmp_path / "runs/s", "student", 0.6)
     write_run(tmp_path / "runs/d", "distill", 0.7, method="response", teacher=teacher)
     file = tmp_path / "runs/d/results.json"
     whole = json.loads(file.read_text())
-    places = [(key,) for key in whole] + [(key, inner) for key in whole if isinstance(whole[key], dict) for inner in whole[key]]
+    places = [(key,) for key in whole] + [
+        (key, inner) for key in whole if isinstance(whole[key], dict) for inner in whole[key]
+    ]
     for place in places:
-        for change in ("drop", None, *(("word", ["list"]) if isinstance(whole[place[0]], dict) and len(place) == 1 else ())):
+        for change in (
+            "drop",
+            None,
+            *(("word", ["list"]) if isinstance(whole[place[0]], dict) and len(place) == 1 else ()),
+        ):
             results = json.loads(json.dumps(whole))
             part = results if len(place) == 1 else results[place[0]]
             if change == "drop":

@@ -258,8 +258,22 @@ def test_figures_and_tables_fit_the_window(study, tmp_path, width):
         onload = () => {{ const page = document.querySelector("iframe").contentDocument, figures = [...page.querySelectorAll("img.figure")];
             document.title = JSON.stringify([page.documentElement.scrollWidth, figures.length,
                                              Math.min(...figures.map(f => f.clientWidth / f.naturalWidth))]) }}</script>""")
-    done = subprocess.run([CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--allow-file-access-from-files",
-                           f"--user-data-dir={tmp_path}/profile", "--window-size=1400,3200", "--dump-dom", outer.as_uri()],
-                          capture_output=True, text=True, timeout=180)  # fmt: skip
+    done = subprocess.run(
+        [
+            CHROMIUM,
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--no-first-run",
+            "--allow-file-access-from-files",
+            f"--user-data-dir={tmp_path}/profile",
+            "--window-size=1400,3200",
+            "--dump-dom",
+            outer.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
     wide, figures, shrunk = json.loads(re.search(r"<title>(.*)</title>", done.stdout)[1])
     assert wide <= width and figures > 10 and shrunk > 0.44
