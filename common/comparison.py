@@ -24,12 +24,7 @@ OF_DISTILLED = {"method": str, "teacher.name": str}
 OF_LABELLED = {"dataset.sha256.test": str, "test.accuracy": (int, float)}
 NAMES = ("dataset", "teacher", "student", "method")
 TEST = ("test", "classes")  # must agree where two test figures are compared
-STUDENT = ("dataset", *TEST, "student", "resolution")  # and these, and the labels, between a student and its baseline
-LABELS = (
-    "split_seed",
-    "include_list",
-    "extra_train",
-)  # flags that say which labels --limit-train and --limit-labels choose
+STUDENT = ("dataset", "labels", *TEST, "student", "resolution")  # and these between a student and its baseline
 NOT_PERCENT = ("loss", "teacher_kl", "ece", "pauc")  # metrics that are not shown in per cent
 KINDS = {"teacher": "#0072B2", "student without KD": "#E69F00", "student with KD": "#009E73"}  # Okabe-Ito colours
 KEYS = ("teacher_{}", "student_{}_without_kd", "student_{}_with_kd")  # of report.json, with the metric's name
@@ -101,14 +96,13 @@ def identity(results):
         "resolution": results["model"].get("resolution"),
         "classes": dataset.get("classes"),
         "trained on": trained_on(results),
-        **{split: dataset["sha256"].get(split) for split in ("test", "val", "train")},
+        **{split: dataset["sha256"].get(split) for split in ("test", "train")},
+        "labels": (dataset.get("labelled") or {}).get("sha256", dataset["sha256"]["train"]),
         "teacher sha256": teacher.get("sha256"),
     }
     if is_fold(flags):  # each has its own images, which choose_baselines and find_teacher compare fold by fold
-        limits = [f"{flags[name]} {name[6:]}" for name in ("limit_train", "limit_labels") if flags.get(name)]
-        found.update(
-            dict.fromkeys(("test", "val"), "a fold"), train=" ".join(["a fold", *limits]), **{"trained on": ""}
-        )
+        images, labels = flags.get("limit_train") or 0, flags.get("limit_labels") or flags.get("limit_train") or 0
+        found.update({"test": "a fold", "train": f"{images} of a fold", "labels": f"{labels} of a fold", "trained on": ""})
     return {**found, **{f"--{key.replace('_', '-')}": flags[key] for key in flags if key not in NOT_SETTINGS}}
 
 
@@ -212,23 +206,10 @@ def differences(run, other):
             if key.startswith("--") and key in other["id"] and other["id"][key] != value]  # fmt: skip
 
 
-def same_labels(run, other):
-    """Whether two runs learned from the same labels: those of one train set, or the N that --limit-labels of one and --limit-train of
-    the other choose alike.
-    """
-    if run["id"]["train"] == other["id"]["train"]:
-        return True
-    (few, *one), (many, *two) = (
-        [(flags.get("limit_labels") or 0, flags.get("limit_train") or 0), *map(flags.get, LABELS)]
-        for flags in (run["results"]["flags"], other["results"]["flags"])
-    )
-    return any(few) and few == many[::-1] and one == two and same(run, other, ("val",))
-
-
 def choose_baselines(distilled, students, notes, missing):
     """The baseline whose flags agree best with the distilled runs', one run a seed; other settings are named."""
     first = distilled[0]
-    ranked = sorted(gather([run for run in students if same(run, first, STUDENT) and same_labels(run, first)], "id"),
+    ranked = sorted(gather([run for run in students if same(run, first, STUDENT)], "id"),
                     key=lambda runs: (len(differences(runs[0], first)), -len({run["seed"] for run in runs})))  # fmt: skip
     if not ranked:
         near = paths(run for run in students if same(run, first, ("dataset", "student")))
@@ -299,7 +280,7 @@ def find_teacher(distilled, runs, notes, missing):
 def collect(runs, missing):
     """One (members, notes) a group; members are three lists of runs: teacher, baselines, distilled."""
     teachers, students, taught = ([run for run in runs if run["results"]["role"] == role] for role in ("teacher", "student", "distill"))
-    alone = [run for run in students if not any(same(run, other, STUDENT) and same_labels(run, other) for other in taught)]
+    alone = [run for run in students if not any(same(run, other, STUDENT) for other in taught)]
     groups = []
     for twins in gather([*taught, *alone], "id"):
         notes = []
@@ -348,11 +329,7 @@ def cautions(members, metric, runs):
     first, best, rivals = members[1][0], before, None
     for twins in gather([run for run in runs if run["results"]["role"] == "student"], "id"):
         mean = stats(twins, metric, [])[0]["mean"]
-        if (
-            same(twins[0], first, ("dataset", *TEST, "student"))
-            and same_labels(twins[0], first)
-            and better(metric, mean, best)
-        ):
+        if same(twins[0], first, ("dataset", "labels", *TEST, "student")) and better(metric, mean, best):
             best, rivals = mean, twins
     if rivals:
         how = ", ".join(differences(rivals[0], first)) or f"resolution {rivals[0]['id']['resolution']}"

@@ -38,7 +38,7 @@ def write_run(folder, role, accuracy, *, seed=0, model="resnet8", family="cnn", 
         "role": role, "script": f"{role}.py", "method": method,
         "flags": {"seed": seed, "epochs": 10, "lr": 0.1, "output": str(folder), "device": "cpu", **(flags or {})}, "environment": {},
         "dataset": {"name": dataset, "domain": "natural", "classes": classes, "sizes": {"train": images, "val": 10, "test": 30},
-                    **({} if labelled is None else {"labelled": {"train": labelled}}),
+                    **({} if labelled is None else {"labelled": {"train": 100, "sha256": sha(dataset + labelled)}}),
                     "sha256": {"train": sha(dataset + train_set), "val": sha("val" + val_set), "test": sha(dataset + test_set)}},
         "model": {"name": model, "family": family, "parameters": 1000, "resolution": resolution},
         "teacher": teacher and {"name": "resnet18", "family": "cnn", "checkpoint": "somewhere/best.pth", "sha256": teacher},
@@ -529,43 +529,21 @@ def test_a_gain_over_a_baseline_that_another_run_beats_says_so(tmp_path):
 
 
 def test_what_each_side_saw_and_which_baseline_has_the_same_labels(tmp_path):
-    """--limit-labels 100 of one and --limit-train 100 of the other choose the same labels, where --split-seed and val are the same."""
+    """A student alone on 100 images, and one with KD on 808 of which the same 100 have labels; others have other labels."""
     teacher = write_run(tmp_path / "runs/t", "teacher", 0.95, images=808, train_set="all")
-    alone = {"train_set": "first 100", "images": 100}
-    write_run(tmp_path / "runs/s", "student", 0.6, flags={"limit_train": 100, "split_seed": 0}, **alone)
+    for name, accuracy, images in (("first 100", 0.6, 100), ("first 50", 0.5, 50), ("other 100", 0.9, 100)):
+        write_run(tmp_path / "runs" / name, "student", accuracy, train_set=name, images=images, flags={"limit_train": images})
     write_run(
-        tmp_path / "runs/s_fewer",
-        "student",
-        0.5,
-        flags={"limit_train": 50, "split_seed": 0},
-        train_set="first 50",
-        images=50,
-    )
-    write_run(
-        tmp_path / "runs/s_other",
-        "student",
-        0.9,
-        flags={"limit_train": 100, "split_seed": 1},
-        train_set="other 100",
-        images=100,
-    )
-    write_run(
-        tmp_path / "runs/d",
-        "distill",
-        0.7,
-        method="response",
-        teacher=teacher,
-        train_set="100 of all",
-        images=808,
-        labelled=100,
-        flags={"limit_labels": 100, "limit_train": 0, "split_seed": 0},
-    )
+        tmp_path / "runs/d", "distill", 0.7, method="response", teacher=teacher, train_set="100 of all", images=808,
+        labelled="first 100", flags={"limit_labels": 100, "limit_train": 0},
+    )  # fmt: skip
     report, done = report_of(tmp_path, "runs")
     group = only([group for group in report["groups"] if group["method"]])
-    assert group["runs"]["students"] == ["runs/s"] and group["warnings"] == []
+    assert group["runs"]["students"] == ["runs/first 100"] and group["warnings"] == []
     assert not matching(group["notes"], "limit") and not matching(group["notes"], "other data")
-    words = "trained on 808 labels (teacher), 100 labels (student without KD), 100 labels and 708 images without (student with KD)"
-    assert words in done.stdout and words in page_of(tmp_path) and words in (tmp_path / "report/report.md").read_text()
+    words = "100 labels (student without KD), 100 labels and 708 images without (student with KD)"
+    for text in (done.stdout, page_of(tmp_path), (tmp_path / "report/report.md").read_text()):
+        assert f"trained on 808 labels (teacher), {words}" in text
 
 
 def test_weight_decay_is_a_setting(tmp_path):
