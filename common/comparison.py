@@ -349,7 +349,8 @@ def describe(members, notes, everyone, metric, runs):
     variant = []
     for key in dict.fromkeys(key for peer in peers for key in peer):
         value = first["id"].get(key)
-        if any(peer.get(key) != value for peer in peers) and not (key == "train" and "trained on" in " ".join(variant)):
+        told = key == "labels" or key == "train" and "trained on" in " ".join(variant)  # in words that a reader knows
+        if any(peer.get(key) != value for peer in peers) and not told:
             text = shown(value)
             variant.append(f"{key} {text[:8] if len(text) == 64 else text[:24]}")  # 64: a SHA-256
     free = is_label_free(first["results"])
