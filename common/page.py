@@ -263,7 +263,7 @@ body { font: 16px/1.5 system-ui, sans-serif; color: var(--text); background: var
 h1 { font-size: 1.7rem; margin: 1rem 0 0.2rem; } h2 { font-size: 1.3rem; margin: 2.2rem 0 0.5rem; } h3 { font-size: 1.05rem; margin: 1.4rem 0 0.4rem; }
 p, li { max-width: 75ch; } .soft { color: var(--soft); }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: 0.9rem; margin: 0.4rem 0; font-variant-numeric: tabular-nums; }
-.figures td { white-space: nowrap; } .figures td:first-child { white-space: normal; }
+.figures td { white-space: nowrap; } .figures td:first-child { white-space: normal; min-width: 7rem; }
 th, td { text-align: left; padding: 0.3rem 0.7rem; border-bottom: 1px solid var(--line); vertical-align: top; } th { font-weight: 600; }
 .verdict { font-weight: 600; white-space: nowrap; } .headline li { margin: 0.4rem 0; max-width: 90ch; } .gain { color: var(--gain); } .loss { color: var(--loss); } .noise { color: var(--noise); }
 details { border: 1px solid var(--line); border-radius: 8px; margin: 0.7rem 0; padding: 0.2rem 0.9rem; }
@@ -279,7 +279,7 @@ pre { background: var(--band); padding: 0.6rem; overflow-x: auto; white-space: p
 </style>
 </head>
 <body>
-{% macro grid(head, rows) %}<div class="scroll"><table><thead><tr>{% for name in head %}<th>{{ name }}</th>{% endfor %}</tr></thead>
+{% macro grid(head, rows, kind="figures") %}<div class="scroll"><table class="{{ kind }}"><thead><tr>{% for name in head %}<th>{{ name }}</th>{% endfor %}</tr></thead>
 <tbody>{% for row in rows %}<tr>{% for value in row %}<td>{{ value }}</td>{% endfor %}</tr>{% endfor %}</tbody></table></div>{% endmacro %}
 {% macro figures(names) %}{% if names %}<div class="row">{% for name in names %}<div class="scroll{{ ' wide' if images[name].least > 400 }}"><img class="figure" loading="lazy"
  alt="{{ report.figures[name] }}" style="min-width: {{ images[name].least }}px" src="data:image/png;base64,{{ images[name].png }}"></div>
@@ -291,7 +291,7 @@ pre { background: var(--band); padding: 0.6rem; overflow-x: auto; white-space: p
 {% if selection %}<h2>Selection on val</h2>
 <p>Best {{ report.selected.metric }}: <b>{{ selection[1][0] }}</b>, with test {{ title }} <b>{{ selection[1][1] }}</b>{{ percent }}: {{ selection[1][2] }}.
  <span class="soft">The setting is chosen on val; to choose it by the test figures below would flatter it.</span></p>
-{{ grid(selection[0], selection[1:]) }}<p>Again:</p><pre>{{ report.selected.command }}</pre>{% endif %}
+{{ grid(selection[0], selection[1:], "") }}<p>Again:</p><pre>{{ report.selected.command }}</pre>{% endif %}
 
 {% if families %}<h2>{{ "What did distillation buy?" if judged else "Test figures" }}</h2>
 <ul class="headline">{% for group in judged %}<li><b class="{{ verdict_of(group)[1] }}">{{ label(group) }}</b>: {{ group.evidence.sentence }}
