@@ -261,7 +261,7 @@ TEMPLATE = """<!doctype html>
 }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--text); background: var(--page); max-width: 1080px; margin: 0 auto; padding: 1rem 1.25rem 4rem; }
 h1 { font-size: 1.7rem; margin: 1rem 0 0.2rem; } h2 { font-size: 1.3rem; margin: 2.2rem 0 0.5rem; } h3 { font-size: 1.05rem; margin: 1.4rem 0 0.4rem; }
-p, li { max-width: 75ch; } .soft { color: var(--soft); }
+p, li, summary { max-width: 75ch; overflow-wrap: break-word; } .soft { color: var(--soft); }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: 0.9rem; margin: 0.4rem 0; font-variant-numeric: tabular-nums; }
 .figures td { white-space: nowrap; } .figures td:first-child { white-space: normal; min-width: 7rem; }
 th, td { text-align: left; padding: 0.3rem 0.7rem; border-bottom: 1px solid var(--line); vertical-align: top; } th { font-weight: 600; }
