@@ -43,12 +43,13 @@ from common.losses import (
 )
 from common.metrics import CLASSIFICATION, FIDELITY
 from common.optimizer import make_updater
-from common.teacher import NEIGHBOURS, Neighbours, differences, judge_teacher, live_source, need_image_model, open_stores, stored_source
+from common.teacher import NEIGHBOURS, Neighbours, judge_teacher, live_source, need_image_model, open_stores, stored_source
 from common.training import (
     Interrupts,
     Precision,
     Preprocess,
     Recorder,
+    check_normalization,
     load_checkpoint,
     select_device,
     start_model,
@@ -70,6 +71,7 @@ def build_parser():
     cli.add_image_text_flags(parser, text_model="bert-tiny-scratch")
     cli.add_training_flags(parser, epochs=None, select=(*CLASSIFICATION, *FIDELITY, "distillation_loss"))
     parser.set_defaults(**dict.fromkeys(DEFAULTS), select_metric=None)  # the method's, see settle
+    parser.set_defaults(split_seed=None, decode_size=None)  # the teacher's
     g = parser.add_argument_group("teacher")
     g.add_argument("--teacher-checkpoint", metavar="FILE", help=f"a checkpoint of these scripts ({DEFAULT_TEACHER})")
     g.add_argument("--teacher-model", metavar="NAME", help="a model by name, as --model, with --teacher-pretrained or --teacher-weights")
@@ -85,11 +87,14 @@ def build_parser():
     g = parser.add_argument_group("distillation")
     g.add_argument("--method", default="response", choices=list(METHODS), help="published combination; sets the weights below. Defaults of tokens: "
                    "vit_small_patch16_224, adamw, learning rate 0.0005, weight decay 0.04, 100 epochs, a tenth of them warm-up (10 at most), batch 64, "
-                   "epoch_N.pth every 10; of the others: resnet8, sgd (embedding: adamw), 32 epochs, batch 32")  # fmt: skip
+                   "epoch_N.pth every 10; of the others: resnet8, sgd, 32 epochs, batch 32")  # fmt: skip
     g.add_argument("--alpha", type=float, help="response, feature: alpha * cross-entropy + (1 - alpha) * T^2 * KL; feature_matching: "
                    "(1 - alpha) * cross-entropy + alpha * features (0.5)")  # fmt: skip
     g.add_argument("--temperature", type=float, help="T of all terms on logits, whatever each would take alone: by default the method's "
                    "(vanilla, combined, logit_standardization 2; dist 1; others 4)")  # fmt: skip
+    g.add_argument("--limit-labels", type=cli.NATURAL, metavar="N", help="show all images of train, N of them with their labels: those that "
+                   "train_student.py --limit-train N takes; the others have the teacher's terms alone. 0 is all "
+                   "(the default, but 100 on digits)")
     g.add_argument("--distillation-warmup-epochs", type=cli.AMOUNT, default=0, help="in epoch e all terms but the cross-entropy have min(1, e / this) of "
                    "their weights; 0: their whole weights from the start")  # fmt: skip
     g.add_argument("--ce-weight", type=float, help="of the cross-entropy; by default the method's")
@@ -108,7 +113,8 @@ def build_parser():
     g.add_argument("--student-layer", nargs="+", default=[], metavar="PATH", help="module paths of the student's features, as layer3, layers.2 or blocks.5")
     g.add_argument("--teacher-layer", nargs="+", default=[], metavar="PATH", help="module paths of the teacher's features, paired in order")
     g.add_argument("--embedding-weight", type=float, help="of the embedding loss; by default the method's")
-    g.add_argument("--lambda-feat", type=cli.AMOUNT, default=1.0, help="of the squared error, summed over dimensions, in the embedding loss")
+    g.add_argument("--lambda-feat", type=cli.AMOUNT, default=1.0, help="of the squared error, a mean over dimensions, in the embedding "
+                   "loss; the embeddings' width makes it their sum")  # fmt: skip
     g.add_argument("--lambda-cos", type=cli.AMOUNT, default=1.0, help="of 1 - cosine in the embedding loss")
     g.add_argument("--shared-dim", type=cli.POSITIVE, help="width of the space of the embedding loss; by default the teacher's")
     g.add_argument("--teacher-projector", default="identity", choices=TEACHER_PROJECTORS, help="of the embedding loss; a learned one may collapse")
@@ -168,8 +174,6 @@ def settle(args):
     if args.local_crops and not weights["cls"]:
         raise cli.UserError(f"--local-crops {args.local_crops} are matched to class tokens, whose weight is 0: --method tokens or --cls-weight")
     defaults = TOKEN_DEFAULTS if args.method == "tokens" else DEFAULTS
-    if weights["embedding"]:  # a squared error summed over hundreds of dimensions diverges with SGD's rate
-        defaults = {**defaults, "optimizer": "adamw"}
     for name, value in defaults.items():
         if getattr(args, name) is None and (name not in ("lr", "weight_decay") or args.optimizer == "adamw"):  # these are adamw's
             setattr(args, name, value)
@@ -185,7 +189,8 @@ def settle(args):
         raise cli.UserError(f"--select-metric {args.select_metric}: without cross-entropy and the teacher's logits "
                             "the student has none, distillation_loss is left")  # fmt: skip
     for name, given in (("--freeze-backbone", args.freeze_backbone), ("--class-weights", args.class_weights != "none"),
-                        ("--sampler balanced", args.sampler == "balanced")):  # fmt: skip
+                        ("--sampler balanced", args.sampler == "balanced"), ("--limit-labels", args.limit_labels),
+                        ("--positive", args.positive)):  # fmt: skip
         if given and not labelled:
             raise cli.UserError(f"{name} needs labels and a head: without cross-entropy and the teacher's logits there are none")
     return weights, labelled
@@ -209,17 +214,21 @@ def teacher_checkpoint(args):
     return path, load_checkpoint(path)
 
 
-def take_dataset_from(checkpoint, args, labelled):
-    """Settle --dataset, --data-root and --limit-train where they are not given."""
+def take_dataset_from(checkpoint, path, args, labelled):
+    """Settle --dataset, --data-root, --limit-labels and the division into train and val where they are not given."""
     if args.hf_dataset:
         args.dataset = args.dataset or "unlabeled"
     taught = checkpoint["flags"] if checkpoint else {"dataset": "digits", "data_root": None}
     args.dataset = args.dataset or taught["dataset"]
     if args.dataset == taught["dataset"]:
         args.data_root = args.data_root or (None if args.hf_dataset else taught["data_root"])
-        cli.take_split_flags(args, taught)
-    if args.limit_train is None:
-        args.limit_train = DATASETS[args.dataset].student_images if labelled else 0  # labels are scarce, images are not
+        if checkpoint:
+            cli.take_split_flags(args, taught, path)
+    args.split_seed, args.decode_size = args.split_seed or 0, args.decode_size or 512
+    if args.limit_labels is None:  # labels are scarce, images are not
+        args.limit_labels = DATASETS[args.dataset].student_labels if labelled and not args.limit_train else 0
+    if args.limit_labels and args.sampler == "balanced":
+        raise cli.UserError(f"--sampler balanced cannot be combined with --limit-labels {args.limit_labels}: images without a label are of no class")
 
 
 def make_loss(args, weights, model, source, train, shown, classes):
@@ -260,7 +269,7 @@ def main(args):
     # data: the teacher's dataset where none is named
     stores = open_stores(args)
     teacher_path, checkpoint = (None, None) if stores else teacher_checkpoint(args)
-    take_dataset_from(checkpoint, args, labelled)
+    take_dataset_from(checkpoint, teacher_path, args, labelled)
     info = DATASETS[args.dataset]
     resolution = args.resolution or info.resolution
     policy = stores["train"].policy if stores else cli.augment_policy(args)
@@ -279,7 +288,7 @@ def main(args):
     else:
         source = live_source(args, weights, teacher_path, checkpoint, splits, resolution, augment, precision, interrupts)
     model, weights_from = start_model(args, classes, resolution, getattr(splits.train, "texts", None))
-    preprocess = Preprocess(resolution, model.mean or info.mean, model.std or info.std).reads(model)
+    preprocess = Preprocess.of_new(model, resolution, args.dataset, info)
     preprocess.prepare(splits.train, splits.val)  # texts become numbers once
     for flag in [f for f, given in (("--pooling", args.pooling), ("--local-crops", local_crops), ("--eval-dataset", neighbours)) if given]:
         need_image_model(model, flag)
@@ -289,6 +298,7 @@ def main(args):
     model.with_tokens = bool(weights["patch"])
     if local_crops:
         model.check_side(local_side)
+    check_normalization(model, resolution, train.rows_at_once * args.global_crops)
     model.to(device).to(memory_format=torch.channels_last)
 
     # loss, optimizer
@@ -304,19 +314,20 @@ def main(args):
 
     # the teacher is judged before it teaches; val images are plain, so its logits there are computed once
     teacher_logits = {"val": source.logits("val", val)}
+    if source.model:
+        run.log(f"teacher: {source.described['weights']}; normalization: {source.described['normalization']}")
     run.log(judge_teacher(source, teacher_logits["val"], splits, neighbours, args))
-    for note in differences(checkpoint, args):
-        run.log(note)
 
     # run folder
     recorder = Recorder(
         run, updater, interrupts, epochs=args.epochs, metric=args.select_metric, patience=args.patience,
         save_every=args.save_every, loss=criterion,
-        content={"role": "distill", "classes": classes, "preprocess": preprocess.to_dict(),
-                 "augment": policy.to_dict(), "flags": vars(args), "teacher": source.described},
+        content={"role": "distill", "classes": classes, "positive": splits.positive, "preprocess": preprocess.to_dict(),
+                 "data": splits.describe(), "augment": policy.to_dict(), "flags": vars(args), "teacher": source.described},
     )  # fmt: skip
     recorder.open(args)
     run.log(f"{model.name}: {model.num_parameters:,} parameters, {resolution} px, {device}, {precision.name}")
+    run.log(f"normalization: {preprocess}")
     run.log(f"{splits}, {train.cache_kind} cache")
     run.log(f"{args.method}: " + " + ".join(f"{value:g} * {name}" for name, value in criterion.weights.items()))
     if weights_from:
@@ -332,7 +343,7 @@ def main(args):
         student, values = updater.evaluated_model, {}
         if labelled:
             logits = predict(student, loader, preprocess, precision, interrupts)  # {task: (N, C)}
-            values = task_metrics(logits, loader.dataset.targets, teacher_logits[split])
+            values = task_metrics(logits, loader.dataset.targets, teacher_logits[split], splits.positive)
         if args.select_metric == "distillation_loss":
             of_split = lambda batch: source.targets(batch, split)  # noqa: E731
             values["distillation_loss"] = distillation_loss(student, criterion, of_split, loader, preprocess, precision, interrupts)

@@ -26,7 +26,7 @@ import os
 import numpy as np
 import torch
 
-from common import cli, probes
+from common import cli, distributed, probes
 from common.data import DATASETS, Splits
 from common.embeddings import open_splits
 from common.evaluation import brackets, cost, outputs, splits_of, task_metrics, uncertainty, write_predictions
@@ -71,6 +71,7 @@ def build_parser():
                         "CSV; nothing is judged")  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="of --predict: replace the file")
     cli.add_reading_flags(parser)
+    cli.add_positive_flag(parser)
     cli.add_text_flags(parser)
     parser.set_defaults(decode_size=None, window=None)  # the checkpoint's
     return parser
@@ -110,7 +111,7 @@ def read_data(args, wanted):
     if os.path.isdir(args.checkpoint):
         stores = open_splits(args.checkpoint, wanted)
         meta = stores[args.split].meta
-        return Splits(meta["dataset"], DATASETS[meta["dataset"]].domain, meta["classes"], **stores)
+        return Splits(meta["dataset"], DATASETS[meta["dataset"]].domain, meta["classes"], **stores, positive=args.positive)
     checkpoint, reading = load_checkpoint(args.checkpoint), cli.split_flags(vars(args))
     try:
         splits = splits_of(checkpoint, args.dataset, args.data_root, args.split, **reading)
@@ -124,12 +125,12 @@ def read_data(args, wanted):
     return splits
 
 
-def probe(found, train, judged, split, classes, args, device):
+def probe(found, train, judged, split, splits, args, device):
     """{"knn": {k: metrics}, "linear_probe": metrics and the choice} of a model's embeddings; found: as `live` gives it.
 
     Metrics as in `task_metrics`; of several tasks the choice too is <task>_lr and so on.
     """
-    result, votes, logits, chosen = {}, {}, {}, {}
+    result, votes, logits, chosen, classes = {}, {}, {}, {}, splits.classes
     x, features = (torch.from_numpy(found[name]["embedding"]).to(device) for name in ("train", split))
     for task, names in tasks_of(classes).items():
         y = torch.from_numpy(train.targets[task]).to(device)
@@ -143,9 +144,9 @@ def probe(found, train, judged, split, classes, args, device):
             logits[task] = own.cpu().numpy()
             chosen.update({prefix + name: value for prefix in prefixes(classes, task) for name, value in choice.items()})
     if args.knn:
-        result["knn"] = {k: without_loss(task_metrics(of, judged.targets)) for k, of in votes.items()}
+        result["knn"] = {k: without_loss(task_metrics(of, judged.targets, positive=splits.positive)) for k, of in votes.items()}
     if args.linear_probe:
-        result["linear_probe"] = {**task_metrics(logits, judged.targets), **chosen}
+        result["linear_probe"] = {**task_metrics(logits, judged.targets, positive=splits.positive), **chosen}
     return result
 
 
@@ -269,11 +270,12 @@ def main(args):
         if not logits and "train" not in wanted:
             raise cli.UserError(f"{path} holds no logits of a trained head: give --knn or --linear-probe, which need none")
         found[role] = outs
-        judged[role] = {**described, **(task_metrics(logits, dataset.targets) if logits else {}), **costs}
+        own = task_metrics(logits, dataset.targets, positive=splits.positive) if logits else {}
+        judged[role] = {**described, **own, **splits.positive_names(), **costs}
     student, teacher = judged["student"], judged["teacher"]
     logits, teacher_logits = (found.get(role, {}).get(args.split, {}).get("logits") for role in ("student", "teacher"))
     if logits and teacher_logits:
-        student.update(task_metrics(logits, dataset.targets, teacher_logits))  # with fidelity, behind what is there
+        student.update(task_metrics(logits, dataset.targets, teacher_logits, splits.positive))  # with fidelity, behind what is there
     result = {
         "dataset": splits.describe(), "split": args.split, "student": student, "teacher": teacher,
         "peak_memory_mb": peak_memory_mb(device), "batch_size": args.batch_size, "amp": precision.name,
@@ -281,16 +283,18 @@ def main(args):
     }  # fmt: skip
     for role in found:  # after the peak of memory was read
         if "train" in wanted:
-            judged[role].update(probe(found[role], data["train"], dataset, args.split, classes, args, device))
+            judged[role].update(probe(found[role], data["train"], dataset, args.split, splits, args, device))
         if found[role][args.split]["logits"]:
-            judged[role].update(uncertainty(found[role][args.split]["logits"], dataset, classes))
+            judged[role].update(uncertainty(found[role][args.split]["logits"], dataset, splits))
     if teacher:
         reference = scores(teacher, classes)
         student["kept"] = {name: value / reference[name] for name, value in scores(student, classes).items() if reference.get(name)}
+    if distributed.rank():
+        return  # of several processes the first one writes
     os.makedirs(args.output, exist_ok=True)
     cli.write_json(os.path.join(args.output, "evaluation.json"), result)
     if logits:
-        write_predictions(args.output, args.split, dataset, logits, classes)
+        write_predictions(args.output, args.split, dataset, logits, splits)
     print(f"{splits}; {args.split} split, {device_name(device)}, batch {args.batch_size}, peak memory {result['peak_memory_mb']:,.0f} MB")
     print_table({"student" if teacher else "model": student, **({"teacher": teacher} if teacher else {})}, classes)
     print(os.path.join(args.output, "evaluation.json"))

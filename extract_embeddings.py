@@ -38,14 +38,13 @@ from common.evaluation import live_teacher
 from common.loader import Loader
 from common.models import build_model
 from common.training import (
-    Interrupted,
-    Interrupts,
     Precision,
     Preprocess,
     device_name,
     file_sha256,
     load_checkpoint,
     load_model,
+    need_head,
     select_device,
     start_weights,
     use_compile,
@@ -98,7 +97,7 @@ def build_parser():
     parser.add_argument("--compile", default="auto", choices=("auto", "on", "off"), help="torch.compile; auto: on a GPU")
     cli.add_data_flags(parser, dataset=None, batch_size=64)
     cli.add_augment_flags(parser)
-    parser.set_defaults(split_seed=None)  # the checkpoint's
+    parser.set_defaults(split_seed=None, decode_size=None)  # the checkpoint's
     return parser
 
 
@@ -145,6 +144,8 @@ def settle(args):
     flags = checkpoint["flags"] if checkpoint else {"dataset": "digits", "data_root": None}
     if args.images:
         args.hair_removal = args.hair_removal or bool(flags.get("hair_removal"))
+        args.window = args.window or flags.get("window")
+        args.decode_size = args.decode_size or flags.get("decode_size", 512)
         args.split_seed = 0
         return checkpoint
     args.dataset = args.dataset or ("unlabeled" if args.hf_dataset else flags["dataset"])
@@ -152,10 +153,9 @@ def settle(args):
         raise cli.UserError(f"--dataset {args.dataset} has texts and several tasks, a store holds images with one label: {LIVE}")
     if args.dataset == flags["dataset"]:
         args.data_root = args.data_root or (None if args.hf_dataset else flags["data_root"])
-        args.val_split = flags.get("val_split") if args.val_split is None else args.val_split
-        args.split_seed = flags.get("split_seed", 0) if args.split_seed is None else args.split_seed
-        cli.take_split_flags(args, {name: value for name, value in flags.items() if name not in ("include_list", "extra_train")})
-    args.split_seed = args.split_seed or 0
+        if checkpoint:
+            cli.take_split_flags(args, flags, args.checkpoint)
+    args.split_seed, args.decode_size = args.split_seed or 0, args.decode_size or 512
     return checkpoint
 
 
@@ -182,12 +182,17 @@ def load_teacher(args, checkpoint, classes, info):
         resolution = args.resolution or info.resolution
         torch.manual_seed(args.seed)
         model = build_model(args.model, max(1, len(classes)), resolution, args.patch_size, args.pretrained)
-        start_weights(model, args.weights)
-        preprocess = Preprocess(resolution, model.mean or info.mean, model.std or info.std)
+        note = start_weights(model, args.weights)
+        if note:
+            say(note)
+        preprocess = Preprocess.of_new(model, resolution, args.dataset, info)
         sha = file_sha256(args.weights) if args.weights else None
+    say(f"normalization: {preprocess}")
     known = checkpoint["classes"] if checkpoint else classes
     if args.save_logits and (not known or known != classes):
         raise cli.UserError(f"--save-logits: {args.checkpoint or args.dataset} knows {len(known)} classes, the images have {len(classes)} (others)")
+    if args.save_logits and not checkpoint:
+        need_head(model, classes, args.weights)
     if args.pooling:
         model.set_pooling(args.pooling)
     model.with_tokens = args.save_tokens
@@ -206,7 +211,7 @@ def outputs(targets, batch, names, num_views):
     return {name: torch.stack([view[name] for view in views], 1) for name in names}
 
 
-def extract(writer, dataset, targets, names, args, device, interrupts, title):
+def extract(writer, dataset, targets, names, args, device, title):
     """Fill the rows that are left; returns images a second."""
     todo = writer.todo
     todo = todo[(todo >= writer.start) & (todo < writer.stop)]
@@ -226,14 +231,9 @@ def extract(writer, dataset, targets, names, args, device, interrupts, title):
             if time.time() - flushed > FLUSH_SECONDS:
                 writer.flush()
                 flushed = time.time()
-            if interrupts.requested:
-                break
         for future in pending:
             future.result()
     writer.flush()
-    interrupts.requested = max(distributed.gather(int(interrupts.requested)))
-    if interrupts.requested:
-        raise Interrupted(f"interrupted: {title}: the same command goes on", interrupts.CODES[interrupts.requested])
     return len(todo) / max(time.time() - started, 1e-9)
 
 
@@ -262,7 +262,7 @@ def main(args):
             merge(split_folder(args.output, split), args.merge)
             print(f"{split_folder(args.output, split)}: {args.merge} shards joined")
         return
-    interrupts = Interrupts()
+    cli.stops.hint = ": the same command goes on"
     device = select_device(args.device)
     precision = Precision(args.amp, device)
     checkpoint = settle(args)
@@ -301,7 +301,7 @@ def main(args):
         if writer.complete:
             say(f"{title}: complete")
             continue
-        rate = extract(writer, dataset, targets, names, args, device, interrupts, title)
+        rate = extract(writer, dataset, targets, names, args, device, title)
         distributed.barrier()  # all rows of all processes are there
         if distributed.rank() == 0:
             writer.finish()

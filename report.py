@@ -129,7 +129,7 @@ def load_predictions(members, missing, read):
                     images = run["results"]["dataset"]["sha256"]["test"]
                     part[run["seed"]] = align(read[run["path"]], first.get(images, read[run["path"]]))
                     first.setdefault(images, part[run["seed"]])
-            except (OSError, ValueError, KeyError, EOFError) as error:
+            except (OSError, ValueError, TypeError, KeyError, EOFError) as error:
                 missing.append(f"{file} cannot be used, so {run['path']} has no interval, calibration or gallery: {error}")
     return found
 
@@ -141,7 +141,7 @@ def open_test_set(run, opened, notes):
     flags, key = run["results"]["flags"], run["results"]["dataset"]["sha256"]["test"]
     if key not in opened:
         opened[key] = None
-        options = {name: value for name, value in cli.split_flags(flags).items() if name not in ("limit_train", "include_list", "extra_train")}
+        options = {name: value for name, value in cli.split_flags(flags).items() if name not in ("limit_train", "limit_labels", "include_list", "extra_train")}
         try:
             found = load_splits(flags["dataset"], cli.data_root(flags.get("data_root")), classes=run["id"]["classes"] or None,
                                 splits=("test",), **options)  # fmt: skip

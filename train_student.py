@@ -23,7 +23,7 @@ from common.images import tasks_of
 from common.loader import Loader, save_sample_grid
 from common.losses import task_accuracy, task_class_weights, task_cross_entropy
 from common.optimizer import make_updater
-from common.training import Interrupts, Precision, Preprocess, Recorder, select_device, start_model, use_compile
+from common.training import Interrupts, Precision, Preprocess, Recorder, check_normalization, select_device, start_model, use_compile
 
 
 def build_parser():
@@ -47,7 +47,7 @@ def main(args):
     info = DATASETS[args.dataset]
     resolution = args.resolution or info.resolution
     if args.limit_train is None:
-        args.limit_train = info.student_images
+        args.limit_train = info.student_labels
     policy = cli.augment_policy(args)
     augment = Augmenter(policy, args.seed)
     splits = load_splits(args.dataset, cli.data_root(args.data_root), download=args.download, **cli.split_flags(vars(args)))
@@ -57,8 +57,9 @@ def main(args):
 
     # model, optimizer
     model, weights_from = start_model(args, splits.classes, resolution, getattr(splits.train, "texts", None))
-    preprocess = Preprocess(resolution, model.mean or info.mean, model.std or info.std).reads(model)
+    preprocess = Preprocess.of_new(model, resolution, args.dataset, info)
     preprocess.prepare(splits.train, splits.val)  # texts become numbers once
+    check_normalization(model, resolution, train.rows_at_once)
     model.to(device).to(memory_format=torch.channels_last)
     if use_compile(args.compile, device):
         model.compile()
@@ -74,11 +75,12 @@ def main(args):
     recorder = Recorder(
         run, updater, interrupts, epochs=args.epochs, metric=args.select_metric, patience=args.patience,
         save_every=args.save_every,
-        content={"role": "student", "classes": splits.classes, "preprocess": preprocess.to_dict(),
-                 "augment": policy.to_dict(), "flags": vars(args)},
+        content={"role": "student", "classes": splits.classes, "positive": splits.positive, "preprocess": preprocess.to_dict(),
+                 "data": splits.describe(), "augment": policy.to_dict(), "flags": vars(args)},
     )  # fmt: skip
     recorder.open(args)
     run.log(f"{model.name}: {model.num_parameters:,} parameters, {resolution} px, {device}, {precision.name}")
+    run.log(f"normalization: {preprocess}")
     run.log(f"{splits}, {train.cache_kind} cache")
     if weights_from:
         run.log(weights_from)
@@ -97,7 +99,7 @@ def main(args):
                 updater(loss)
                 recorder.meter.add(loss=loss, accuracy=task_accuracy(out, targets))
             logits = predict(updater.evaluated_model, val, preprocess, precision, interrupts)  # {task: (N, C)}
-            recorder.end_epoch(task_metrics(logits, splits.val.targets))
+            recorder.end_epoch(task_metrics(logits, splits.val.targets, positive=splits.positive))
 
         test = Loader(splits.test, args.batch_size, device, cache=args.cache, workers=args.workers)
         write_results(run, splits, {"val": val, "test": test}, recorder, preprocess, precision, script="train_student.py")

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 
 CROPS = ("none", "pad", "resized")
 COLOURS = ("brightness", "contrast", "saturation", "hue")
+CROP_TRIES = 10  # at a random resized crop that fits into the image
 POSITION_STEPS = 1024  # source positions are rounded to 1/1024 pixel, see `render`
 PIXELS_A_CORE = 400_000  # of images and of their fine samples, resampled together by one core of a CPU (measured on AMD EPYC)
 
@@ -118,6 +119,22 @@ def uniform(seed, view, stream, key, count=1):
 # --------------------------------------------------------------------------------------------------------- parameters
 
 
+def _resized_crop(scale, draws, size):
+    """Sides (2, B) of random resized crops in whole pixels, and whether a try fits (B,), else they are central.
+
+    As torchvision's RandomResizedCrop: the first try that fits into the image counts; where none does, the largest crop
+    of an allowed aspect ratio.  draws: (B, 2 * tries), of area and aspect ratio (3/4 to 4/3) in turn; size: (2, B), width
+    and height.
+    """
+    area = (scale[0] + draws[:, ::2] * (scale[1] - scale[0])) * size.prod(0)[:, None]  # (B, tries)
+    ratio = torch.exp((draws[:, 1::2] * 2 - 1) * math.log(4 / 3))
+    sides = torch.stack([torch.sqrt(area * ratio), torch.sqrt(area / ratio)]).round()  # (2, B, tries)
+    fits = ((sides > 0) & (sides <= size[:, :, None])).all(0)
+    first = fits.int().argmax(1).expand(2, -1)[:, :, None]
+    central = torch.minimum(size, (size.flip(0) * 4 / 3).round())
+    return torch.where(fits.any(1), sides.gather(2, first)[:, :, 0], central), fits.any(1)
+
+
 def sample_parameters(policy, seed, view, key, sizes, stream=0):
     """Draw what happens to each sample of a batch; a few numbers a sample, computed on the CPU.
 
@@ -128,7 +145,8 @@ def sample_parameters(policy, seed, view, key, sizes, stream=0):
     across and down the output, and, where the policy has colour, `brightness`, `contrast`, `saturation`, `hue` (B,)
     float32.
     """
-    u = uniform(seed, view, stream, key, 12).unbind(1)  # always twelve, so that a flag changes its own draw alone
+    # always all of them, so that a flag changes its own draw alone
+    u = uniform(seed, view, stream, key, 10 + 2 * CROP_TRIES).unbind(1)
     plain = torch.as_tensor(view) == 0
     height, width = sizes.double().unbind(1)
     one, zero = torch.ones_like(u[0]), torch.zeros_like(u[0])
@@ -144,10 +162,10 @@ def sample_parameters(policy, seed, view, key, sizes, stream=0):
         centre_x = (torch.floor(u[4] * (2 * reach_x + 1)) - reach_x) * 2 / width
         centre_y = (torch.floor(u[5] * (2 * reach_y + 1)) - reach_y) * 2 / height
     elif policy.crop == "resized":
-        area = policy.crop_scale[0] + u[6] * (policy.crop_scale[1] - policy.crop_scale[0])
-        ratio = torch.exp((u[7] * 2 - 1) * math.log(4 / 3)) * height / width  # pixels' aspect, in relative units
-        crop_w, crop_h = torch.sqrt(area * ratio).clamp(max=1), torch.sqrt(area / ratio).clamp(max=1)
-        centre_x, centre_y = (u[4] * 2 - 1) * (1 - crop_w), (u[5] * 2 - 1) * (1 - crop_h)
+        size = torch.stack([width, height])
+        sides, fits = _resized_crop(policy.crop_scale, torch.stack([*u[6:8], *u[12:]], 1), size)
+        start = torch.floor(torch.where(fits, torch.stack(u[4:6]) * (size - sides + 1), (size - sides) / 2))
+        (crop_w, crop_h), (centre_x, centre_y) = sides / size, (2 * start + sides) / size - 1
 
     # rotation turns pixels, not relative units: height / width puts the aspect back
     cos, sin = torch.cos(angle) / zoom, torch.sin(angle) / zoom
@@ -178,42 +196,32 @@ def sample_parameters(policy, seed, view, key, sizes, stream=0):
 # ------------------------------------------------------------------------------------------------------------- render
 
 
-def antialiasing(extent, resolution):
-    """How `extent` (B, 2) source pixels across and down are filtered at `resolution`: k and reach of each, (B, 4) int64.
-
-    k: fine samples (odd) an output pixel and axis, pooled once or, with a reach, twice.  Up to 1.1 source pixels an
-    output pixel plain bilinear is as good; below 2 one pooling, from there on two (a triangle) come nearest to
-    torchvision's filter.  The reach is how many fine samples the second pooling takes from beyond each side.
-    """
-    shrink = extent / resolution
-    k = 2 * torch.ceil((shrink - 1) / 2 - 1e-9) + 1
-    k = torch.where(shrink <= 1.1, torch.ones_like(k), k).long()
-    return torch.cat([k, torch.where(shrink >= 2, (k - 1) // 2, 0)], 1)
-
-
 def render(images, sizes, params, resolution):
     """Resample and colour a batch once.
 
     images: (B, 3, H, W) uint8 on the model's device, each image in the top left corner; sizes: (B, 2) on the CPU,
     each one's height and width in pixels; params: from `sample_parameters`.  Returns (B, 3, R, R) float32 in 0..1.
     The image lies on an endless black plane, of which the crop shows a part and holds its border.  Where the crop
-    shrinks it is sampled finer and average-pooled, else it is bilinear; the reference is torchvision's crop, then
-    resize with antialias=True.
+    shrinks, it is sampled at the source's resolution (bilinear) and then shrunk as torchvision's resize does with
+    antialias=True, else it is bilinear at once.
     """
-    device, filters = images.device, antialiasing(params["extent"], resolution)
-    affine = [params["matrix"].flatten(1), params["shift"], sizes.float(), params["border"]]
-    affine = torch.cat(affine, 1)  # (B, 10), one transfer
-    affine, parts = affine.to(device, non_blocking=True), []
-    for kind in filters.unique(dim=0):
-        rows, most = (filters == kind).all(1).nonzero()[:, 0], _images_at_once(images, resolution, *kind.tolist())
-        parts += [(part, kind.tolist()) for part in rows.split(most)]
+    device = images.device
+    extent = params["extent"]
+    count = torch.where(extent > resolution, torch.ceil(extent - 1e-6).long(), resolution)  # (B, 2), samples
+    affine = [params["matrix"].flatten(1), params["shift"], sizes.float(), params["border"], count.float()]
+    affine = torch.cat(affine, 1)  # (B, 12), one transfer
+    affine, parts, shrinks = affine.to(device, non_blocking=True), [], count > resolution
+    for kind in shrinks.unique(dim=0):
+        rows = (shrinks == kind).all(1).nonzero()[:, 0]
+        rows = rows[count[rows].prod(1).argsort()]  # alike together: a part is sampled as finely as its largest
+        parts += rows.split(_images_at_once(images, count[rows[-1]].prod().item()))
     if len(parts) == 1:
-        out = _resample(images, affine, resolution, *parts[0][1])
+        out = _resample(images, affine, resolution, *count.amax(0).tolist())
     else:
         out = torch.empty(len(images), 3, resolution, resolution, device=device)
-        for rows, kind in parts:
-            rows = rows.to(device)
-            out[rows] = _resample(images[rows], affine[rows], resolution, *kind)
+        for part in parts:
+            rows = part.to(device)
+            out[rows] = _resample(images[rows], affine[rows], resolution, *count[part].amax(0).tolist())
     colours = {name: params[name].to(device, non_blocking=True) for name in COLOURS if name in params}
     return _colour(out, colours) if colours else out
 
@@ -222,11 +230,11 @@ def _padded_side(images):
     return 1 << (max(images.shape[-2:]) - 1).bit_length()
 
 
-def _images_at_once(images, resolution, k_x, k_y, reach_x, reach_y):
+def _images_at_once(images, samples):
     """How many a CPU resamples together, so that they stay in its caches: 1.8 times as fast for 16 of 176 px to 96 px.  A GPU takes all."""
     if images.device.type != "cpu":
         return len(images)
-    pixels = _padded_side(images) ** 2 + (resolution * k_x + 2 * reach_x) * (resolution * k_y + 2 * reach_y)
+    pixels = _padded_side(images) ** 2 + samples
     return max(1, PIXELS_A_CORE // pixels) * torch.get_num_threads()  # grid_sample gives each thread whole images
 
 
@@ -239,12 +247,6 @@ def _pad_to_power_of_two(images):
     """
     (height, width), side = images.shape[-2:], _padded_side(images)
     return F.pad(images, (0, side - width, 0, side - height)).float()
-
-
-def _fine_centres(resolution, k, reach, device):
-    """Centres of an axis' fine samples, -1..1 in the output: (R * k + 2 * reach,)."""
-    fine = torch.arange(-reach, resolution * k + reach, device=device, dtype=torch.float32)
-    return (2 * fine + 1) / (resolution * k) - 1
 
 
 def _grid_positions(along_x, along_y, shift, size, side):
@@ -263,25 +265,46 @@ def _grid_positions(along_x, along_y, shift, size, side):
     return grid.sub_(1)
 
 
-def _resample(images, affine, resolution, k_x, k_y, reach_x, reach_y):
-    """images: (B, 3, H, W) uint8; affine (B, 10) -> (B, 3, R, R) float32 of 0..1."""
+def _shrink(samples, count, resolution):
+    """Rows (B, 3, S, W), of which each image has its own first `count` (B,), resized to (B, 3, R, W) by a triangle.
+
+    It reaches count / R rows to both sides and ends with the rows, as torchvision's with antialias=True.  One product and
+    one sum a tap, for a fused sum's last bit depends on the batch's size.
+    """
+    images, channels, most, _ = samples.shape
+    if most == resolution:
+        return samples
+    scale = (count / resolution)[:, None]  # (B, 1)
+    centre = (torch.arange(resolution, device=count.device) + 0.5) * scale  # (B, R)
+    first = torch.floor(centre - scale + 0.5).clamp(min=0)
+    row = first + torch.arange(-(-2 * most // resolution), device=count.device)[:, None, None]  # (taps, B, R)
+    weights = (1 - (row + 0.5 - centre).abs() / scale).clamp(min=0) * (row < count[:, None])
+    weights = weights / sum(weights)
+    planes = torch.arange(images * channels, device=count.device).view(images, channels, 1) * most  # (B, 3, 1)
+    rows = planes + row.clamp(max=most - 1).long()[:, :, None]  # (taps, B, 3, R)
+    flat = samples.flatten(0, 2)
+    taps = (flat.index_select(0, at.flatten()).view(images, channels, resolution, -1) for at in rows)
+    # white is 255 to the last bit
+    return sum(tap * weight[:, None, :, None] for tap, weight in zip(taps, weights)).clamp(max=255)
+
+
+def _resample(images, affine, resolution, most_x, most_y):
+    """images: (B, 3, H, W) uint8; affine (B, 12); most: samples across and down -> (B, 3, R, R) float32 of 0..1."""
     images = _pad_to_power_of_two(images)
     side = images.shape[-1]
-    fine_x = _fine_centres(resolution, k_x, reach_x, images.device)  # (S_x,)
-    fine_y = _fine_centres(resolution, k_y, reach_y, images.device)  # (S_y,)
-    xx, xy, yx, yy, shift_x, shift_y, size_y, size_x, border_x, border_y = (v[:, None, None] for v in affine.unbind(1))
+    *affine, count_x, count_y = affine.unbind(1)
+    xx, xy, yx, yy, shift_x, shift_y, size_y, size_x, border_x, border_y = (v[:, None, None] for v in affine)
+    centres = (torch.arange(most, device=images.device) * 2 + 1.0 for most in (most_x, most_y))
+    x, y = (at / count[:, None] - 1 for at, count in zip(centres, (count_x, count_y)))  # (B, S), -1..1 in the output
     # past the centres of its outermost pixels a crop goes on as they are: neither black nor what was cut off
-    x = torch.maximum(torch.minimum(fine_x[None, None, :], border_x), -border_x)  # (B, 1, S_x)
-    y = torch.maximum(torch.minimum(fine_y[None, :, None], border_y), -border_y)  # (B, S_y, 1)
+    x = torch.maximum(torch.minimum(x[:, None, :], border_x), -border_x)  # (B, 1, S_x)
+    y = torch.maximum(torch.minimum(y[:, :, None], border_y), -border_y)  # (B, S_y, 1)
     grid_x = _grid_positions(xx * x, xy * y, shift_x, size_x, side)
     grid_y = _grid_positions(yx * x, yy * y, shift_y, size_y, side)
     grid = torch.stack([grid_x, grid_y], -1)  # past the image is padding or nothing: black
     out = F.grid_sample(images, grid, mode="bilinear", align_corners=False)
-    if reach_x or reach_y:
-        out = F.avg_pool2d(out, (2 * reach_y + 1, 2 * reach_x + 1), stride=1)  # 2 * reach + 1 is k, or 1 without
-    if k_x > 1 or k_y > 1:
-        out = F.avg_pool2d(out, (k_y, k_x))
-    return out * (1 / 255)
+    out = _shrink(_shrink(out, count_y, resolution).mT, count_x, resolution).mT
+    return out.contiguous() * (1 / 255)
 
 
 def _blend(images, other, factor):

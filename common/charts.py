@@ -103,14 +103,14 @@ class Charts:
             drawn = [(kind, KINDS[kind], reliability(runs, task)) for kind, runs in kinds.items()]
             self.add(figures.draw_reliability, f"reliability-{index}-{task}", f"Calibration: {heading}", heading, drawn)
             if len(classes) == 2 and len(set(first.targets[task])) == 2:
-                curves = []
+                curves, positive = [], first.positive.get(task, 1)
                 for kind, runs in kinds.items():
                     for run in runs:
-                        scores = run.probabilities(task)[:, 1]
-                        fpr, tpr, _ = roc_curve(run.targets[task], scores)
-                        precision, recall, _ = precision_recall_curve(run.targets[task], scores)
+                        true, scores = run.targets[task] == positive, run.probabilities(task)[:, positive]
+                        fpr, tpr, _ = roc_curve(true, scores)
+                        precision, recall, _ = precision_recall_curve(true, scores)
                         curves.append((kind, KINDS[kind], fpr, tpr, recall, precision))
-                self.add(figures.draw_two_class, f"curves-{index}-{task}-two-class", f"ROC and precision-recall: {heading}", heading, classes[1], curves)
+                self.add(figures.draw_two_class, f"curves-{index}-{task}-two-class", f"ROC and precision-recall: {heading}", heading, classes[positive], curves)
             rows = group["evidence"].get("classes", {}).get(task, [])
             if 1 < len(rows) <= 100:
                 colours = [KINDS[kind] for kind in list(KINDS)[1:]]

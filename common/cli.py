@@ -8,19 +8,26 @@ import contextlib
 import csv
 import difflib
 import errno
+import fcntl
 import glob
 import importlib.metadata
+import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import platform
 import re
+import secrets
 import shlex
+import signal
 import subprocess
 import sys
-import tempfile
+import threading
+import time
 
+import numpy as np
 import torch
 
 from common import distributed
@@ -29,22 +36,81 @@ from common.data import DATASETS
 from common.metrics import CLASSIFICATION
 
 SCRIPT_FOLDER = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-RESUME_MAY_CHANGE = {"resume", "device", "workers", "epochs", "output", "overwrite", "config", "dry_run"}
-NOT_IN_CONFIG = {"resume", "output", "overwrite", "config", "sweep", "sweep_index", "dry_run"}
-SPLIT_FLAGS = ("val_split", "split_seed", "limit_train", "on_bad_image", "decode_size", "window", "include_list", "extra_train",
-               "hair_removal", "folds", "fold", "binary", "negatives",
+RESUME_MAY_CHANGE = {"resume", "device", "workers", "epochs", "data_root", "output", "overwrite", "config", "dry_run"}
+NOT_IN_CONFIG = {"resume", "output", "overwrite", "config", "sweep", "sweep_index", "dry_run", "seeds"}
+SPLIT_FLAGS = ("limit_train", "limit_labels", "on_bad_image", "include_list", "extra_train",
+               "val_split", "split_seed", "decode_size", "window", "hair_removal",
+               "folds", "fold", "binary", "negatives",
                "table", "image_column", "label_column", "group_column", "split_column", "hf_dataset",
-               "text_fields", "tasks")  # fmt: skip
-NOT_STORED = ("limit_train", "on_bad_image", "include_list", "extra_train", "text_fields", "tasks")  # stores hold images with one label
+               "text_fields", "tasks", "positive")  # fmt: skip
+NOT_STORED = ("limit_train", "limit_labels", "on_bad_image", "include_list", "extra_train", "text_fields", "tasks",
+              "positive")  # stores hold images with one label
+DIVISION = ("val_split", "split_seed", "folds", "fold", "group_column", "split_column")  # what makes an image val
 STORED_FLAGS = tuple(name for name in SPLIT_FLAGS if name not in NOT_STORED)
 DISK_ERRORS = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
-               errno.ENOENT, errno.EIO, errno.ENAMETOOLONG}  # fmt: skip
+               errno.ENOENT, errno.EIO, errno.ENAMETOOLONG, errno.EFBIG}  # fmt: skip
+# saved absolute, so that a run can be resumed, judged or repeated from another folder
+PATHS = ("data_root", "eval_data_root", "include_list", "extra_train", "weights", "init_checkpoint", "teacher_checkpoint",
+         "teacher_weights", "teacher_embeddings")  # fmt: skip
 
 
 class UserError(Exception):
     """Something the user gave is wrong: one line on stderr and exit code 2."""
 
     exit_code = 2
+
+
+# ------------------------------------------------------------------------------------------------------------ signals
+
+
+class Stops:
+    """How SIGTERM, SIGUSR1 and Ctrl-C end a script: at once, with the exit codes 143, 75 and 130.
+
+    A thread hears them, since the main one may be waiting in C, for another process or for a disk, where Python's own
+    handlers do not run.  The training loop sets `defer`, which is then called with the signal's number instead of `end`.
+    Nothing is lost by ending at once: files are written beside and then renamed.
+    """
+
+    CODES = {signal.SIGTERM: 143, signal.SIGUSR1: 75, signal.SIGINT: 130}
+
+    def __init__(self):
+        self.defer, self.hint, self.left = None, "", ""  # how to go on and which of --seeds are left, for the last line
+
+    @contextlib.contextmanager
+    def heard(self):
+        """Hear signals within this block."""
+        self.defer, self.hint, self.left = None, "", ""
+        read, write = os.pipe()
+        os.set_blocking(write, False)
+        handlers = {number: signal.signal(number, lambda *_: None) for number in self.CODES}
+        wakeup = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+        thread = threading.Thread(target=self._hear, args=(read,), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(wakeup)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            os.write(write, b"\0")
+            thread.join()
+            os.close(read), os.close(write)
+
+    def _hear(self, pipe):
+        while number := os.read(pipe, 1)[0]:  # 0: the block is left
+            if number in self.CODES:
+                (self.defer or self.end)(number)
+
+    def end(self, number):
+        """End this process and its workers now, whatever its threads are doing."""
+        if distributed.environment().rank == 0:  # of several processes a scheduler stops all
+            os.write(2, f"interrupted by {signal.Signals(number).name}{self.hint}{self.left}\n".encode(errors="surrogateescape"))
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        os._exit(self.CODES[number])
+
+
+stops = Stops()
 
 
 # ------------------------------------------------------------------------------------------------------------- errors
@@ -57,25 +123,36 @@ def run_script(main, build_parser):
     out of memory with 1, naming batch size and model; anything else is our own fault and keeps its traceback.
     """
     args = None
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # names of files and classes may not fit its encoding
     try:
-        args = parse_flags(build_parser(), sys.argv[1:])
-        code = main(args) or 0
-        distributed.stop()
-        sys.exit(code)
-    except KeyboardInterrupt:
-        fail("stopped by Ctrl-C", 130)
+        with stops.heard():
+            runs = [(argv, parse_flags(build_parser(), argv)) for argv in expand_seeds(build_parser(), sys.argv[1:])]
+            for _, args in runs[1:]:
+                RunFolder(args.output, overwrite=args.overwrite, dry=is_dry(args))  # one that holds a run is refused now
+            for number, (argv, args) in enumerate(runs, 1):
+                sys.argv[1:] = argv  # what results.json tells to repeat
+                seeds = " ".join(str(later.seed) for _, later in runs[number:])
+                stops.hint, stops.left = "", f" (not run: --seeds {seeds})" if seeds else ""
+                code = main(args) or 0
+            distributed.stop()
+            sys.exit(code)
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w")
         sys.exit(1)
     except Exception as error:
         text = " ".join(str(error).split())
         if getattr(error, "exit_code", None):
-            fail(text, error.exit_code)
+            fail(text + stops.left, error.exit_code)
         if isinstance(error, OSError) and error.errno in DISK_ERRORS:
             fail(f"{error.strerror}: {error.filename or 'while writing'}", 2)
         if "out of memory" in text or "can't allocate memory" in text or isinstance(error, MemoryError):
             model, batch = getattr(args, "model", None), getattr(args, "batch_size", None)
             fail(f"out of memory with --batch-size {batch} and --model {model}: try a smaller batch or model", 1)
+        if "DataLoader worker" in text:
+            fail(f"a process that decodes images was killed ({text}): out of memory? --workers 0 or fewer, or a smaller --batch-size", 1)
+        if distributed.lost(error):
+            fail(f"another of the {distributed.size()} processes has ended or was killed ({text[:160]})", 1)
         if not distributed.first_to_fail():
             sys.exit(1)  # another process failed, said why, and this one lost its connection
         raise
@@ -87,6 +164,8 @@ def fail(text, code):
         sys.exit(code)
     prefix = "" if text.startswith("interrupted") else "error: "
     print(f"{prefix}{text}", file=sys.stderr, flush=True)
+    if distributed.size() > 1 and distributed.rank() == 0:
+        time.sleep(1)  # the others ask it who was first
     sys.exit(code)
 
 
@@ -100,7 +179,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return "".join(indent + line for line in text.splitlines(keepends=True))
 
     def _get_help_string(self, action):
-        if action.default in (None, False) or isinstance(action, argparse._StoreTrueAction):
+        if action.default is None or action.default is False or isinstance(action, argparse._StoreTrueAction):
             return action.help
         return super()._get_help_string(action)
 
@@ -110,7 +189,17 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
 
     def error(self, message):
+        if message.startswith("unrecognized arguments: "):
+            message += next((self.nearest(word) for word in message.split() if word.startswith("--")), "")
         fail(f"{message} (see {self.prog} --help)", 2)
+
+    def nearest(self, flag):
+        """": did you mean --lr?", by the name or, as for --learning-rate, by the words of its help; or nothing."""
+        flag, near = flag.split("=")[0], lambda cutoff: difflib.get_close_matches(flag, self._option_string_actions, 1, cutoff)
+        words = flag[2:].replace("-", " ")
+        by_help = [name for name, action in self._option_string_actions.items() if f" {words} " in f" {action.help} "]
+        found = near(0.8) or by_help or near(0.6)
+        return f": did you mean {found[0]}?" if found else ""
 
 
 def number(kind, low=-math.inf, high=math.inf, above=False):
@@ -149,8 +238,11 @@ def add_run_flags(parser, output):
     g.add_argument("--sweep", metavar="GRID.json", help="take flags from a point of this grid: {flag: [values]} or a list of points; runs go to OUTPUT/POINT")
     g.add_argument("--sweep-index", type=NATURAL, metavar="N", help="the grid's point, from 0")
     g.add_argument("--seed", type=NATURAL, default=0, help="fixes weights, order and augmentation, never a split")
+    g.add_argument("--seeds", type=NATURAL, nargs="+", default=argparse.SUPPRESS, metavar="SEED",
+                   help="one run after another with each of these seeds, into OUTPUT_SEED")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     g.add_argument("--save-every", type=NATURAL, default=0, metavar="N", help="keep epoch_N.pth every N epochs; 0 is off")
+    g.add_argument("--save-samples", type=picture, metavar="FILE.png", help="draw what the models see in the first epoch, side by side")
 
 
 def add_data_flags(parser, dataset="digits", batch_size=32):
@@ -164,7 +256,7 @@ def add_data_flags(parser, dataset="digits", batch_size=32):
     g.add_argument("--folds", type=number(int, 2), metavar="K", help="cut train and val into K folds, by class, patients whole; with --fold")
     g.add_argument("--fold", type=NATURAL, metavar="I", help="fold I (0 to K - 1) is val; where the dataset has no test (ISIC 2024, csv without split "
                    "column) it is test, and val is split off the rest")  # fmt: skip
-    g.add_argument("--split-seed", type=NATURAL, default=0, help="fixes the val split, the folds, --negatives and --limit-train")
+    g.add_argument("--split-seed", type=NATURAL, default=0, help="fixes the val split, the folds, --negatives, --limit-train and --limit-labels")
     g.add_argument("--limit-train", type=NATURAL, metavar="N", help="train on N images, classes in proportion; 0 is all "
                    "(the default, but 100 for students on digits that are trained with labels)")  # fmt: skip
     g.add_argument("--resolution", type=POSITIVE, help="input side in pixels; by default the dataset's (CIFAR and image "
@@ -177,7 +269,6 @@ def add_data_flags(parser, dataset="digits", batch_size=32):
     g.add_argument("--binary", action="store_true", help="benign against malignant (HAM10000: mel, bcc, akiec; ISIC 2017: melanoma)")
     g.add_argument("--negatives", type=POSITIVE, metavar="N", help="of ISIC 2024: keep N negatives of train and val; test keeps all")
     g.add_argument("--extra-train", metavar="FOLDER", help="of ISIC 2024: malignant images from elsewhere, to train only")
-    g.add_argument("--save-samples", type=picture, metavar="FILE.png", help="draw what the models see in the first epoch, side by side")
 
 
 def add_reading_flags(g):
@@ -192,6 +283,11 @@ def add_reading_flags(g):
     g.add_argument("--group-column", metavar="NAME", help="of csv and image_text: images that stay in one split (csv: group, patient_id, patient, "
                    "lesion_id, none is off; image_text: group)")  # fmt: skip
     g.add_argument("--split-column", metavar="NAME", help="of csv: train, val or test (split); none is off: then a fifth, always the same, is test")
+
+
+def add_positive_flag(g):
+    g.add_argument("--positive", nargs="+", metavar="NAME", help="positive class of average precision, pAUC and sensitivity, of each task with two "
+                   "classes; by default the other one beside benign, normal, negative, no, ..., else the second")  # fmt: skip
 
 
 def add_text_flags(g):
@@ -242,18 +338,31 @@ def balanced_classes(args, tasks):
 def split_flags(flags):
     """load_splits' keywords from {flag: value} of a run, of any age: those that say something."""
     given = {name: flags.get(name) for name in SPLIT_FLAGS}
-    given["limit_train"] = given["limit_train"] or None  # 0 is all
+    given.update({name: given[name] or None for name in ("limit_train", "limit_labels")})  # 0 is all
     return {name: value for name, value in given.items() if value is not None and value is not False}
 
 
-def take_split_flags(args, flags):
-    """Settle, where they are not given, the flags that say what the samples are, from another run on the same data."""
-    for name in SPLIT_FLAGS[SPLIT_FLAGS.index("hair_removal") :]:
+def take_split_flags(args, flags, path):
+    """Settle, where they are not given, the flags that say what the samples are, from the flags of a checkpoint (path).
+
+    On its own data another division is refused: its model has learned from what would be val here.  Raises UserError.
+    """
+    roots = [root and os.path.realpath(root) for root in (args.data_root, flags.get("data_root"))]
+    for name in SPLIT_FLAGS[SPLIT_FLAGS.index("val_split") :]:
         if name == "hf_dataset" and args.data_root:
             continue  # other images
         own = getattr(args, name, None)  # extract_embeddings.py has no flags of texts
         if own is None or own is False:
             setattr(args, name, flags.get(name, own))
+            continue
+        theirs = flags.get(name)
+        if name == "val_split" and theirs is None:
+            theirs = DATASETS[args.dataset].val_split
+        if name in DIVISION and own != theirs and roots[0] == roots[1]:
+            flag, theirs = f"--{name.replace('_', '-')}", "none" if theirs is None else theirs
+            raise UserError(
+                f"{flag} {own}: {path} was trained with {theirs}, so it knows images of this val; leave {flag} out"
+            )
 
 
 def add_augment_flags(parser):
@@ -326,6 +435,7 @@ def add_training_flags(parser, epochs, select=CLASSIFICATION):
                    help="evaluate and keep an average of the weights, as 0.999; 0 is off")  # fmt: skip
     g.add_argument("--patience", type=NATURAL, default=0, help="stop after this many epochs without gain in --select-metric; 0 is off")
     g.add_argument("--select-metric", default="accuracy", choices=select, metavar="METRIC", help=f"val metric that chooses the best epoch: {', '.join(select)}")
+    add_positive_flag(g)
     g.add_argument("--amp", default="auto", choices=("auto", "off", "bf16", "fp16"), help="mixed precision; auto: on a GPU")
     g.add_argument("--compile", default="auto", choices=("auto", "on", "off"), help="torch.compile; auto: on a GPU")
 
@@ -349,7 +459,7 @@ def config_argv(parser, values, source):
 
 def read_json(path):
     try:
-        with open(path) as file:
+        with open(path, encoding="utf-8-sig") as file:
             return json.load(file)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
@@ -358,13 +468,22 @@ def read_json(path):
 
 
 def check(args):
-    """Refuse values that argparse cannot judge one by one."""
+    """Refuse values that argparse cannot judge one by one; paths become absolute."""
+    for name in PATHS:
+        if getattr(args, name, None):
+            setattr(args, name, os.path.abspath(getattr(args, name)))
     if getattr(args, "window", None) and not args.window[0] < args.window[1]:
         raise UserError(f"--window {args.window[0]:g} {args.window[1]:g}: LOW must be below HIGH")
     if getattr(args, "hf_dataset", None) and args.data_root:
         raise UserError(f"--hf-dataset {args.hf_dataset} and --data-root {args.data_root} contradict each other: give one of them")
     if getattr(args, "nesterov", False) and args.optimizer not in ("sgd", None):
         raise UserError(f"--nesterov and --optimizer {args.optimizer} contradict each other: it is sgd's")
+    samples = getattr(args, "save_samples", None)
+    if samples and not args.sweep:  # a point has an --output of its own
+        folder = os.path.dirname(samples) or "."
+        made = os.path.abspath(folder) == os.path.abspath(args.output)
+        if os.path.isdir(samples) or not made and not (os.path.isdir(folder) and os.access(folder, os.W_OK)):
+            raise UserError(f"--save-samples {samples}: no file can be written there, name one in a folder that exists")
     frozen = "--freeze-backbone" if getattr(args, "freeze_backbone", False) else "--freeze" if getattr(args, "freeze", None) else None
     if frozen and not (args.pretrained or args.weights or args.init_checkpoint):
         raise UserError(f"{frozen} needs --pretrained, --weights or --init-checkpoint: random features teach a head nothing")
@@ -391,11 +510,11 @@ def parse_flags(parser, argv):
     saved = config_argv(parser, values, path)
     args = check(parser.parse_args(saved + argv))
     if args.resume:
-        before = parser.parse_args(saved)
+        before = check(parser.parse_args(saved))
         for dest, value in vars(args).items():
             if dest not in RESUME_MAY_CHANGE and value != getattr(before, dest):
                 flag = dest.replace("_", "-")
-                raise UserError(f"--{flag} {value} beside --resume: the run has {getattr(before, dest)}; only device, workers and epochs may change")
+                raise UserError(f"--{flag} {value} beside --resume: the run has {getattr(before, dest)}; only device, workers, epochs and data-root may change")
         if args.output not in (parser.get_default("output"), args.resume):
             raise UserError(f"--output {args.output} beside --resume {args.resume}: a resumed run stays in its folder")
         args.output = args.resume
@@ -436,6 +555,33 @@ def _of_script(path, point, script):
     return {**{key: value for key, value in point.items() if not key.endswith(".py")}, **point.get(script, {})}
 
 
+def without_flags(argv, names):
+    """argv without these flags and their values."""
+    kept, skip = [], False
+    for word in argv:
+        if word.startswith("--"):
+            skip = word.split("=")[0] in names
+        if not skip:
+            kept.append(word)
+    return kept
+
+
+def expand_seeds(parser, argv):
+    """[argv], one for each of --seeds: with that --seed, and OUTPUT_SEED for the run folder; [argv] itself without --seeds."""
+    args = parser.parse_args(argv)
+    seeds = getattr(args, "seeds", None)
+    if seeds is None:
+        return [argv]
+    given = {word.split("=")[0] for word in argv}
+    for flag in ("--seed", "--resume"):
+        if flag in given:
+            raise UserError(f"{flag} and --seeds cannot be combined: --seeds makes one run for each seed, in a folder of its own")
+    if len(set(seeds)) < len(seeds):
+        raise UserError(f"--seeds {' '.join(map(str, seeds))}: a seed is named twice")
+    rest = without_flags(argv, ("--seeds", "--output"))
+    return [[*rest, "--seed", str(seed), "--output", f"{args.output.rstrip('/')}_{seed}"] for seed in seeds]
+
+
 def expand_sweep(parser, argv):
     """argv with --sweep GRID --sweep-index N replaced by the point's flags; its run folder is OUTPUT/NAME.
 
@@ -452,14 +598,7 @@ def expand_sweep(parser, argv):
     if args.sweep_index >= len(points):
         raise UserError(f"--sweep-index {args.sweep_index} is past the grid: {args.sweep} has {len(points)} points, 0 to {len(points) - 1}")
     name, values = points[args.sweep_index]
-    kept, skip = [], False
-    for word in argv:
-        if word.split("=")[0] in ("--sweep", "--sweep-index"):
-            skip = "=" not in word
-        elif skip:
-            skip = False
-        else:
-            kept.append(word.replace("{name}", name))
+    kept = [word.replace("{name}", name) for word in without_flags(argv, ("--sweep", "--sweep-index"))]
     given = {parser._option_string_actions[w.split("=")[0]].dest for w in kept if w.split("=")[0] in parser._option_string_actions}
     for key in values:
         dest = key.replace("-", "_")
@@ -484,9 +623,8 @@ def data_root(given):
 def atomic_write(path):
     """Yield a path beside `path`; it takes the place of `path` if all goes well and is removed if not."""
     folder, name = os.path.split(os.path.abspath(path))
-    handle, temporary = tempfile.mkstemp(prefix=f".{name}.", dir=folder)
-    os.close(handle)
-    os.chmod(temporary, 0o644)
+    temporary = os.path.join(folder, f".{name}.{secrets.token_hex(4)}")  # RunFolder.open clears those of killed writers
+    open(temporary, "xb").close()
     try:
         yield temporary
         os.replace(temporary, path)
@@ -500,6 +638,14 @@ def write_json(path, value):
     with atomic_write(path) as temporary, open(temporary, "w") as file:
         json.dump(plain(value), file, indent=1, allow_nan=False)
         file.write("\n")
+
+
+def write_array(path, array):
+    """np.save; a full disk is an OSError that says so, as numpy's own does not."""
+    content = io.BytesIO()
+    np.save(content, array, allow_pickle=False)
+    with atomic_write(path) as temporary, open(temporary, "wb") as file:
+        file.write(content.getbuffer())
 
 
 def plain(value):
@@ -524,24 +670,33 @@ def environment(device):
         commit = None
     commit = commit or os.environ.get("GIT_COMMIT")  # a job's copy of the scripts has no .git
     return {"python": platform.python_version(), **versions, "git_commit": commit, "device": device,
-            "threads": torch.get_num_threads(), "processes": distributed.size(), "platform": platform.platform(), "command": shlex.join(sys.argv)}  # fmt: skip
+            "threads": torch.get_num_threads(), "processes": distributed.size(), "platform": platform.platform(),
+            "command": shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])}  # fmt: skip
 
 
 class RunFolder:
-    """A run's files; of several processes rank 0 writes them.  Nothing is written or replaced before `open`, so that bad input found earlier loses nothing."""
+    """A run's files; of several processes rank 0 writes them.
+
+    Nothing is written or replaced before `lock` and `open`, so that bad input found earlier loses nothing.
+    """
 
     OWN = ("config.json", "metrics.csv", "metrics.json", "results.json", "log.txt", "*.pth", "confusion_*.npy", "predictions_*.npz")
 
     def __init__(self, folder, resume=False, overwrite=False, dry=False):
-        self.folder, self.resume, self.rows, self._log, self._early = folder, resume, [], None, []
+        self.folder, self.resume, self.overwrite, self.rows, self._opened, self._early = folder, resume, overwrite, [], False, []
         self.writes = distributed.environment().rank == 0
         if resume:
             if overwrite:
                 raise UserError("--resume and --overwrite contradict each other")
             if not os.path.exists(self.path("latest.pth")):
                 raise UserError(f"{folder} has no latest.pth: nothing to resume, start again with --overwrite")
-        elif not overwrite and not dry and self.own_files():
-            raise UserError(f"{folder} holds a run: --resume {folder} continues it, --overwrite replaces it, --output names another folder")
+        elif not dry:
+            self._refuse_to_replace()
+
+    def _refuse_to_replace(self):
+        if not self.resume and not self.overwrite and any(map(os.path.getsize, self.own_files())):
+            raise UserError(f"{self.folder} holds a run: --resume {shlex.quote(self.folder)} continues it, --overwrite replaces it, "
+                            "--output names another folder")
 
     def path(self, name):
         return os.path.join(self.folder, name)
@@ -550,21 +705,55 @@ class RunFolder:
         """Paths of what a run has left in the folder."""
         return [f for pattern in self.OWN for f in glob.glob(os.path.join(glob.escape(self.folder), pattern))]
 
+    def lock(self):
+        """Make the folder and keep every other run off it as long as this process lives.  Raises UserError in all processes.
+
+        The lock is on log.txt, which is never replaced, and of the kind that NFS knows and workers do not inherit: it ends
+        with this process, and earlier if this process opens and closes that file again.
+        """
+        refused = None
+        if self.writes:
+            try:
+                self._lock()
+                self._refuse_to_replace()  # a run that came and ended since
+            except UserError as error:
+                refused = error
+        refused = distributed.gather(refused)[0]
+        if refused:
+            raise refused
+
+    def _lock(self):
+        os.makedirs(self.folder, exist_ok=True)
+        self._log = open(self.path("log.txt"), "a+", buffering=1, encoding="utf-8", errors="backslashreplace")
+        # a requeued job: of a node that died, NFS keeps the locks for a minute or two
+        patience = time.monotonic() + (120 if os.environ.get("SLURM_RESTART_COUNT") else 0)
+        while True:
+            try:
+                return fcntl.lockf(self._log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EAGAIN):
+                    return self.log(f"note: {self.folder} cannot be locked ({error.strerror}): start no other run there")
+                if time.monotonic() > patience:
+                    self._log.close()
+                    raise UserError(f"another run is writing {self.folder}: wait for it or stop it, or name another folder with --output") from None
+            time.sleep(1)
+
     def open(self, flags, environment, rows=0, log_bytes=0):
-        """Make the folder; `rows` and `log_bytes`: what a resumed checkpoint had seen, later lines are dropped."""
-        distributed.barrier()  # all have looked at what was there
+        """Begin to write, after `lock`; `rows` and `log_bytes`: what a resumed checkpoint had seen, later lines are dropped."""
         if not self.writes:
             return
-        os.makedirs(self.folder, exist_ok=True)
         if self.resume:
             self.rows = read_json(self.path("metrics.json"))[:rows] if rows else []
-            with open(self.path("log.txt"), "a+") as file:
-                file.truncate(min(log_bytes, os.path.getsize(self.path("log.txt"))))
-        else:
-            for file in self.own_files():
+        for file in () if self.resume else self.own_files():
+            if not file.endswith("log.txt"):
                 os.remove(file)
+        for pattern in self.OWN:  # of writers that were killed
+            for file in glob.glob(os.path.join(glob.escape(self.folder), f".{pattern}.{'?' * 8}")):
+                os.remove(file)
+        self._log.truncate(min(log_bytes, os.path.getsize(self.path("log.txt"))))
+        self._log.seek(0, os.SEEK_END)
         write_json(self.path("config.json"), {"flags": flags, "environment": environment})
-        self._log = open(self.path("log.txt"), "a", buffering=1)
+        self._opened = True
         for line in self._early:
             self._log.write(line + "\n")
         self._write_rows()
@@ -578,10 +767,10 @@ class RunFolder:
         if not self.writes:
             return
         print(text, flush=True)
-        if self._log is None:
-            self._early.append(text)
-        else:
+        if self._opened:
             self._log.write(text + "\n")
+        else:
+            self._early.append(text)
 
     def add_row(self, row):
         """One epoch's metrics, to metrics.csv and metrics.json."""

@@ -18,14 +18,15 @@ from common.metrics import better
 # teacher are told apart by their fingerprints, so their paths may differ from machine to machine.
 NOT_SETTINGS = {"seed", "seeds", "fold", "limit_train", "limit_labels", "output", "device", "workers", "overwrite", "resume", "cache", "config", "sweep", "sweep_index", "save_every",
                 "save_samples", "download", "data_root", "teacher_checkpoint", "dataset", "model", "method", "resolution",
-                "eval_dataset", "eval_data_root", "eval_every"}  # fmt: skip
+                "eval_dataset", "eval_data_root", "eval_every", "positive"}  # fmt: skip
 NEEDED = {"flags.seed": int, "dataset.name": str, "dataset.sha256.train": str, "dataset.sizes.train": int, "model.name": str, "model.family": str}
 OF_DISTILLED = {"method": str, "teacher.name": str}
 OF_LABELLED = {"dataset.sha256.test": str, "test.accuracy": (int, float)}
 NAMES = ("dataset", "teacher", "student", "method")
-TEST = ("test", "classes")  # must agree where two test figures are compared
+TEST = ("test", "classes", "positive")  # must agree where two test figures are compared
 STUDENT = ("dataset", "labels", *TEST, "student", "resolution")  # and these between a student and its baseline
 NOT_PERCENT = ("loss", "teacher_kl", "ece", "pauc")  # metrics that are not shown in per cent
+POSITIVE = ("average_precision", "pauc", "sensitivity_at_90_specificity")  # metrics of one of two classes
 KINDS = {"teacher": "#0072B2", "student without KD": "#E69F00", "student with KD": "#009E73"}  # Okabe-Ito colours
 KEYS = ("teacher_{}", "student_{}_without_kd", "student_{}_with_kd")  # of report.json, with the metric's name
 
@@ -57,7 +58,7 @@ def is_label_free(results):
 
 
 def check(results):
-    """Raises KeyError or ValueError where results.json does not hold what a comparison needs."""
+    """Raises KeyError, ValueError, TypeError or AttributeError where results.json does not hold what a comparison needs."""
     if results["role"] not in ("teacher", "student", "distill"):
         raise ValueError(f"the role is {results['role']!r}, not teacher, student or distill")
     for key in ("environment", "teacher", "val", "test", "final_val", "final_test"):
@@ -70,6 +71,10 @@ def check(results):
             value = value[key]
         if not isinstance(value, kind):
             raise ValueError(f"{dotted} is {value!r}")
+    for name in ("script", "checkpoint"):
+        if not isinstance(results.get(name) or "", str):
+            raise ValueError(f"{name} is {results[name]!r}")
+    shlex.split((results.get("environment") or {}).get("command") or "")  # as `how_to_repeat` does
     if not free and not 0 <= results["test"]["accuracy"] <= 1:
         raise ValueError(f"the test accuracy is {results['test']['accuracy']}, not between 0 and 1")
 
@@ -95,6 +100,7 @@ def identity(results):
         "method": results.get("method"),
         "resolution": results["model"].get("resolution"),
         "classes": dataset.get("classes"),
+        "positive": ", ".join(str(name) for key, name in (results.get("test") or {}).items() if key.endswith("positive")),
         "trained on": trained_on(results),
         **{split: dataset["sha256"].get(split) for split in ("test", "train")},
         "labels": (dataset.get("labelled") or {}).get("sha256", dataset["sha256"]["train"]),
@@ -251,7 +257,7 @@ def find_teacher(distilled, runs, notes, missing):
         fitting = [
             run
             for run in found
-            if is_label_free(first["results"]) or same_images(run, first, ("test",)) and same(run, first, ("classes",))
+            if is_label_free(first["results"]) or same_images(run, first, ("test",)) and same(run, first, ("classes", "positive"))
         ]
         *copies, used[sha] = sorted(fitting, key=lambda run: run["written"]) or [None]
         if not found:
@@ -363,6 +369,8 @@ def describe(members, notes, everyone, metric, runs):
         "label_free": free,
         **compare(members, "accuracy", [] if free else notes),
     }
+    if metric.endswith(POSITIVE) and first["id"]["positive"]:
+        notes.append(f"{metric}: the positive class is {first['id']['positive']}")
     if teacher and not distilled:
         group["teacher"] = teacher[0]["id"]["student"]
     if metric != "accuracy":
@@ -472,9 +480,13 @@ def how_to_repeat(run):
     environment, script = run["results"].get("environment") or {}, run["results"].get("script") or f"{run['results']['role']}.py"
     hardware = {key: environment.get(key) for key in ("device", "threads", "processes", "platform")}
     versions = {key: value for key, value in environment.items() if key not in (*hardware, "command", "git_commit")}
-    command, count = environment.get("command"), environment.get("processes") or 1
-    if not command or "--resume" in command:  # the command that resumed a run does not repeat it
-        command = f"{script} --config {shlex.quote(str(Path(run['path'], 'config.json')))} --output {shlex.quote(run['path'] + '_again')}"
+    words, count, path = shlex.split(environment.get("command") or ""), environment.get("processes") or 1, run["path"]
+    if not words or any(word.split("=")[0] == "--resume" for word in words):  # the command that resumed a run does not repeat it
+        words = [script, "--config", str(Path(path, "config.json"))]
+    elif "--output" in words:
+        place = words.index("--output")
+        del words[place : place + 2]
+    command = shlex.join([script, *words[1:], "--output", f"{path}_again"])  # words[0] may be a copy in a job's $TMPDIR
     start = "python" if count == 1 else f"torchrun --nproc-per-node {count}"
     return {"command": f"{start} {command}", "commit": environment.get("git_commit"), "versions": versions, "hardware": hardware}
 

@@ -1,7 +1,7 @@
 """Datasets and their splits.
 
 Needs augment.py, dermatology.py, distributed.py, images.py, splitting.py and tables.py of `common`, torch and numpy
-(image_text.py too for medpix and image_text; scikit-learn for digits, torchvision for CIFAR, h5py for ISIC 2024,
+(loader.py too for medmnist, image_text.py for medpix and image_text; scikit-learn for digits, torchvision for CIFAR, h5py for ISIC 2024,
 opencv-python-headless for hair removal, datasets for --hf-dataset).
 
     splits = load_splits("imagefolder", "data/cifar10")              # .train .val .test .classes .domain
@@ -21,6 +21,7 @@ from common import distributed
 from common.augment import PRESETS, Policy
 from common.dermatology import BINARY, STREAM_NEGATIVES, add_positives, fixed_test, read_ham10000, read_isic2017, read_isic2024
 from common.images import (
+    HIDDEN,
     IMAGE_SUFFIXES,
     TASK,
     DataError,
@@ -36,7 +37,7 @@ from common.images import (
     to_uint8,
 )
 from common.splitting import check_groups, limit, split_fold, split_off, stratified_rows, without_rows
-from common.tables import counted, note, read_csv
+from common.tables import SPLIT_NAMES, counted, nfc, note, read_csv, sorted_classes
 
 DIGITS_TEST_SHARE = 0.4  # of scikit-learn's 1,797 digits, which come without a split
 STREAM_VAL, STREAM_LIMIT, STREAM_DIGITS_TEST, STREAM_FOLDS = 1001, 1002, 1003, 1006  # of the counter-based generator
@@ -53,11 +54,11 @@ class DatasetInfo(NamedTuple):
     std: tuple
     policy: Policy  # augmentation
     val_split: float = 0.1  # share of train, where the dataset has no val of its own
-    student_images: int = 0  # --limit-train of the students; 0 is all
+    student_labels: int = 0  # with which students are trained (--limit-train, of distill.py --limit-labels); 0 is all
 
 
 DATASETS = {
-    # a hundred images: enough to learn from, too few to learn all of it alone, so that a teacher has something to give
+    # a hundred labels: enough to learn from, too few to learn all of it alone, so that a teacher has something to give
     "digits": DatasetInfo("handwriting", 8, (0.305,) * 3, (0.376,) * 3, Policy("pad", 0.125, rotation=10), 0.25, 100),
     "cifar10": DatasetInfo("natural", 32, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), CROP_AND_FLIP),
     "cifar100": DatasetInfo("natural", 32, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), CROP_AND_FLIP),
@@ -84,6 +85,7 @@ OWN_OPTIONS = {
 }
 WITHOUT_TEST = ("csv", "isic2024")  # the first may have one
 WITH_TEXTS = ("medpix", "image_text")  # and several tasks
+NEGATIVE = ("0", "benign", "control", "false", "healthy", "negative", "no", "normal")  # beside one of these the other class is positive
 
 
 @dataclass
@@ -94,12 +96,24 @@ class Splits:
     train: ImageDataset = None
     val: ImageDataset = None
     test: ImageDataset = None
+    labelled: int = None  # images of train that keep their labels, where not all do
+    positive: dict = None  # {task of two classes: index of the positive one}; names (--positive) become it
+
+    def __post_init__(self):
+        if not isinstance(self.positive, dict):
+            self.positive = positive_classes(self.classes, self.positive or ())
 
     def __str__(self):
         parts = {k: getattr(self, k) for k in ("train", "val", "test")}
         sizes = ", ".join(f"{len(part)} {k}" for k, part in parts.items() if part is not None)
+        sizes = sizes.replace(" train", f" train ({self.labelled} with labels)") if self.labelled is not None else sizes
         counts = ", ".join(f"{len(names)} classes" + ("" if task == TASK else f" of {task}") for task, names in tasks_of(self.classes).items())
-        return f"{self.name}: {sizes}, {counts}"
+        return ", ".join([f"{self.name}: {sizes}, {counts}", *(f"{key} class: {name}" for key, name in self.positive_names().items())])
+
+    def positive_names(self):
+        """For results.json: {"positive": name}, of several tasks <task>_positive for those of two classes."""
+        tasks = tasks_of(self.classes)
+        return {f"{task}_positive" if len(tasks) > 1 else "positive": tasks[task][index] for task, index in self.positive.items()}
 
     def describe(self):
         """Plain types for results.json."""
@@ -110,20 +124,43 @@ class Splits:
             "classes": self.classes if isinstance(self.classes, dict) else list(self.classes),
             "sizes": {k: len(v) for k, v in parts.items()},
             "sha256": {k: v.fingerprint(self.classes) for k, v in parts.items()},
+            **({} if self.labelled is None else {"labelled": self._labelled()}),
         }
 
+    def _labelled(self):
+        """{"train", "sha256"} of train's labelled images: number, and fingerprint of a run on them alone."""
+        labels = next(iter(self.train.targets.values()))
+        return {"train": self.labelled, "sha256": self.train.subset(np.flatnonzero(labels >= 0)).fingerprint(self.classes)}
 
-def load_splits(name, root=None, *, val_split=None, split_seed=0, limit_train=None, splits=("train", "val", "test"),
+
+def positive_classes(classes, given=()):
+    """{task: index of the positive class} of the tasks with two classes; given: names of --positive.  Raises DataError."""
+    binary = {task: list(names) for task, names in tasks_of(classes).items() if len(names) == 2}
+    unknown = [name for name in given if not any(name in names for names in binary.values())]
+    if unknown:
+        known = " or ".join(", ".join(names) for names in binary.values())
+        raise DataError(f"--positive {unknown[0]} is no class: choose {known}" if binary else f"--positive {unknown[0]}: no task here has two classes")
+    found = {}
+    for task, names in binary.items():
+        chosen = [name for name in names if name in given] or [b for a, b in (names, names[::-1]) if a.lower() in NEGATIVE]
+        if names[0] in given and names[1] in given:
+            raise DataError(f"--positive {' '.join(given)}: {names[0]} and {names[1]} are the two classes of one task, name one")
+        found[task] = names.index(chosen[0]) if len(chosen) == 1 else 1
+    return found
+
+
+def load_splits(name, root=None, *, val_split=None, split_seed=0, limit_train=None, limit_labels=None, splits=("train", "val", "test"),
                 classes=None, download=False, on_bad_image="error", decode_size=512, window=None, hair_removal=False,
-                folds=None, fold=None, include_list=None, labels=True, **own):
+                folds=None, fold=None, include_list=None, labels=True, positive=None, **own):
     """Read a dataset's splits; see DATASETS for the names.
 
     root: the folder (medmnist: the .npz, or a folder with one); val_split: share of train that becomes val where the
-    dataset has none of its own (by default DATASETS'); split_seed: fixes val, folds, negatives and limit_train (that
-    many of train, classes in proportion); splits: those wanted, the others are None; classes: the names a checkpoint
+    dataset has none of its own (by default DATASETS'); split_seed: fixes val, folds, negatives, limit_train (that
+    many of train, classes in proportion) and limit_labels (so many keep their labels, the images that limit_train would
+    leave; the others get -1); splits: those wanted, the others are None; classes: the names a checkpoint
     knows, in its order, for an outside test set; window: see `to_uint8`; hair_removal: see `remove_hair`; folds, fold:
     see `_divide`; include_list: a file of images' names, a line each, train keeps only these, or, beside extra_train,
-    all of its own and of the extra images these: see `_only_listed`; labels: whether the run needs them, which
+    all of its own and of the extra images these: see `_only_listed`; positive: see `positive_classes`; labels: whether the run needs them, which
     "unlabeled" has not (-1, no classes, no test); own: see OWN_OPTIONS and the readers.  Patients and lesions are never
     cut, where the dataset has groups.  Raises DataError.
     """
@@ -145,7 +182,7 @@ def load_splits(name, root=None, *, val_split=None, split_seed=0, limit_train=No
     elif name in ("cifar10", "cifar100"):
         parts, found = _cifar(name, root, download)
     elif name == "medmnist":
-        parts, found = _medmnist(root, window)
+        parts, found = _medmnist(root, window, wanted)
     elif name == "imagefolder":
         parts, found = _imagefolder(root, wanted, classes, decode_size, window)
     elif name == "unlabeled":
@@ -178,8 +215,9 @@ def load_splits(name, root=None, *, val_split=None, split_seed=0, limit_train=No
         parts = {k: without_bad_images(v) for k, v in parts.items()}
     known = {i for part in parts.values() for i in part.ids} if extra_train else None
     pool = [parts[k] for k in ("train", "val") if k in parts and (k == "train" or folds)]  # what train is chosen from
+    given = set() if name == "ham10000" else {"val", "test"} & set(parts) - ({"val"} if folds else set())
     parts = _divide(name, parts, val_split, split_seed, folds, fold, negatives)
-    result = Splits(name, DATASETS[name].domain, found if isinstance(found, dict) else list(found), **parts)
+    result = Splits(name, DATASETS[name].domain, found if isinstance(found, dict) else list(found), **parts, positive=positive)
     own = len(result.train) if "train" in splits and extra_train else None
     if own is not None:
         result.train = add_positives(result.train, extra_train, known)
@@ -187,12 +225,11 @@ def load_splits(name, root=None, *, val_split=None, split_seed=0, limit_train=No
         result.train = _only_listed(result.train, include_list, pool, own)
     for split in {"train", "val", "test"} - set(splits):
         setattr(result, split, None)
-    if classes is None and (name in OWN_OPTIONS or folds or include_list):
-        _check_classes(result)
-    if limit_train is not None and result.train is not None:
-        if not 1 <= limit_train <= len(result.train):
-            raise DataError(f"--limit-train {limit_train} is not in 1 to {len(result.train)}, the images of train")
-        result.train = limit(result.train, limit_train, split_seed, STREAM_LIMIT)
+    if classes is None:
+        _check_classes(result, given, labels, name in OWN_OPTIONS or folds or include_list)
+    if result.train is not None:
+        result.train = _limited(result.train, limit_train, limit_labels, split_seed)
+        result.labelled = limit_labels
     if hair_removal:
         for part in filter(None, (result.train, result.val, result.test)):
             part.hair_removal = True
@@ -220,9 +257,16 @@ def _tree(flag, folder, decode_size, window):
     folder = os.path.realpath(folder)
     paths = listed_images(folder)
     if not paths:
-        raise DataError(f"{flag} {folder} holds no images ({', '.join(IMAGE_SUFFIXES)})")
+        _refuse_without_images(f"{flag} {folder}", folder)
     ids = [path[len(folder.rstrip(os.sep)) + 1 :].replace(os.sep, "/") for path in paths]
     return ImageDataset(ids, np.full(len(ids), -1), paths=paths, decode_size=decode_size, window=window)
+
+
+def _refuse_without_images(what, folder):
+    others = []
+    images_below(folder, others=others)
+    found = f", only {counted(others, 'other files')}" if others else ""
+    raise DataError(f"{what} holds no images ({', '.join(IMAGE_SUFFIXES)}){found}")
 
 
 def _unlabeled(root, decode_size, window, hf_dataset=None):
@@ -328,16 +372,42 @@ def _only_listed(train, path, pool, own=None):
     return train.subset(np.array([*range(own or 0), *sorted(kept)]))
 
 
-def _check_classes(result):
-    """Refuse a split that lacks a class: its metrics would mean nothing."""
-    for split in ("train", "val", "test"):
-        part = getattr(result, split)
-        for task, names in tasks_of(result.classes).items() if part is not None else ():
-            present = set(part.targets[task].tolist())
-            for label, name in enumerate(names):
-                if label not in present:
-                    raise DataError(f"{split} has no image of the class {name!r} ({len(part)} images): take another --split-seed, fewer folds, "
-                                    "or a larger --val-split or dataset")  # fmt: skip
+def _limited(train, images, labels, seed):
+    """`images` of train, of which `labels` keep theirs (None: all); chosen alike, so that the fewer are among the more."""
+    for flag, count, most in (("train", images, len(train)), ("labels", labels, images or len(train))):
+        if count is not None and not 1 <= count <= most:
+            raise DataError(f"--limit-{flag} {count} is not in 1 to {most}, the images of train")
+    kept = None if labels is None else limit(train, labels, seed, STREAM_LIMIT).ids
+    if images is not None:
+        train = limit(train, images, seed, STREAM_LIMIT)
+    if labels is not None:
+        unlabelled = np.flatnonzero(~np.isin(train.ids, kept))
+        for values in train.targets.values():
+            values[unlabelled] = -1
+    return train
+
+
+def _check_classes(result, given, labels, refuse):
+    """Say which classes a split lacks; with `refuse` that is an error, but in val or test where they are `given`.
+
+    One class alone is refused where the run needs labels.
+    """
+    for task, names in tasks_of(result.classes).items():
+        kind = "" if task == TASK else f"{task} "
+        if len(names) == 1 and labels:
+            raise DataError(f"--dataset {result.name} has one {kind}class only, {names[0]!r}: there is nothing to tell apart")
+        for split in ("train", "val", "test"):
+            part = getattr(result, split)
+            present = set(part.targets[task].tolist() if part is not None else range(len(names)))
+            lacking = [name for label, name in enumerate(names) if label not in present]
+            if not lacking:
+                continue
+            some = ", ".join([*map(repr, lacking[:5]), *(["..."] if lacking[5:] else [])])
+            text = f"{split} has no image of {kind}{some} ({len(part)} images)"
+            if refuse and split not in given:
+                advice = ": take another --split-seed, fewer folds, or a larger --val-split or dataset"
+                raise DataError(text + ("" if given == {"val", "test"} else advice))
+            note(f"{text}: its metrics are of the other classes")
 
 
 def _with_classes(dataset, found, classes, name):
@@ -384,7 +454,7 @@ def _cifar(name, root, download):
     return parts, part.classes
 
 
-def _medmnist(root, window):
+def _medmnist(root, window, wanted):
     if root is None:
         raise DataError("--dataset medmnist needs --data-root FILE.npz")
     path = root
@@ -393,38 +463,69 @@ def _medmnist(root, window):
         if len(files) != 1:
             raise DataError(f"{root} holds {len(files)} .npz files: name the one, --data-root FILE.npz")
         path = os.path.join(root, files[0])
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            names = [f"{s}_{k}" for s in ("train", "val", "test") for k in ("images", "labels")]
-            missing = [n for n in names if n not in archive.files]
-            if missing:
-                raise DataError(f"{path} is no MedMNIST file: it lacks {', '.join(missing)}")
-            arrays = {n: archive[n] for n in names}
-    except (DataError, MemoryError):
-        raise
-    except Exception as error:  # zipfile and numpy raise half a dozen kinds on a damaged file
-        raise DataError(f"cannot read {path}: {error}") from None
-    num_classes, parts = 0, {}
+    kept = wanted | ({"val"} if "train" in wanted else set())
+    arrays = _read_npz(path, [f"{s}_{k}" for s in ("train", "val", "test") for k in ("images", "labels") if k == "labels" or s in kept])
+    for split in {"train", "val", "test"} - kept:  # their labels say what classes there are
+        arrays[f"{split}_images"] = np.broadcast_to(np.uint8(0), (len(arrays[f"{split}_labels"]), 1, 1))
+    classes, parts = None, {}
     for split in ("train", "val", "test"):
         images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
-        if images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] != 3) or not len(images):
+        if images.ndim == 4 and images.shape[3] == 1:
+            images = images[..., 0]
+        if images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] != 3) or not images.size:
             raise DataError(f"{path}: {split}_images of shape {images.shape} are no grey or colour images")
         if labels.ndim == 2 and labels.shape[1] == 1:
             labels = labels[:, 0]
         if labels.shape != (len(images),):
-            raise DataError(f"{path}: {split}_labels of shape {labels.shape} are not one class for each image")
+            raise DataError(f"{path}: {split}_labels of shape {labels.shape} are not one class for each image "
+                            "(multi-label data are not supported)")
+        with np.errstate(invalid="ignore"):
+            if labels.dtype.kind == "f" and not (labels % 1).any():  # whole numbers; NaN % 1 is NaN, which counts as true
+                labels = labels.astype(np.int64)
         if labels.dtype.kind not in "ui" or labels.min() < 0:
             raise DataError(f"{path}: {split}_labels are out of range ({labels.dtype}, from {labels.min()})")
         if split == "train":
-            num_classes, present = int(labels.max()) + 1, len(np.unique(labels))
-            if num_classes > 2 * present + 10:  # as 255, a -1 that was written as uint8
-                raise DataError(f"{path}: train_labels are out of range: {labels.max()} where {present} differ")
-        if labels.max() >= num_classes:
-            known = f"train has 0 to {num_classes - 1}"
-            raise DataError(f"{path}: {split}_labels are out of range: {labels.max()}, {known}")
+            classes = np.unique(labels)  # from 0 in MedMNIST's own files, from 1 in others
+            if classes[-1] >= 2 * len(classes) + 10:  # as 255, a -1 that was written as uint8
+                raise DataError(f"{path}: train_labels are out of range: {labels.max()} where {len(classes)} differ")
+        unknown = np.setdiff1d(labels, classes)
+        if len(unknown):
+            known = ", ".join(map(str, classes[:12]))
+            raise DataError(f"{path}: {split}_labels are out of range: {unknown[-1]}, train has {known}")
+        labels = np.searchsorted(classes, labels)
         images = to_uint8(images, window, f"{path}: {split}_images")
         parts[split] = ImageDataset([f"{split}/{i:06d}" for i in range(len(images))], labels, images)
-    return parts, [str(i) for i in range(num_classes)]
+    side, default = parts["train"].images.shape[1], DATASETS["medmnist"].resolution
+    if side > default:
+        note(f"{path} has images of {side} px: --resolution {side} keeps them, the default is {default}")
+    return {split: part for split, part in parts.items() if split in kept}, [str(i) for i in classes]
+
+
+def _read_npz(path, names):
+    """{name: array} of a MedMNIST file.  By the headers, before any array is read, refuses what holds no numbers or does
+    not fit in memory: 3 MB may unpack to 3 GB.  Raises DataError."""
+    from common.loader import available_memory
+
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            missing = [n for n in names if n not in archive.files]
+            if missing:
+                raise DataError(f"{path} is no MedMNIST file: it lacks {', '.join(missing)}")
+            needed, free = 0, available_memory()
+            for name in names:
+                with archive.zip.open(f"{name}.npy") as file:
+                    read = np.lib.format.read_array_header_1_0 if np.lib.format.read_magic(file) == (1, 0) else np.lib.format.read_array_header_2_0
+                    shape, _, dtype = read(file)
+                if dtype.kind not in "biuf":
+                    raise DataError(f"{path}: {name} holds values of type {dtype}, not numbers")
+                needed += math.prod(shape) * (dtype.itemsize + (dtype.itemsize > 1))  # what is deeper becomes uint8
+            if needed > free:
+                raise DataError(f"{path} takes {needed / 1e9:,.1f} GB of memory unpacked, {free / 1e9:,.1f} GB are free: use a smaller file or more memory")
+            return {n: archive[n] for n in names}
+    except (DataError, MemoryError):
+        raise
+    except Exception as error:  # zipfile and numpy raise half a dozen kinds on a damaged file
+        raise DataError(f"cannot read {path}: {error}") from None
 
 
 def _imagefolder(root, splits, classes, decode_size, window):
@@ -432,35 +533,50 @@ def _imagefolder(root, splits, classes, decode_size, window):
         raise DataError("--dataset imagefolder needs --data-root FOLDER with train/ and test/ (val/ if there is one)")
     if not os.path.isdir(root):
         raise DataError(f"--data-root {root} is no folder")
-    parts, found = {}, list(classes) if classes is not None else None
-    own_val, wanted = os.path.isdir(os.path.join(root, "val")), set(splits)
-    if "train" in wanted or ("val" in wanted and not own_val):  # val is split off train where it has no folder
+    folders, parts, wanted, found = _split_folders(root), {}, set(splits), list(classes) if classes is not None else None
+    if "train" in wanted or ("val" in wanted and "val" not in folders):  # val is split off train where it has no folder
         wanted |= {"train", "val"}
     for split in ("train", "val", "test"):
-        folder = os.path.join(root, split)
-        if split not in wanted or (split == "val" and not own_val):
+        if split not in wanted or (split == "val" and "val" not in folders):
             continue
-        if not os.path.isdir(folder):
+        if split not in folders:
             raise DataError(f"{root} has no folder {split}/: imagefolder wants train/CLASS/..., test/CLASS/...")
-        names = sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
+        folder, paths, labels, others = os.path.join(root, folders[split]), [], [], []
+        names = sorted((nfc(e.name), e.path) for e in os.scandir(folder) if e.is_dir() and not e.name.startswith(HIDDEN))
         if not names:
             raise DataError(f"{folder} has no class folders")
         if found is None:
-            found = names
-        unknown = [n for n in names if n not in found]
+            found = sorted_classes(folder, [name for name, _ in names])
+        place = {nfc(name): label for label, name in enumerate(found)}
+        unknown = [name for name, _ in names if name not in place]
         if unknown:
             where = "train/ has not" if classes is None else "the checkpoint does not know"
             raise DataError(f"{folder} has class folders that {where}: {', '.join(unknown[:5])}")
-        paths, labels = [], []
-        for name in names:
-            files = images_below(os.path.join(folder, name))
-            if not files:
-                raise DataError(f"{os.path.join(folder, name)} has no images ({', '.join(IMAGE_SUFFIXES[:4])}, ...)")
+        for name, below in names:
+            files = images_below(below, others=others)
+            if not files and split == "train":  # in val and test a class may be absent
+                _refuse_without_images(below, below)
             paths += files
-            labels += [found.index(name)] * len(files)
+            labels += [place[name]] * len(files)
+        if not paths:
+            _refuse_without_images(folder, folder)
+        if others:
+            note(counted(others, f"files in {folder} have no image's ending and are not used"))
         ids = [os.path.relpath(p, root).replace(os.sep, "/") for p in paths]
         parts[split] = ImageDataset(ids, labels, paths=paths, decode_size=decode_size, window=window)
     return parts, found
+
+
+def _split_folders(root):
+    """{split: its folder in root}: train, val, test, or else one of SPLIT_NAMES in any case, which is noted."""
+    folders = {}
+    for name in sorted(os.listdir(root), key=lambda name: (name not in SPLIT_NAMES.values(), name)):
+        split = SPLIT_NAMES.get(name.lower())
+        if split and os.path.isdir(os.path.join(root, name)):
+            taken = folders.setdefault(split, name)
+            if name != split:
+                note(f"{root}: {name}/ is " + (f"taken as {split}" if taken == name else f"not used beside {taken}/"))
+    return folders
 
 
 def without_bad_images(dataset):

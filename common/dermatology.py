@@ -37,10 +37,10 @@ def read_ham10000(root, *, on_bad_image="error", binary=False, **decoding):
     folders = [os.path.join(root, f) for f in HAM10000_FOLDERS if os.path.isdir(os.path.join(root, f))]
     if not folders:
         raise DataError(f"{root} has no folder images/ nor HAM10000_images_part_1/ and _2/")
-    matched = match_images(path, table["image_id"], images_by_name(folders), root, on_bad_image)
-    table = select_rows(table, [row for row, _ in matched])
+    rows, paths = match_images(path, table["image_id"], images_by_name(folders), root, on_bad_image)
+    table = select_rows(table, rows)
     labels = label_numbers(path, table["dx"], HAM10000, "dx")
-    whole = ImageDataset(table["image_id"], labels, paths=[p for _, p in matched], groups=table["lesion_id"], **decoding)
+    whole = ImageDataset(table["image_id"], labels, paths=paths, groups=table["lesion_id"], **decoding)
     parts = fixed_test(whole)
     if not binary:
         return parts, list(HAM10000)
@@ -60,14 +60,14 @@ def read_isic2017(root, *, splits, on_bad_image="error", binary=False, **decodin
         if not os.path.isdir(folder):
             raise DataError(f"{root} has no folder {name}_Data/")
         found = images_by_name([folder], keep=lambda stem: not stem.endswith("_superpixels"))
-        matched = match_images(path, table["image_id"], found, folder, on_bad_image)
-        table = select_rows(table, [row for row, _ in matched])
+        rows, paths = match_images(path, table["image_id"], found, folder, on_bad_image)
+        table = select_rows(table, rows)
         melanoma, keratosis = (_flags(path, column, table[column]) for column in ("melanoma", "seborrheic_keratosis"))
         if (melanoma & keratosis).any():
             both = [i for i, m, k in zip(table["image_id"], melanoma, keratosis) if m and k]
             raise DataError(counted(both, f"rows of {path} are melanoma and seborrheic_keratosis"))
         labels = melanoma if binary else np.where(melanoma, 0, np.where(keratosis, 2, 1))
-        parts[split] = ImageDataset(table["image_id"], labels, paths=[p for _, p in matched], **decoding)
+        parts[split] = ImageDataset(table["image_id"], labels, paths=paths, **decoding)
     return parts, list(BINARY if binary else ISIC2017)
 
 
@@ -79,11 +79,11 @@ def read_isic2024(root, *, on_bad_image="error", **decoding):
     if not os.path.isfile(store):
         raise DataError(f"{root} has no file train-image.hdf5")
     images = {i: HDF5Image(store, i) for i in hdf5_ids(store)}
-    matched = match_images(path, table["isic_id"], images, store, on_bad_image)
-    table = select_rows(table, [row for row, _ in matched])
+    rows, paths = match_images(path, table["isic_id"], images, store, on_bad_image)
+    table = select_rows(table, rows)
     labels = _flags(path, "target", table["target"])
-    groups = [patient or i for patient, i in zip(table["patient_id"], table["isic_id"])]
-    return {"train": ImageDataset(table["isic_id"], labels, paths=[p for _, p in matched], groups=groups, **decoding)}, list(BINARY)
+    whole = ImageDataset(table["isic_id"], labels, paths=paths, groups=table["patient_id"], **decoding)
+    return {"train": whole}, list(BINARY)
 
 
 def add_positives(train, folder, known):

@@ -6,10 +6,14 @@
 Needs torch alone.  In a single process every function here does nothing or returns what it was given.
 """
 
+import contextlib
 import datetime
 import os
 import re
+import socket
 import subprocess
+import threading
+import time
 from typing import NamedTuple
 
 import torch
@@ -17,7 +21,8 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 TIMEOUT = datetime.timedelta(minutes=30)  # for processes that wait for a download or a checkpoint of rank 0
-_cpu_group = None
+MEETING = datetime.timedelta(seconds=60)  # until all have started
+_cpu_group, _alone = None, False
 
 
 class Processes(NamedTuple):
@@ -30,34 +35,70 @@ class Processes(NamedTuple):
 def environment():
     """Which of how many processes this is, from torchrun's variables or a step's of srun."""
     get = os.environ.get
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+    if get("RANK") and get("WORLD_SIZE"):
         size = int(get("WORLD_SIZE"))
-        return Processes(int(get("RANK")), size, int(get("LOCAL_RANK", 0)), int(get("LOCAL_WORLD_SIZE", size)))
-    if "SLURM_STEP_ID" in os.environ and "SLURM_PROCID" in os.environ:  # the batch script itself has no step's id
-        size = int(get("SLURM_STEP_NUM_TASKS", 1))
+        return Processes(int(get("RANK")), size, int(get("LOCAL_RANK") or 0), int(get("LOCAL_WORLD_SIZE") or size))
+    if get("SLURM_STEP_ID") and get("SLURM_PROCID"):  # the batch script itself has no step's id
+        size = int(get("SLURM_STEP_NUM_TASKS") or 1)
         counts = []  # "2(x3),1" -> [2, 2, 2, 1] tasks on each node
         for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", get("SLURM_STEP_TASKS_PER_NODE", "1")):
             counts += [int(count)] * int(times or 1)
-        node = int(get("SLURM_NODEID", 0))
-        return Processes(int(get("SLURM_PROCID")), size, int(get("SLURM_LOCALID", 0)), counts[node] if node < len(counts) else 1)
+        node = int(get("SLURM_NODEID") or 0)
+        return Processes(int(get("SLURM_PROCID")), size, int(get("SLURM_LOCALID") or 0), counts[node] if node < len(counts) else 1)
     return Processes()
 
 
 def start(device):
-    """Join the other processes, if there are any: nccl between GPUs, gloo between CPUs.  Raises RuntimeError, ValueError."""
-    global _cpu_group
+    """Join the other processes, if there are any: nccl between GPUs, gloo between CPUs.  Raises RuntimeError, ValueError.
+
+    Says whom it waits for after some seconds and gives up after a minute: a shell of `srun --pty`, or one where RANK and
+    WORLD_SIZE were left, promises processes that nobody starts.
+    """
+    global _cpu_group, _alone
     here = environment()
     if here.size == 1 or dist.is_initialized():
         return
-    if "MASTER_ADDR" not in os.environ:  # torchrun sets it
-        names = subprocess.run(["scontrol", "show", "hostnames", os.environ["SLURM_STEP_NODELIST"]], capture_output=True, text=True)
-        os.environ["MASTER_ADDR"] = names.stdout.split()[0] if names.returncode == 0 else "127.0.0.1"
-        job, step = int(os.environ["SLURM_JOB_ID"]), int(os.environ["SLURM_STEP_ID"])
-        os.environ.setdefault("MASTER_PORT", str(20000 + (job * 7 + step) % 20000))
+    if not os.environ.get("MASTER_ADDR"):  # torchrun sets it
+        names = []
+        with contextlib.suppress(OSError):
+            hosts = ["scontrol", "show", "hostnames", os.environ.get("SLURM_STEP_NODELIST", "")]
+            names = subprocess.run(hosts, capture_output=True, text=True).stdout.split()
+        os.environ["MASTER_ADDR"] = names[0] if names else "127.0.0.1"
+    if not os.environ.get("MASTER_PORT"):
+        job, step = (int(os.environ.get(name) or 0) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+        os.environ["MASTER_PORT"] = str(20000 + (job * 7 + step) % 20000)
     backend = "nccl" if device.type == "cuda" else "gloo"
     own = device if device.type == "cuda" else None
-    dist.init_process_group(backend, rank=here.rank, world_size=here.size, timeout=TIMEOUT, device_id=own)
-    _cpu_group = dist.new_group(backend="gloo", timeout=TIMEOUT)  # for objects and signals, which must not wait for a GPU
+    whence = "WORLD_SIZE" if os.environ.get("RANK") else "SLURM_STEP_NUM_TASKS"
+    waiting = f"process {here.rank} waits for the others of {here.size} ({whence}={here.size}) at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    advice = "start them with torchrun or srun; for one process alone: env -u RANK -u SLURM_STEP_ID python ..."
+    timer = threading.Timer(5, print, [f"{waiting}: {advice}"], {"flush": True})
+    timer.daemon, _alone = True, True
+    timer.start()
+    try:
+        if here.rank:
+            _await_first()
+        store, *_ = next(dist.rendezvous("env://", here.rank, here.size, timeout=MEETING))
+        store.set_timeout(MEETING)
+        dist.init_process_group(backend, store=dist.PrefixStore("default_pg", store), rank=here.rank, world_size=here.size, timeout=TIMEOUT, device_id=own)
+        _cpu_group = dist.new_group(backend="gloo", timeout=TIMEOUT)  # for objects and signals, which must not wait for a GPU
+    except (RuntimeError, ValueError) as error:
+        raise RuntimeError(f"{waiting}, in vain ({str(error).splitlines()[0][:100]}): {advice}") from None
+    finally:
+        timer.cancel()
+    _alone = False
+
+
+def _await_first():
+    """Until rank 0 listens: torch's own attempts take longer and print a stack trace each.  Raises RuntimeError."""
+    end = time.monotonic() + MEETING.total_seconds()
+    while True:
+        try:
+            return socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), 5).close()
+        except OSError as error:
+            if time.monotonic() > end:
+                raise RuntimeError(str(error)) from None
+        time.sleep(0.2)
 
 
 def stop():
@@ -108,11 +149,16 @@ def barrier():
 def first_to_fail():
     """Whether this process is the first that ends with an error: it alone says why."""
     if not dist.is_initialized():
-        return environment().rank == 0  # bad flags: all processes were given the same
+        return _alone or environment().rank == 0  # bad flags: all processes were given the same
     try:
         return dist.distributed_c10d._get_default_store().add("failed", 1) == 1
     except (RuntimeError, ValueError):  # rank 0, which keeps the count, has gone
         return rank() == 0
+
+
+def lost(error):
+    """Whether this error says that another process is no longer there."""
+    return size() > 1 and any(word in str(error) for word in ("Connection", "Timed out", "NCCL", "gloo"))
 
 
 def gather(value):

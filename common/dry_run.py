@@ -33,7 +33,8 @@ def show(args, run, splits, loaders, updater, preprocess, classes, weights_from=
     if distributed.rank() == 0:
         lines = ["dry run: nothing is trained or written"]
         lines += about_data(splits, preprocess.resolution) + [""]
-        lines += about_models(model, preprocess.resolution, source, criterion, weights_from) + [""]
+        lines += about_models(model, preprocess.resolution, source, criterion, weights_from)
+        lines += [described("normalization", preprocess), ""]
         lines += about_steps(args, train, done) + [""]
         lines += about_memory(model, updater, loaders, source, criterion, views or [(preprocess.resolution, 1)]) + [""]
         lines += about_files(args, run, splits, classes, checkpoint_bytes(updater, criterion), done)
@@ -110,8 +111,7 @@ def about_steps(args, train, done):
 def about_memory(model, updater, loaders, source, criterion, views):
     """What lies on the device in a step, and the cache of images, wherever it is."""
     device, train = updater.precision.device, loaders[0]
-    rows_at_once = train.batch_size // (distributed.size() * train.accumulate)
-    passes = [(side, count * rows_at_once) for side, count in views if count]
+    passes = [(side, count * train.rows_at_once) for side, count in views if count]
     parts = {"weights": state_bytes(model) + state_bytes(criterion), **training_bytes(updater)}
     if source is not None and source.model:
         parts["teacher"] = state_bytes(source.model[0])

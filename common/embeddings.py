@@ -12,18 +12,20 @@ Needs augment.py, cli.py and images.py of `common`, torch and numpy.
 
 import contextlib
 import json
+import math
 import os
 
 import numpy as np
 import torch
 
 from common.augment import Policy, uniform
-from common.cli import UserError, read_json, write_json
+from common.cli import UserError, read_json, write_array, write_json
 from common.images import TASK
 
 FORMAT = 1
 PART = ".part"  # of all that is not complete
 DTYPES = ("float16", "float32")
+META = ("seed", "policy", "num_views", "shapes", "count", "dtype")  # what every store says
 
 
 def split_folder(root, split):
@@ -73,8 +75,8 @@ class Writer:
         if creates:
             self._create(overwrite, dtype)
         if not self.complete:
-            self.arrays = {name: np.load(self.path(name) + PART, "r+", allow_pickle=False) for name in shapes}
-            self.done = np.load(self.path("done") + PART, "r+", allow_pickle=False)
+            self.arrays = {name: load(self.path(name) + PART, "r+") for name in shapes}
+            self.done = load(self.path("done") + PART, "r+")
 
     def path(self, name):
         return os.path.join(self.folder, f"{name}{self.suffix}.npy")
@@ -100,17 +102,17 @@ class Writer:
             self.complete = not found[0].endswith(PART)
             if self.complete or os.path.exists(self.path("done") + PART):
                 return
-        np.save(os.path.join(self.folder, "ids.npy"), self.ids)
-        np.save(os.path.join(self.folder, "labels.npy"), self.labels)
+        write_array(os.path.join(self.folder, "ids.npy"), self.ids)
+        write_array(os.path.join(self.folder, "labels.npy"), self.labels)
         with contextlib.suppress(FileNotFoundError):
             os.remove(os.path.join(self.folder, "groups.npy"))  # of what is replaced
         if self.groups is not None:
-            np.save(os.path.join(self.folder, "groups.npy"), self.groups)
+            write_array(os.path.join(self.folder, "groups.npy"), self.groups)
         rows = self.stop - self.start
         for name, shape in self.meta["shapes"].items():
-            np.lib.format.open_memmap(self.path(name) + PART, "w+", dtype, (rows, *shape)).flush()
+            allocate(self.path(name) + PART, dtype, (rows, *shape))
         write_json(self._meta_path + PART, self.meta)
-        np.lib.format.open_memmap(self.path("done") + PART, "w+", np.uint8, (rows,)).flush()  # last: it says that all is there
+        allocate(self.path("done") + PART, np.uint8, (rows,))  # last: it says that all is there
 
     def _check_ids(self):
         ids = load(os.path.join(self.folder, "ids.npy"))
@@ -153,6 +155,22 @@ class Writer:
         os.remove(self.path("done") + PART)
 
 
+def allocate(path, dtype, shape):
+    """A new .npy of zeros, memory-mapped.  Its space is taken at once: a disk or a quota that is too small is found now,
+    not by a bus error when the rows are written.  Raises UserError."""
+    try:
+        array = np.lib.format.open_memmap(path, "w+", dtype, shape)
+        if hasattr(os, "posix_fallocate"):  # not on macOS
+            with open(path, "r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.remove(path)
+        size = np.dtype(dtype).itemsize * math.prod(shape) / 1e6
+        raise UserError(f"cannot write {path}, which takes {size:,.1f} MB: {error.strerror}") from None
+    return array
+
+
 def load(path, mmap=None):
     """np.load without pickles; what is wrong with the file as UserError."""
     try:
@@ -182,7 +200,7 @@ def merge(folder, count):
     files = []
     for name, shape in meta["shapes"].items():
         target = os.path.join(folder, name + ".npy")
-        whole = np.lib.format.open_memmap(target + PART, "w+", meta["dtype"], (meta["count"], *shape))
+        whole = allocate(target + PART, meta["dtype"], (meta["count"], *shape))
         for i in range(count):
             start, stop = shard_rows(meta["count"], (i, count))
             path = os.path.join(folder, f"{name}{shard_suffix((i, count))}.npy")
@@ -226,6 +244,9 @@ class Store:
         self.meta = read_json(os.path.join(folder, "meta.json"))
         if not isinstance(self.meta, dict) or self.meta.get("format") != FORMAT:
             raise UserError(f"{folder}/meta.json is of another format than this version's ({FORMAT})")
+        lacking = [name for name in META if name not in self.meta]
+        if lacking:
+            raise UserError(f"{folder}/meta.json lacks {', '.join(lacking)}: extract them again")
         self.seed, self.policy, self.num_views = self.meta["seed"], Policy.from_dict(self.meta["policy"]), self.meta["num_views"]
         self.ids, self.labels = (load(os.path.join(folder, f"{name}.npy")) for name in ("ids", "labels"))
         groups = os.path.join(folder, "groups.npy")
@@ -237,8 +258,9 @@ class Store:
             if array.shape != expected or array.dtype != self.meta["dtype"]:
                 raise UserError(f"{path} is {array.dtype} {array.shape}, its meta.json says {self.meta['dtype']} {expected}")
             self.arrays[name] = array
-        if len(self.ids) != self.meta["count"] or len(self.labels) != self.meta["count"]:
-            raise UserError(f"{folder} has {len(self.ids)} ids and {len(self.labels)} labels for {self.meta['count']} rows")
+        if not self.ids.shape == self.labels.shape == (self.meta["count"],) or self.ids.dtype.kind != "U" or self.labels.dtype.kind not in "iu":
+            raise UserError(f"{folder} has ids {self.ids.dtype} {self.ids.shape} and labels {self.labels.dtype} {self.labels.shape} for "
+                            f"{self.meta['count']} rows")  # fmt: skip
         if self.groups is not None and len(self.groups) != len(self.ids):
             raise UserError(f"{folder} has {len(self.groups)} groups for {len(self.ids)} rows")
         self._order = np.argsort(self.ids, kind="stable")

@@ -13,7 +13,7 @@ import torch
 
 from common import distributed, metrics
 from common.augment import Augmenter, Policy
-from common.cli import UserError, atomic_write, read_json, split_flags, write_json
+from common.cli import UserError, atomic_write, read_json, split_flags, write_array, write_json
 from common.cli import data_root as find_data_root
 from common.data import load_splits
 from common.images import TASK, logits_name, tasks_of
@@ -29,12 +29,12 @@ def predict(model, loader, preprocess, precision, interrupts=None):
     return {task: found[name] for task, name in names.items()}
 
 
-def task_metrics(logits, targets, teacher=None):
+def task_metrics(logits, targets, teacher=None, positive=None):
     """Metrics of {task: logits (N, C)} against {task: labels (N,)}, and fidelity to a teacher's logits {task: (N, C)}.
 
-    Of several tasks <task>_<metric> for each, and <metric>, their mean (None where one is).
+    positive: {task: index} of the positive class of two (1).  Of several tasks <task>_<metric> for each, and <metric>, their mean (None where one is).
     """
-    found = {task: metrics.classification(values, targets[task]) for task, values in logits.items()}
+    found = {task: metrics.classification(values, targets[task], (positive or {}).get(task, 1)) for task, values in logits.items()}
     for task, of in found.items() if teacher is not None else ():
         of.update(metrics.fidelity(logits[task], teacher[task], targets[task]))
     if len(found) == 1:
@@ -53,12 +53,12 @@ def outputs(model, loader, preprocess, precision, names=("logits", "embedding"),
     model.eval()
     distributed.broadcast(model.buffers())  # each process's BatchNorm has seen other images
     with torch.no_grad():
-        for batch in loader.batches():
+        for number, batch in enumerate(loader.batches(), 1):
             with precision.autocast():
                 out = model(preprocess.inputs(batch, augment(batch, preprocess.resolution)))
             parts.append([out[name][: batch["valid"]].float() for name in names])
             rows.append(batch["index"][: batch["valid"]])
-            if interrupts is not None and distributed.size() == 1:
+            if interrupts is not None and number <= len(loader) // distributed.size():  # as many in each process
                 interrupts.check()
     model.train(was_training)
     own = torch.cat(rows).numpy() if rows else None, [torch.cat(values).cpu().numpy() for values in zip(*parts)]
@@ -84,7 +84,9 @@ def distillation_loss(model, criterion, targets, loader, preprocess, precision, 
     was_training, augment, total, count = model.training, Augmenter(Policy(), 0), 0.0, 0
     model.eval(), criterion.eval()
     distributed.broadcast(model.buffers())
-    for batch in loader.batches():
+    for number, batch in enumerate(loader.batches(), 1):
+        if interrupts is not None and number <= len(loader) // distributed.size():
+            interrupts.check()
         with precision.autocast():
             out = model(preprocess.inputs(batch, augment(batch, preprocess.resolution)))
         valid = batch["valid"]
@@ -92,8 +94,6 @@ def distillation_loss(model, criterion, targets, loader, preprocess, precision, 
             continue
         loss = criterion(_rows(out, valid), _rows(targets(batch), valid), _rows(batch["targets"], valid), ce=False)
         total, count = total + loss * valid, count + valid
-        if interrupts is not None and distributed.size() == 1:
-            interrupts.check()
     model.train(was_training), criterion.train()
     parts = distributed.gather((float(total), count))
     if interrupts is not None:
@@ -121,14 +121,15 @@ def live_teacher(teacher, preprocess, augment, precision):
     return targets
 
 
-def is_chance_level(balanced_accuracy, num_classes, labels):
-    """Whether a balanced accuracy on `labels` (N,) is within two standard deviations of guessing, 1 / C.
+def chance_auc(labels):
+    """The AUC that guesses on `labels` (N,) stay below: 0.5 and two standard deviations; infinity for one class alone.
 
-    It is a mean of recalls, so a class with few samples widens the margin.
+    Of guesses the AUC of n1 against n0 has the variance (n1 + n0 + 1) / (12 n1 n0), Mann and Whitney 1947.  The mean
+    over classes deviates by the mean of their deviations at most, however their scores depend on each other.
     """
-    chance, counts = 1 / num_classes, np.unique(labels, return_counts=True)[1]
-    deviation = math.sqrt((chance * (1 - chance) / counts).sum()) / len(counts)
-    return balanced_accuracy < chance + 2 * deviation
+    counts = np.unique(labels, return_counts=True)[1].astype(float)
+    others = len(labels) - counts
+    return math.inf if len(counts) < 2 else 0.5 + 2 * float(np.sqrt((len(labels) + 1) / (12 * counts * others)).mean())
 
 
 def write_results(run, splits, loaders, recorder, preprocess, precision, *, script, method=None, teacher=None,
@@ -161,9 +162,10 @@ def write_results(run, splits, loaders, recorder, preprocess, precision, *, scri
                 results[prefix + split] = judge(split, loader)
                 continue
             logits = predict(model, loader, preprocess, precision, recorder.interrupts)
-            results[prefix + split] = task_metrics(logits, loader.dataset.targets, teacher_logits and teacher_logits[split])
+            found = task_metrics(logits, loader.dataset.targets, teacher_logits and teacher_logits[split], splits.positive)
+            results[prefix + split] = {**found, **splits.positive_names()}
             if not prefix and writes:
-                write_predictions(run.folder, split, loader.dataset, logits, splits.classes)
+                write_predictions(run.folder, split, loader.dataset, logits, splits)
                 best_logits[split] = logits
     if not writes:
         return results
@@ -174,7 +176,7 @@ def write_results(run, splits, loaders, recorder, preprocess, precision, *, scri
         wall_time_s=round(recorder.seconds, 1),
     )  # fmt: skip
     # after the peak of memory was read, and while no other process waits
-    found = {split: uncertainty(logits, loaders[split].dataset, splits.classes) for split, logits in best_logits.items()}
+    found = {split: uncertainty(logits, loaders[split].dataset, splits) for split, logits in best_logits.items()}
     results.update({key: {split: of[key] for split, of in found.items()} for key in ("intervals", "class_recalls")})
     write_json(run.path("results.json"), results)
     try:  # the figures above are safe by now
@@ -206,17 +208,17 @@ def verdict(results, path):
     return f"test {', '.join(figures)} {best}; last epoch {results['final_test']['accuracy']:.4f}; {path}"
 
 
-def uncertainty(logits, dataset, classes):
+def uncertainty(logits, dataset, splits):
     """What stands beside a split's metrics: {"intervals": {metric: [low, high] or None}, "class_recalls": {class: recall or None}}.
 
-    logits: {task: (N, C)}; of several tasks the keys are <task>_<metric> and <task>_<class>.  The intervals are of 95 %, by
-    resampling lesions, patients or cases where the dataset has groups, else images.
+    logits: {task: (N, C)}; splits: for classes and positive ones; of several tasks the keys are <task>_<metric> and
+    <task>_<class>.  The intervals are of 95 %, by resampling lesions, patients or cases where the dataset has groups, else images.
     """
     result = {"intervals": {}, "class_recalls": {}}
-    for task, names in tasks_of(classes).items():
+    for task, names in tasks_of(splits.classes).items():
         labels, prefix = dataset.targets[task], f"{task}_" if len(logits) > 1 else ""
         chosen = metrics.RESAMPLED if len(names) <= 100 else metrics.RESAMPLED[:2]  # curves of each class take minutes on ImageNet
-        found = metrics.bootstrap(logits[task], labels, dataset.groups, names=chosen)
+        found = metrics.bootstrap(logits[task], labels, dataset.groups, names=chosen, positive=splits.positive.get(task, 1))
         result["intervals"].update({prefix + name: value for name, value in found.items()})
         recalls = metrics.class_recalls(logits[task], labels)
         result["class_recalls"].update({prefix + name: recall for name, recall in zip(names, recalls)})
@@ -278,26 +280,28 @@ def cost(model, resolution, batch_size, device, precision, at_least=1.0):
     }
 
 
-def write_predictions(folder, split, dataset, logits, classes):
+def write_predictions(folder, split, dataset, logits, splits):
     """predictions_<split>.npz and confusion_<split>_<task>.npy; logits: {task: (N, C)}."""
     with atomic_write(os.path.join(folder, f"predictions_{split}.npz")) as temporary, open(temporary, "wb") as file:
         arrays = {"ids": np.array(dataset.ids), **({} if dataset.groups is None else {"groups": dataset.groups})}
-        for task, names in tasks_of(classes).items():
+        for task, names in tasks_of(splits.classes).items():
             of = {"labels": dataset.targets[task], "logits": logits[task].astype(np.float32), "classes": np.array(names)}
+            if task in splits.positive:
+                of["positive"] = np.array(names[splits.positive[task]])
             arrays.update({name if task == TASK else f"{name}_{task}": value for name, value in of.items()})
         np.savez(file, **arrays)
     for task, values in logits.items():
-        with atomic_write(os.path.join(folder, f"confusion_{split}_{task}.npy")) as temporary, open(temporary, "wb") as file:
-            np.save(file, metrics.confusion_matrix(values, dataset.targets[task]))
+        write_array(os.path.join(folder, f"confusion_{split}_{task}.npy"), metrics.confusion_matrix(values, dataset.targets[task]))
 
 
 def evaluate_checkpoint(path, split="test", device="auto", batch_size=128, data_root=None):
     """Metrics of a checkpoint on a split of its own dataset, read anew.  data_root: where it is now, if it moved."""
     device, checkpoint = select_device(device), load_checkpoint(path)
     model, preprocess = load_model(checkpoint, device, path=path)
-    dataset = getattr(splits_of(checkpoint, data_root=data_root, split=split), split)
+    splits = splits_of(checkpoint, data_root=data_root, split=split)
+    dataset = getattr(splits, split)
     logits = predict(model, Loader(dataset, batch_size, device), preprocess, Precision("off", device))
-    return task_metrics(logits, dataset.targets)
+    return task_metrics(logits, dataset.targets, positive=splits.positive)
 
 
 def measure_checkpoint(path, device="auto", batch_size=128):
@@ -317,9 +321,10 @@ def splits_of(checkpoint, dataset=None, data_root=None, split="test", **reading)
         raise UserError("this run's images have no labels: name a set that has, --dataset NAME --data-root DIR")
     own = dataset in (None, flags["dataset"])
     divided = own and split != "test"  # train and val are the run's own division
-    options = split_flags(flags)
+    options = {**split_flags(flags), "positive": checkpoint["classes"] and checkpoint.get("positive")}
+    options.pop("limit_labels", None)  # to be judged, an image needs its label
     if not own:  # how images are read stays; which samples there are is another dataset's own matter
-        options = {k: v for k, v in options.items() if k in ("split_seed", "decode_size", "window", "hair_removal")}
+        options = {k: v for k, v in options.items() if k in ("split_seed", "decode_size", "window", "hair_removal", "positive")}
     if split != "train":  # what changes train alone may be gone by now
         options = {k: v for k, v in options.items() if k not in ("limit_train", "include_list", "extra_train")}
     result = load_splits(

@@ -4,7 +4,7 @@ Needs comparison.py and metrics.py of `common` (and what these need), numpy, sci
 """
 
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -21,6 +21,7 @@ class Predictions:
     targets: dict
     logits: dict
     classes: dict
+    positive: dict = field(default_factory=dict)  # {task of two classes: index of the positive one}, 1 where it is not known
 
     def probabilities(self, task):
         """(N, C) float64."""
@@ -30,8 +31,8 @@ class Predictions:
         """(N,) bool."""
         return self.logits[task].argmax(1) == self.targets[task]
 
-    def value(self, metric, weights=None):
-        """A metric of metrics.RESAMPLED, the mean over tasks, or <task>_<metric>: one for each column of weights (N, R).
+    def measure(self, metric):
+        """A function of weights (N, R) that gives (R,) of a metric of metrics.RESAMPLED, the mean over tasks, or <task>_<metric>.
 
         None where it is another one, or of curves of more than 100 classes, which take hours.
         """
@@ -39,9 +40,13 @@ class Predictions:
         tasks, name = {**named, **{name: (list(self.targets), name) for name in metrics.RESAMPLED}}.get(metric, ([], None))
         if not tasks or (name not in metrics.RESAMPLED[:2] and max(len(self.classes[task]) for task in tasks) > 100):
             return None
-        weights = np.ones((len(self.ids), 1), np.int32) if weights is None else weights
-        values = [metrics.weighted(self.logits[task], self.targets[task], weights, (name,))[name] for task in tasks]
-        return np.mean(values, axis=0)
+        weighed = [metrics.weighing(self.logits[task], self.targets[task], (name,), self.positive.get(task, 1)) for task in tasks]
+        return lambda weights: np.mean([of(weights)[name] for of in weighed], axis=0)
+
+    def value(self, metric):
+        """`measure` of all rows once (1,), or None."""
+        measure = self.measure(metric)
+        return measure and measure(np.ones((len(self.ids), 1), np.int32))
 
 
 def read_predictions(file):
@@ -60,6 +65,9 @@ def read_predictions(file):
     result = Predictions(found["ids"], found.get("groups"), by_task["labels"], by_task["logits"],
                          {task: [str(name) for name in names] for task, names in by_task["classes"].items()})  # fmt: skip
     for task in tasks:
+        name = found.get(f"positive{tasks[task]}")
+        if name is not None:
+            result.positive[task] = result.classes[task].index(str(name))
         if result.logits[task].shape != (len(result.ids), len(result.classes[task])) or len(result.targets[task]) != len(result.ids):
             raise ValueError(f"{len(result.ids)} ids and {len(result.classes[task])} classes with logits of shape {result.logits[task].shape}")
         if not np.isfinite(result.logits[task]).all():
@@ -77,7 +85,7 @@ def align(predictions, like):
     same = np.array_equal(predictions.ids, like.ids)  # a slice copies nothing
     order = slice(None) if same else [rows[sample] for sample in like.ids]
     part = Predictions(like.ids, like.groups, *({task: values[order] for task, values in of.items()}
-                                                for of in (predictions.targets, predictions.logits)), like.classes)  # fmt: skip
+                                                for of in (predictions.targets, predictions.logits)), like.classes, like.positive)  # fmt: skip
     if any((part.targets[task] != like.targets[task]).any() for task in like.targets):
         raise ValueError("its test labels are not those of the other runs")
     return part
@@ -102,12 +110,13 @@ def paired_bootstrap(before, after, metric="accuracy", repeats=2000, seed=0):
         return None
     whole, gains, units = 0, 0, 0
     for shift, positions in enumerate(by_images(before)):
-        pairs, first = [(before[i], after[i]) for i in positions], before[positions[0]]
+        measures = [(before[i].measure(metric), after[i].measure(metric)) for i in positions]
+        first = before[positions[0]]
 
-        def gain(weights=None):
-            return np.sum([b.value(metric, weights) - a.value(metric, weights) for a, b in pairs], axis=0) / len(before)
+        def gain(weights):
+            return np.sum([b(weights) - a(weights) for a, b in measures], axis=0) / len(before)
 
-        whole += gain()[0]
+        whole += gain(np.ones((len(first.ids), 1), np.int32))[0]
         gains += np.concatenate(
             [gain(weights) for weights in metrics.resamples(len(first.ids), first.groups, repeats, seed + shift)]
         )

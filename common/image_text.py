@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from common.images import DataError, ImageDataset
+from common.images import MISSING, DataError, ImageDataset
 from common.splitting import check_groups
 from common.tables import check_folder, counted, images_by_name, label_numbers, match_images, sorted_classes
 
@@ -71,7 +71,7 @@ class ImageTextDataset(ImageDataset):
 
     def fingerprint(self, classes=None):
         """SHA-256 over ids, texts and class names of each task, in order of ids; `classes` is its own."""
-        lines = [[i, text, *(self.classes[task][labels[row]] for task, labels in self.targets.items())]
+        lines = [[i, text, *(self.classes[task][labels[row]] if labels[row] >= 0 else "" for task, labels in self.targets.items())]
                  for row, (i, text) in enumerate(zip(self.ids, self.texts))]  # fmt: skip
         return hashlib.sha256(json.dumps([list(self.targets), *sorted(lines)]).encode()).hexdigest()
 
@@ -127,7 +127,7 @@ def _names(path, rows, key):
     """N strings that each row must have under a key, as an id or a label; numbers and booleans are written out."""
     names = []
     for number, row in rows:
-        if row[key] is None or row[key] == "" or isinstance(row[key], (list, dict)):
+        if isinstance(row[key], (list, dict)) or as_text(row[key]) in MISSING:
             raise DataError(f"{path} line {number}: {key!r} must be a name, not {json.dumps(row[key])[:40]}")
         names.append(as_text(row[key]))
     return names
@@ -160,12 +160,12 @@ def read_medpix(root, *, splits=("train", "val", "test"), text_fields=("Caption"
         rows = read_jsonl(path, ["image", "U_id", "Description", *MEDPIX_COLUMNS.values()])
         ids = _names(path, rows, "image")
         own = {i: images[i] for i in ids if i in images}
-        matched = match_images(path, ids, own, folder, on_bad_image)
-        rows, ids = [rows[row] for row, _ in matched], [ids[row] for row, _ in matched]
+        matched, files = match_images(path, ids, own, folder, on_bad_image)
+        rows, ids = [rows[row] for row in matched], [ids[row] for row in matched]
         targets = {task: label_numbers(path, _names(path, rows, column), classes[task], column) for task, column in MEDPIX_COLUMNS.items()}
         cases = os.path.join(root, "splitted_dataset", f"data_{MEDPIX_SPLITS[split]}.jsonl")
         texts = _medpix_texts(path, rows, cases, text_fields)
-        parts[split] = ImageTextDataset(ids, targets, classes, texts, [p for _, p in matched], groups=_names(path, rows, "U_id"), **decoding)
+        parts[split] = ImageTextDataset(ids, targets, classes, texts, files, groups=_names(path, rows, "U_id"), **decoding)
     check_groups(parts)
     return parts, classes
 
@@ -239,10 +239,7 @@ def read_image_text(root, *, tasks=None, splits=("train", "val", "test"), text_f
         content[split] = _with_images(paths[split], read_jsonl(paths[split], ["image", *tasks]), root, on_bad_image)
         names[split] = {task: _names(paths[split], content[split][0], task) for task in tasks}
     if classes is None:
-        classes = {task: sorted_classes(names["train"][task]) for task in tasks}
-        for task, found in classes.items():
-            if len(found) < 2:
-                raise DataError(f"{paths['train']}: the task {task!r} has one class only, {found[0]!r}")
+        classes = {task: sorted_classes(paths["train"], names["train"][task]) for task in tasks}
     classes, parts = {task: list(classes[task]) for task in tasks}, {}
     for split in (split for split in wanted if split in splits):
         rows, ids, files = content[split]
@@ -252,9 +249,9 @@ def read_image_text(root, *, tasks=None, splits=("train", "val", "test"), text_f
         for field in text_fields:
             if field not in fields:
                 raise DataError(f"--text-fields {field!r} is no key of a text in {paths[split]}: choose of {', '.join(map(repr, fields)) or 'none'}")
-        groups = [as_text(record.get(group_field)) or i for record, i in zip(records, ids)]
-        grouped = any(record.get(group_field) is not None for record in records)
-        parts[split] = ImageTextDataset(ids, targets, classes, _joined_texts(records, text_fields), files, groups=groups if grouped else None, **decoding)
+        groups = [as_text(record.get(group_field)) for record in records]
+        texts, groups = _joined_texts(records, text_fields), groups if any(groups) else None
+        parts[split] = ImageTextDataset(ids, targets, classes, texts, files, groups=groups, **decoding)
     check_groups(parts)
     return parts, classes
 
@@ -263,12 +260,13 @@ def _with_images(path, rows, root, on_bad_image):
     """(rows, ids, paths of their images) of those that have one; see `match_images`."""
     ids, found = _names(path, rows, "image"), {}
     for i in ids:
-        places = [os.path.join(root, i), os.path.join(root, "images", i)]
+        inside = os.path.normpath(i.replace("\\", "/"))
+        places = [os.path.join(root, inside), os.path.join(root, "images", inside)]
         place = next(filter(os.path.isfile, places), None)
         if place:
             found[i] = place
-    matched = match_images(path, ids, found, root, on_bad_image)
-    return [rows[row] for row, _ in matched], [ids[row] for row, _ in matched], [file for _, file in matched]
+    matched, files = match_images(path, ids, found, root, on_bad_image)
+    return [rows[row] for row in matched], [ids[row] for row in matched], files
 
 
 # -------------------------------------------------------------------------------------------------------------- tokens

@@ -10,6 +10,7 @@ import io
 import json
 import logging
 import os
+import stat
 import time
 import warnings
 from typing import NamedTuple
@@ -22,6 +23,9 @@ from common.augment import hash_id
 
 TASK = "label"  # the one task of a classification dataset
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+HIDDEN = (".", "@eaDir", "__MACOSX")  # so begins what a desktop, a network drive or an archive leaves beside the images
+# how tables write that a value is missing: pandas' list, without what may be a class ("none")
+MISSING = {"", "NA", "N/A", "n/a", "#N/A", "<NA>", "nan", "-nan", "NaN", "NAN", "null", "NULL", "Null", "None"}
 
 
 def tasks_of(classes):
@@ -160,9 +164,11 @@ def to_uint8(array, window, what):
             f"{what} has {array.dtype} grey levels ({array.min()} to {array.max()}): say which of them are black and "
             "white with --window LOW HIGH"
         )
-    low, high = window
-    levels = np.nan_to_num(array.astype(np.float64), nan=low, posinf=high, neginf=low)
-    return np.rint((np.clip(levels, low, high) - low) * (255 / (high - low))).astype(np.uint8)
+    (low, high), out = window, np.empty(array.shape, np.uint8)
+    for start in range(0, len(array), 256):  # rows of an image, or images: in float64 all would take eight times as much
+        levels = np.nan_to_num(array[start : start + 256].astype(np.float64), nan=low, posinf=high, neginf=low)
+        out[start : start + 256] = np.rint((np.clip(levels, low, high) - low) * (255 / (high - low)))
+    return out
 
 
 def _is_deep_colour(image):
@@ -180,6 +186,8 @@ def read_image(path, decode_size=512, window=None):
     decode_size (longest side, pixels) is shrunk to it.  Raises DataError, which names the file.
     """
     try:
+        if not isinstance(path, (HDF5Image, RowImage)) and not stat.S_ISREG(os.stat(path).st_mode):
+            raise DataError(f"{path} is not a regular file")  # of a pipe nothing might ever come
         with Image.open(path.open() if isinstance(path, (HDF5Image, RowImage)) else path) as image:
             if _is_deep_colour(image):
                 raise DataError(f"{path} has 16-bit colour, which --window cannot map: convert it to 8 bits a channel")
@@ -262,15 +270,17 @@ class ImageDataset(torch.utils.data.Dataset):
     """Samples of one split.
 
     ids: N strings, stable when other files come or go; labels: (N,) int; images: (N, H, W) or (N, H, W, 3) uint8, or
-    None where paths (N files) are given; groups: N strings, or None: whose images they are (patient, lesion);
-    hair_removal: see `remove_hair`, done when a file is decoded.
+    None where paths (N files) are given; groups: N strings, or None: whose images they are (patient, lesion), and an
+    image whose group is MISSING is a group of its own; hair_removal: see `remove_hair`, done when a file is decoded.
     """
 
     def __init__(self, ids, labels, images=None, paths=None, decode_size=512, window=None, groups=None, hair_removal=False):
         self.ids, self.labels, self.images, self.paths = list(ids), np.asarray(labels, np.int64), images, paths
         self.keys = np.array([hash_id(i) for i in self.ids], np.int64)
         self.decode_size, self.window, self.hair_removal = decode_size, window, hair_removal
-        self.groups = None if groups is None else np.asarray(groups, dtype=str)
+        if groups is not None:
+            groups = np.array([i if group in MISSING else group for i, group in zip(self.ids, groups)], dtype=str)
+        self.groups = groups
 
     @property
     def targets(self):
@@ -327,7 +337,7 @@ def listed_images(folder):
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         with open(path) as file:
             kept = json.load(file)
-        fits = kept["root"] == folder and kept["suffixes"] == list(IMAGE_SUFFIXES)
+        fits = kept["root"] == folder and kept["names"] == [*IMAGE_SUFFIXES, *HIDDEN]
         if fits and all(os.stat(name).st_mtime_ns == changed for name, changed in kept["folders"].items()):
             return [os.path.join(folder, name) for name in kept["images"]]
     folders, errors = {}, []
@@ -338,25 +348,44 @@ def listed_images(folder):
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(f"{path}.{os.getpid()}", "w") as file:
             names = [os.path.relpath(name, folder) for name in paths]
-            json.dump({"root": folder, "suffixes": IMAGE_SUFFIXES, "folders": folders, "images": names}, file)
+            json.dump({"root": folder, "names": [*IMAGE_SUFFIXES, *HIDDEN], "folders": folders, "images": names}, file)
         os.replace(f"{path}.{os.getpid()}", path)
     return paths
 
 
-def images_below(folder, folders_seen=None, onerror=None):
-    """Sorted paths of the images anywhere below a folder, hidden ones left out; folders_seen gets {folder: its mtime in ns},
-    onerror the OSError of each folder that cannot be read."""
-    paths, seen = [], set()
-    for parent, folders, files in os.walk(folder, onerror=onerror, followlinks=True):
+def images_below(folder, folders_seen=None, onerror=None, others=None):
+    """Sorted paths of the images anywhere below a folder, without what is HIDDEN and what is no file, as a pipe.
+
+    folders_seen gets {folder: its mtime in ns}, others the paths of files with other endings, onerror the OSError of
+    each folder that cannot be read.
+    """
+    paths, seen, pending = [], set(), [os.fspath(folder)]
+    while pending:
+        parent = pending.pop()
         real = os.path.realpath(parent)
         if real in seen:  # a link back to a folder above would be walked for ever
-            folders.clear()
             continue
         seen.add(real)
+        try:
+            changed = os.stat(parent).st_mtime_ns
+            with os.scandir(parent) as entries:
+                entries = sorted((e for e in entries if not e.name.startswith(HIDDEN)), key=lambda e: e.name)
+        except OSError as error:
+            if onerror:
+                onerror(error)
+            continue
         if folders_seen is not None:
-            folders_seen[parent] = os.stat(parent).st_mtime_ns
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
-        paths += [
-            os.path.join(parent, f) for f in sorted(files) if f.lower().endswith(IMAGE_SUFFIXES) and f[0] != "."
-        ]
+            folders_seen[parent] = changed
+        folders = []
+        for entry in entries:
+            path, is_link = entry.path, entry.is_symlink()
+            if os.path.isdir(path) if is_link else entry.is_dir():
+                folders.append(path)
+            elif not is_link and not entry.is_file():
+                continue  # a link to nowhere stays: reading it says that the image is missing
+            elif entry.name.lower().endswith(IMAGE_SUFFIXES):
+                paths.append(path)
+            elif others is not None:
+                others.append(path)
+        pending += reversed(folders)
     return paths

@@ -72,8 +72,6 @@ def choose_cache(dataset, cache, device):
     needed = len(dataset) * np.mean([dataset.read(i).size for i in probe])
     if device.type == "cuda" and needed < torch.cuda.mem_get_info(device)[0] / 4:
         return "device"
-    if dataset.images is not None:
-        return "ram"
     needed *= distributed.environment().local_size  # each process of this node keeps its own
     return "ram" if needed < available_memory() / 4 else "off"
 
@@ -128,11 +126,17 @@ class EpochOrder(torch.utils.data.Sampler):
 
 
 def _collate(samples):
-    """Runs in a worker: a broken image comes back as its message, for a traceback would not be one line."""
+    """Runs in a worker: what is wrong comes back as its message, for a traceback would not be one line."""
     errors = [s for s in samples if isinstance(s, str)]
     if errors:
         return errors[0]
     images, sizes = pad_images([s["image"] for s in samples])
+    if torch.utils.data.get_worker_info():
+        try:  # here, for where the worker's queue does it, the batch would be lost and awaited for ever
+            images.share_memory_(), sizes.share_memory_()
+        except RuntimeError:
+            return (f"/dev/shm is too small for batches of {images.nbytes / 1e6:,.0f} MB from several workers: take --workers 0, a smaller "
+                    "--decode-size or --batch-size, or a larger /dev/shm (docker run --shm-size)")  # fmt: skip
     return images, sizes
 
 
@@ -141,6 +145,7 @@ def _leave_signals(ending, worker):
 
     SIGTERM is obeyed once `ending` is set: multiprocessing ends workers by it at the main process's exit and waits.
     """
+    signal.set_wakeup_fd(-1)  # the main process's
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if ending.value else None)
@@ -232,6 +237,11 @@ class Loader:
             if self.cache_kind != "off":
                 self.cache = ImageCache(dataset, self.device if self.cache_kind == "device" else "cpu")
 
+    @property
+    def rows_at_once(self):
+        """Images of a training batch that go through the model together in this process."""
+        return self.batch_size // (distributed.size() * self.accumulate)
+
     def __len__(self):
         """Batches an epoch."""
         return len(self.dataset) // self.batch_size if self.shuffle else -(-len(self.dataset) // self.batch_size)
@@ -311,7 +321,7 @@ class Loader:
         for item in self._workers:
             if isinstance(item, str):
                 self._workers = None  # ends them now, not when the traceback is gone
-                with _advice():
+                with contextlib.nullcontext() if item.startswith("/dev/shm") else _advice():
                     raise DataError(item)
             yield item
 

@@ -35,6 +35,10 @@ FEATURE_TERMS = ("feature", "attention")  # terms that need feature maps of both
 RELATIONS = ("contrastive", "rkd_distance", "rkd_angle", "mmd", "dist")  # terms that compare the images of a batch
 ALPHA = {"response": ("ce", "kl"), "feature": ("ce", "kl"), "feature_matching": ("feature", "ce")}  # alpha weighs the first, 1 - alpha the second
 FEATURE_LOSSES = ("mse", "cosine")
+# Smallest deviation of a student's logits, or (as a share) probabilities, that `standardized_kl` and `dist` divide by: with
+# 0.01 a head of zeros overshoots, as measured.
+FLAT = 0.1
+ROUNDING = 1e-5  # share of the largest logit that counts as float32's rounding, which is 6e-8 a step
 COLLAPSED = 0.1  # share of its first variance below which the shared space counts as collapsed (0.014 measured)
 TEACHER_PROJECTORS = ("identity", "frozen-orthogonal", "learned")
 
@@ -53,12 +57,14 @@ def class_weights(spec, labels, num_classes):
     """Weights of the classes (C,) float32 or None: spec is "none", "balanced" or numbers with commas, one a class.
 
     balanced: N / (C * n_c), so that each class has the same sum and the mean over samples is 1 (King and Zeng 2001).
-    labels: (N,) of train.
+    labels: (N,) of train; those of -1 do not count.
     """
     if spec == "none":
         return None
     if spec == "balanced":
-        counts = torch.bincount(torch.as_tensor(labels), minlength=num_classes)
+        labels = torch.as_tensor(labels)
+        labels = labels[labels >= 0]
+        counts = torch.bincount(labels, minlength=num_classes)
         if not counts.all():
             raise LossError(f"--class-weights balanced: class number {int((counts == 0).nonzero()[0])} has no image in train")
         return len(labels) / (num_classes * counts.float())
@@ -74,15 +80,29 @@ def class_weights(spec, labels, num_classes):
 def cross_entropy(logits, labels, label_smoothing=0.0, weights=None, batch_labels=None):
     """Mean cross-entropy in nats.  logits (B, C); labels (B,) int64; weights (C,) of the classes: a weighted mean.
 
+    An image whose label is -1 has none and does not count; without any label the loss is 0.
     batch_labels: those of the whole batch where `labels` are one process's or one step's part of it.  Its mean weight
     is the divisor, so that the mean over equal parts is the weighted mean of the whole.
     """
     with torch.autocast(logits.device.type, enabled=False):
-        if weights is None:
-            return F.cross_entropy(*_float32(logits), labels, label_smoothing=label_smoothing)
-        logits, weights = *_float32(logits), weights.to(logits)
-        losses = F.cross_entropy(logits, labels, weights, label_smoothing=label_smoothing, reduction="none")
-        return losses.mean() / weights[labels if batch_labels is None else batch_labels].mean()
+        (logits,) = _float32(logits)
+        losses = F.cross_entropy(logits, labels, None if weights is None else weights.to(logits), ignore_index=-1,
+                                 label_smoothing=label_smoothing, reduction="none")  # (B,), 0 without a label
+        labels = labels if batch_labels is None else batch_labels
+        counted = (labels >= 0).to(logits)
+        if weights is not None:
+            counted = counted * weights.to(logits)[labels.clamp(min=0)]
+        return losses.mean() / counted.mean().clamp(min=torch.finfo(logits.dtype).tiny)
+
+
+def _kl(student, teacher):
+    """KL(softmax(teacher) || softmax(student)) of logits (B, C), summed over classes, averaged over the batch.
+
+    A class whose teacher logit is minus infinity contributes 0, where `F.kl_div` with log_target gives 0 * inf = NaN.
+    """
+    absent = teacher == -math.inf
+    student, teacher = F.log_softmax(student, 1), F.log_softmax(teacher, 1).masked_fill(absent, -math.inf)
+    return (teacher.exp() * (teacher - student).masked_fill(absent, 0.0)).sum(1).mean()
 
 
 def temperature_kl(student_logits, teacher_logits, temperature=4.0):
@@ -92,33 +112,25 @@ def temperature_kl(student_logits, teacher_logits, temperature=4.0):
     Both logits (B, C).  Hinton et al. 2015, arXiv:1503.02531, section 2.
     """
     with torch.autocast(student_logits.device.type, enabled=False):
-        student, teacher = _float32(student_logits, teacher_logits)
-        student = F.log_softmax(student / temperature, dim=1)
-        teacher = F.log_softmax(teacher / temperature, dim=1)
-        return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
+        return temperature**2 * _kl(*(x / temperature for x in _float32(student_logits, teacher_logits)))
 
 
 def decoupled_kl(student_logits, teacher_logits, labels, temperature=4.0, alpha=1.0, beta=8.0):
     """DKD: T^2 * (alpha * KL of (target, all others) + beta * KL among the others alone), teacher || student, batchmean.
 
-    Logits (B, C), C of at least 2 (the second KL is 0 at 2); labels (B,) int64.  Zhao et al. 2022, arXiv:2203.08679.
+    Logits (B, C), C of at least 2 (the second KL is 0 at 2); labels (B,) int64, where one is -1 the teacher's class
+    stands in its place.  Zhao et al. 2022, arXiv:2203.08679.
     """
     with torch.autocast(student_logits.device.type, enabled=False):
+        labels = torch.where(labels < 0, teacher_logits.argmax(1), labels)
         columns = torch.arange(student_logits.shape[1] - 1, device=labels.device).expand(len(labels), -1)
-        columns = columns + (columns >= labels[:, None])  # (B, C - 1), the target is left out: a mask of -inf gives 0 * inf
+        columns = columns + (columns >= labels[:, None])  # (B, C - 1), the target is left out
         sides = []
         for logits in _float32(student_logits, teacher_logits):
             own, others = ((logits / temperature).gather(1, i) for i in (labels[:, None], columns))
-            sides.append([F.log_softmax(x, dim=1) for x in (torch.cat([own, others.logsumexp(1, keepdim=True)], 1), others)])
-        target, rest = (F.kl_div(student, teacher, reduction="batchmean", log_target=True) for student, teacher in zip(*sides))
+            sides.append([torch.cat([own, others.logsumexp(1, keepdim=True)], 1), others])
+        target, rest = (_kl(student, teacher) for student, teacher in zip(*sides))
         return temperature**2 * (alpha * target + beta * rest)
-
-
-def _centred(x, dim):
-    """x less its mean; 0 without a gradient where all are equal up to rounding (a direction would have one of 1 / eps)."""
-    centred = x - x.mean(dim, keepdim=True)
-    flat = centred.norm(dim=dim, keepdim=True) <= 1e-5 * x.norm(dim=dim, keepdim=True)
-    return centred.masked_fill(flat, 0.0)
 
 
 def dist(student_logits, teacher_logits, temperature=1.0, beta=1.0, gamma=1.0):
@@ -126,26 +138,44 @@ def dist(student_logits, teacher_logits, temperature=1.0, beta=1.0, gamma=1.0):
 
     inter: over the classes, mean over images; intra: over the images of the batch, mean over classes.  Logits (B, C), B
     of at least 2.  Huang et al. 2022, arXiv:2205.10536; T^2 and the eps of 1e-8, which quiets classes that no image of the
-    batch is given, are their code's.
+    batch is given, are their code's.  Student probabilities that differ by less than FLAT of their size count as that far
+    apart, so that equal ones have a gradient, and a bounded one.
     """
     _several(student_logits)
     with torch.autocast(student_logits.device.type, enabled=False):
-        pair = [(x / temperature).softmax(1) for x in _float32(student_logits, teacher_logits)]
+        pair = [x / temperature for x in _float32(student_logits, teacher_logits)]
+        floors = [x.softmax(1) * _rounding(x).clamp(min=least) for x, least in zip(pair, (FLAT, ROUNDING))]  # (B, C)
         losses = []
         for dim in (1, 0):
-            student, teacher = (_centred(x, dim) for x in pair)
-            losses.append(1 - ((student * teacher).sum(dim) / (student.norm(dim=dim) * teacher.norm(dim=dim) + 1e-8)).mean())
+            centred = [x - x.mean(dim, keepdim=True) for x in (x.softmax(1) for x in pair)]
+            norms = [torch.maximum(x.norm(dim=dim), floor.detach().norm(dim=dim)) for x, floor in zip(centred, floors)]
+            losses.append(1 - ((centred[0] * centred[1]).sum(dim) / (norms[0] * norms[1] + 1e-8)).mean())
         return temperature**2 * (beta * losses[0] + gamma * losses[1])
+
+
+def _rounding(logits):
+    """(B, 1), what float32 may have lost of each row of logits (B, C), generously; a logit of minus infinity is exact."""
+    return ROUNDING * logits.detach().masked_fill(logits == -math.inf, 0.0).abs().amax(1, keepdim=True)
+
+
+def _standardized(logits, least):
+    """Logits (B, C) with mean 0 and deviation 1 of those above minus infinity; deviations below `least` count as it."""
+    finite = logits > -math.inf
+    count = finite.sum(1, keepdim=True)
+    centred = logits - logits.masked_fill(~finite, 0.0).sum(1, keepdim=True) / count
+    deviation = centred.masked_fill(~finite, 0.0).norm(dim=1, keepdim=True) / (count - 1).clamp(min=1).sqrt()
+    return centred / torch.maximum(deviation, _rounding(logits).clamp(min=least))
 
 
 def standardized_kl(student_logits, teacher_logits, temperature=2.0):
     """`temperature_kl` of logits (B, C) with mean 0 and (unbiased) deviation 1 over the classes, C of at least 2.
 
-    The student need not match the teacher's scale then.  Sun et al. 2024, arXiv:2403.01427, with the eps of their code.
+    The student need not match the teacher's scale then.  Sun et al. 2024, arXiv:2403.01427.  A student's deviation below
+    FLAT counts as FLAT, where their code's eps of 1e-7 gives equal logits a gradient of 1e7.
     """
     with torch.autocast(student_logits.device.type, enabled=False):
-        centred = (_centred(x, 1) for x in _float32(student_logits, teacher_logits))
-        return temperature_kl(*(x / (x.std(1, keepdim=True) + 1e-7) for x in centred), temperature)
+        pair = zip(_float32(student_logits, teacher_logits), (FLAT, 1e-7))
+        return temperature_kl(*(_standardized(x, least) for x, least in pair), temperature)
 
 
 def task_logits(out):
@@ -159,8 +189,12 @@ def task_class_weights(spec, targets, sizes):
 
 
 def task_accuracy(out, targets):
-    """Share of right answers in a batch, mean over tasks; a tensor on the device.  out: a model's output; targets: {task: (B,)}."""
-    return torch.stack([(logits.argmax(1) == targets[task]).float().mean() for task, logits in task_logits(out).items()]).mean()
+    """Share of right answers among a batch's labelled images, mean over tasks; a tensor on the device, NaN where none is.
+
+    out: a model's output; targets: {task: (B,)}, -1 without a label.
+    """
+    shares = [(logits.argmax(1) == targets[task]).sum() / (targets[task] >= 0).sum() for task, logits in task_logits(out).items()]
+    return torch.stack(shares).mean()
 
 
 def task_mean(losses, task_weights=None):
@@ -210,14 +244,14 @@ def attention_transfer(student, teacher):
 
 
 def embedding_loss(student, teacher, lambda_feat=1.0, lambda_cos=1.0):
-    """lambda_feat * ||t - s||^2 + lambda_cos * (1 - cos(t, s)) of embeddings (B, D) of equal width.
+    """lambda_feat * ||t - s||^2 / D + lambda_cos * (1 - cos(t, s)) of embeddings (B, D), mean over the batch.
 
-    The squared error is summed over dimensions, both terms are averaged over the batch.
+    Summed over dimensions, as lambda_feat = D makes it, the squared error of wide teachers drowns a cross-entropy.
     """
     with torch.autocast(student.device.type, enabled=False):
         student, teacher = _float32(student, teacher)
-        squared = (teacher - student).square().sum(1).mean()
-        return lambda_feat * squared + lambda_cos * (1 - F.cosine_similarity(student, teacher, dim=1)).mean()
+        cosine = F.cosine_similarity(student, teacher, dim=1)
+        return lambda_feat * F.mse_loss(student, teacher) + lambda_cos * (1 - cosine).mean()
 
 
 def normalized_mse(student, teacher):
@@ -251,18 +285,15 @@ def pairwise_distances(x):
 
 
 def rkd_distance(student, teacher):
-    """Huber loss between the distances of all pairs, each side's divided by the mean of its own positive ones.
+    """Huber loss between the distances of all pairs, each side's divided by its mean over the pairs i != j.
 
     Embeddings (B, D_s), (B, D_t), B of at least 2.  Park et al. 2019, arXiv:1904.05068, equations 3 and 4.
     """
     _several(student)
     with torch.autocast(student.device.type, enabled=False):
-        scaled = []
-        for x in _float32(student, teacher):
-            distances = pairwise_distances(x)
-            mean = distances.sum() / (distances > 0).sum().clamp(min=1)
-            scaled.append(distances / mean.clamp(min=1e-12))  # equal rows alone: zeros
-        return F.smooth_l1_loss(*scaled)
+        distances = [pairwise_distances(x) for x in _float32(student, teacher)]
+        pairs = len(student) * (len(student) - 1)
+        return F.smooth_l1_loss(*(d / (d.sum() / pairs).clamp(min=1e-12) for d in distances))  # equal rows alone: zeros
 
 
 def rkd_angle(student, teacher):

@@ -1,10 +1,11 @@
-"""Metrics of classification, calibration and fidelity.  Needs numpy and scikit-learn and no other file of `common`.
+"""Metrics of classification, calibration and fidelity.  Needs numpy, scikit-learn and the scipy that it brings, and no other file of `common`.
 
 Inputs are numpy arrays: logits (N, C) float, labels (N,) int.  Everything is computed from float64 log-softmax, so
 logits and log-probabilities give the same values.  Fractions, not per cent; a metric that is undefined is None.
 """
 
 import numpy as np
+from scipy import sparse
 from sklearn import metrics as sk
 
 CLASSIFICATION = ("accuracy", "balanced_accuracy", "macro_f1", "auc", "average_precision", "pauc",
@@ -27,8 +28,8 @@ def finite_or_none(values):
     return {name: value if value is not None and np.isfinite(value) else None for name, value in values.items()}
 
 
-def classification(logits, labels):
-    """All metrics of one task: {name: float or None}.
+def classification(logits, labels, positive=1):
+    """All metrics of one task: {name: float or None}; positive: of two classes, the index of the positive one.
 
     loss: mean negative log-likelihood in nats; top5_accuracy: from ten classes on; balanced_accuracy: mean recall of
     the classes that occur; macro_f1: mean over the classes that occur or are predicted; auc, average_precision, pauc,
@@ -42,7 +43,7 @@ def classification(logits, labels):
         "accuracy": float(np.mean(predicted == labels)),
         "balanced_accuracy": float(np.mean(recalls)),
         "macro_f1": float(sk.f1_score(labels, predicted, average="macro", zero_division=0)),
-        **ranking(log_probabilities, labels),
+        **ranking(log_probabilities, labels, positive=positive),
         "ece": expected_calibration_error(probabilities, labels),
         "loss": float(-np.mean(log_probabilities[rows, labels])),
     }
@@ -52,16 +53,16 @@ def classification(logits, labels):
     return finite_or_none(result)
 
 
-def ranking(scores, labels, names=("auc", "average_precision", "pauc", "sensitivity_at_90_specificity")):
+def ranking(scores, labels, names=("auc", "average_precision", "pauc", "sensitivity_at_90_specificity"), positive=1):
     """Metrics of the order in which samples are ranked: {name: float or None}; scores (N, C) logits or log-probabilities.
 
     auc: area under the ROC curve; average_precision: mean precision over the positives' ranks; pauc: see
     `partial_auc`; sensitivity_at_90_specificity: the largest true-positive rate at a false-positive rate up to 0.1.
-    Of two classes the second is the positive one; of more, each stands against the rest, and the mean is over the
+    Of two classes number `positive` is the positive one; of more, each stands against the rest, and the mean is over the
     classes that have both kinds.  Samples are ranked by log-odds, as by probability but without its ties near 1.
     None where no class has both kinds or the scores hold NaN.
     """
-    log_odds, classes, broken = ranked_scores(scores, np.asarray(labels))
+    log_odds, classes, broken = ranked_scores(scores, np.asarray(labels), positive)
     if broken.any():
         return dict.fromkeys(names)
     functions = {"auc": sk.roc_auc_score, "average_precision": sk.average_precision_score, "pauc": partial_auc,
@@ -69,13 +70,13 @@ def ranking(scores, labels, names=("auc", "average_precision", "pauc", "sensitiv
     return {name: float(np.mean([functions[name](labels == c, log_odds[:, c]) for c in classes])) if classes else None for name in names}
 
 
-def ranked_scores(scores, labels):
+def ranked_scores(scores, labels, positive=1):
     """What `ranking` ranks: log-odds (N, C), the classes that have both kinds, and which rows hold NaN (N,) bool."""
     log_probabilities = log_softmax(scores)
     broken = np.isnan(log_probabilities).any(1)
     log_probabilities[broken] = 0
     log_odds = np.nan_to_num(class_log_odds(log_probabilities))  # of a probability of exactly 0 or 1: inf
-    classes = [1] if log_odds.shape[1] == 2 else range(log_odds.shape[1])
+    classes = [positive] if log_odds.shape[1] == 2 else range(log_odds.shape[1])
     classes = [c for c in classes if 0 < np.count_nonzero(labels == c) < len(labels)]
     return log_odds, classes, broken
 
@@ -119,65 +120,74 @@ def resamples(count, groups=None, repeats=1000, seed=0):
         yield np.array(drawn, np.int32).T[group]
 
 
-def bootstrap(logits, labels, groups=None, repeats=1000, seed=0, names=RESAMPLED):
+def bootstrap(logits, labels, groups=None, repeats=1000, seed=0, names=RESAMPLED, positive=1):
     """95 % percentile intervals {name: [low, high] or None} over resamples with replacement (Efron 1979).
 
     groups (N,): lesions or patients, drawn whole, since their images are not independent; None: samples.  Resamples
-    without a metric (a class is absent) do not count; None where fewer than half count.  names: see `weighted`.
+    without a metric (a class is absent) do not count; None where fewer than half count.  names, positive: see `weighing`.
     """
-    values = {name: [] for name in names}
+    values, weighed = {name: [] for name in names}, weighing(logits, labels, names, positive)
     for weights in resamples(len(labels), groups, repeats, seed):
-        for name, found in weighted(logits, labels, weights, names).items():
+        for name, found in weighed(weights).items():
             values[name].extend(found[np.isfinite(found)])
     return {name: [float(v) for v in np.percentile(found, (2.5, 97.5))] if len(found) >= repeats / 2 else None
             for name, found in values.items()}  # fmt: skip
 
 
-def weighted(logits, labels, weights, names):
-    """Metrics of R weightings of the samples at once: {name: (R,) float64, NaN where undefined}.
+def weighing(logits, labels, names, positive=1):
+    """A function of weights (N, R) int32, how often each sample occurs: {name: (R,) float64, NaN where undefined}.
 
-    weights (N, R) int32: how often each sample occurs; names: accuracy, balanced_accuracy and those of `ranking`.
-    Equal to `classification` of the samples repeated that often.  Each class is sorted once for all R.
+    names: accuracy, balanced_accuracy and those of `ranking`; positive: see `ranking`.  Equal to `classification` of the
+    samples repeated that often.  Each class is sorted once, here; what sums the weights is a sparse matrix.
     """
     labels, right = np.asarray(labels), np.asarray(logits).argmax(1) == labels
-    values = {name: [] for name in names if name not in ("accuracy", "balanced_accuracy")}
-    with np.errstate(invalid="ignore", divide="ignore"):  # 0 / 0: no such sample is drawn
-        order = np.argsort(labels, kind="stable")
-        starts = np.flatnonzero(np.diff(labels[order], prepend=-1))  # of each class that occurs
-        there, hits = (np.add.reduceat(w[order], starts, axis=0) for w in (weights, weights * right[:, None]))
-        result = {"accuracy": hits.sum(0) / there.sum(0), "balanced_accuracy": np.nanmean(hits / there, axis=0)}
-        if values:  # rounded as `classification` does: the same ties
-            log_odds, classes, broken = ranked_scores(log_softmax(logits), labels)
-        for c in classes if values else ():
-            for name, value in curve_metrics(*roc_counts(labels == c, log_odds[:, c], weights), values).items():
-                values[name].append(value)
-        for name, found in values.items():
-            mean = np.nansum(found, axis=0) / np.isfinite(found).sum(0) if found else np.full(weights.shape[1], np.nan)
-            result[name] = np.where(weights[broken].any(0), np.nan, mean)
-    return {name: result[name] for name in names}
+    of_class, curves = np.unique(labels, return_inverse=True)[1], [name for name in names if not name.endswith("accuracy")]
+    members, hits = sums(of_class, np.ones_like(right)), sums(of_class, right)
+    log_odds, classes, broken = ranked_scores(log_softmax(logits), labels, positive) if curves else (None, (), None)
+    thresholds = [bends(labels == c, log_odds[:, c]) for c in classes]  # rounded as `classification` does: the same ties
+
+    def weighed(weights):
+        with np.errstate(invalid="ignore", divide="ignore"):  # 0 / 0: no such sample is drawn
+            there, correct = members @ weights, hits @ weights  # (classes that occur, R)
+            result = {"accuracy": correct.sum(0) / there.sum(0), "balanced_accuracy": np.nanmean(correct / there, axis=0)}
+            of_classes = [curve_metrics(*(above(matrix @ weights) for matrix in pair), curves) for pair in thresholds]
+            for name in curves:
+                found = [of[name] for of in of_classes]
+                mean = np.nansum(found, axis=0) / np.isfinite(found).sum(0) if found else np.full(weights.shape[1], np.nan)
+                result[name] = np.where(weights[broken].any(0), np.nan, mean)
+        return {name: result[name] for name in names}
+
+    return weighed
 
 
-def roc_counts(positive, scores, weights):
-    """Positives and negatives above falling thresholds: two (S, R) float64 from 0 to all of them; weights (N, R) int32.
+def sums(rows, chosen):
+    """Sparse (rows, N) int32 matrix that adds up, for each row number in rows (N,), the samples that are chosen (N,) bool."""
+    columns = np.flatnonzero(chosen)
+    return sparse.csr_matrix((np.ones(len(columns), np.int32), (rows[columns], columns)), shape=(rows.max() + 1, len(rows)))
 
-    Only thresholds at which the curve can bend: negatives between two positives' scores are one horizontal step.
+
+def bends(positive, scores):
+    """The two `sums` of positives and of negatives (N,) bool at each falling threshold at which the ROC curve can bend.
+
+    Negatives between two positives' scores are one horizontal step.
     """
     order = np.argsort(-scores, kind="stable")
     falling, is_positive = scores[order], positive[order]
     new = np.append(True, falling[1:] != falling[:-1])
     tie = np.cumsum(new) - 1
     mixed = (np.bincount(tie, is_positive) > 0)[tie]  # equal scores of which one is a positive's
-    first = new & (mixed | np.append(True, mixed[:-1]))
-    step = (np.cumsum(first) - 1)[is_positive]  # of each positive
-    all_of = np.add.reduceat(weights[order], np.flatnonzero(first), axis=0)
-    positives, starts = np.zeros_like(all_of), np.flatnonzero(np.diff(step, prepend=-1))
-    positives[step[starts]] = np.add.reduceat(weights[order[is_positive]], starts, axis=0)
-    zero = np.zeros((1, weights.shape[1]))
-    return tuple(np.cumsum(np.concatenate([zero, counts]), axis=0) for counts in (positives, all_of - positives))
+    step = np.empty(len(scores), np.int64)
+    step[order] = np.cumsum(new & (mixed | np.append(True, mixed[:-1]))) - 1
+    return sums(step, positive), sums(step, ~positive)
+
+
+def above(counts):
+    """(S, R) counts at falling thresholds -> (S + 1, R) float64 counts above them, from 0 to all."""
+    return np.cumsum(np.concatenate([np.zeros((1, counts.shape[1])), counts]), axis=0)
 
 
 def curve_metrics(tps, fps, names, min_tpr=0.8, specificity=0.9):
-    """`ranking`'s metrics of one class from `roc_counts`: {name: (R,)}, NaN where a kind is absent."""
+    """`ranking`'s metrics of one class from its positives and negatives above falling thresholds (S, R): {name: (R,)}, NaN where a kind is absent."""
     tpr, fpr = tps / tps[-1], fps / fps[-1]
     up, right, result = np.diff(tpr, axis=0), np.diff(fpr, axis=0), {}
     undefined = 0 * fpr[-1]  # NaN without negatives, else 0
@@ -233,7 +243,8 @@ def fidelity(student_logits, teacher_logits, labels=None):
     same = np.asarray(student_logits).argmax(1) == np.asarray(teacher_logits).argmax(1)
     result = {
         "agreement": float(np.mean(same)),
-        "teacher_kl": float(np.mean((np.exp(teacher) * (teacher - student)).sum(1))),
+        # a class that the teacher rules out costs 0, not 0 * inf
+        "teacher_kl": float(np.mean((np.exp(teacher) * (np.maximum(teacher, -1e300) - student)).sum(1))),
     }
     if labels is not None:
         right = np.asarray(teacher_logits).argmax(1) == labels

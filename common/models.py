@@ -12,10 +12,13 @@
 Face vision model.
 """
 
+import collections
 import contextlib
 import inspect
 import logging
 import math
+import os
+import re
 import sys
 import warnings
 
@@ -219,14 +222,16 @@ class ImageModel(nn.Module):
     """A backbone (ours, timm's or Hugging Face's) behind `model(batch) -> dict`, see the head of this file.
 
     `build_args` rebuild it: `build_model(**build_args)`, never asking a hub.  `mean`, `std`: what its pretrained
-    weights expect, or None.
+    weights expect, or None.  `known_classes`: of the head that came with its weights, 0 if none did; None: they are
+    random.
     """
 
     kind = "image"  # of a checkpoint
 
-    def __init__(self, backbone, build_args, mean=None, std=None):
+    def __init__(self, backbone, build_args):
         super().__init__()
-        self.backbone, self.build_args, self.mean, self.std = backbone, build_args, mean, std
+        self.backbone, self.build_args = backbone, build_args
+        self.mean, self.std, self.known_classes = None, None, None
         self.feature_layers, self._indices, self._hooks, self._hooked = [], None, [], {}
         self.pooling, self.with_tokens, self.frozen = None, False, False
         self._side = build_args["img_size"]  # in pixels, see set_resolution
@@ -288,6 +293,24 @@ class ImageModel(nn.Module):
         else:
             found = getattr(self.backbone, "fc", None) or self.backbone.head
         return list(found) if isinstance(found, (tuple, list)) else [found]
+
+    def take_pretrained(self, known_classes, head_kept):
+        """Note that these weights are pretrained: their normalization, and a small new head if theirs is not kept.
+
+        timm draws some heads so large (EfficientNet's from -0.41 to 0.41) that the first steps undo what was learned.
+        """
+        if self.name.startswith("hf:"):
+            self.mean, self.std = _hugging_face_normalization(self.name.removeprefix("hf:"))
+        else:
+            config = getattr(self.backbone, "pretrained_cfg", None) or {}
+            self.mean, self.std = (list(config[name]) if config.get(name) else None for name in ("mean", "std"))
+        self.known_classes = known_classes
+        for layer in () if head_kept else self.classifiers:
+            for module in layer.modules():
+                if isinstance(module, (nn.Linear, nn.Conv2d)):
+                    nn.init.trunc_normal_(module.weight, std=0.01)
+                    if module.bias is not None:
+                        nn.init.zeros_(module.bias)
 
     def set_dropout(self, probability):
         """Drop that share of the head's input in training.  Once, before compiling."""
@@ -478,10 +501,10 @@ def _build_timm(name, num_classes, img_size, build_args, pretrained, dynamic):
             with contextlib.suppress(Exception):  # where it builds without them, the weights are what is missing
                 problem = _no_weights(timm_name, create(False).pretrained_cfg, error)
         raise ModelError(problem) from None
-    config = backbone.pretrained_cfg
-    known = pretrained or "." in timm_name  # a tag names weights, which may come from a file
-    mean, std = (config.get("mean"), config.get("std")) if known else (None, None)
-    model = ImageModel(backbone, build_args, mean and list(mean), std and list(std))
+    model = ImageModel(backbone, build_args)
+    if pretrained:
+        known = backbone.pretrained_cfg.get("num_classes", 0)
+        model.take_pretrained(known, known == num_classes)
     model.check_side(img_size)
     return model
 
@@ -505,11 +528,11 @@ def _build_hugging_face(name, num_classes, build_args, pretrained, hf_config):
     try:
         if hf_config is not None:
             hf_config = dict(hf_config)
-            body = AutoModel.from_config(AutoConfig.for_model(hf_config.pop("model_type"), **hf_config))
+            body = AutoModel.from_config(AutoConfig.for_model(hf_config.pop("model_type"), **hf_config), trust_remote_code=False)
         elif pretrained:
-            body = AutoModel.from_pretrained(source)
+            body = AutoModel.from_pretrained(source, trust_remote_code=False)  # None would ask on the terminal
         else:
-            body = AutoModel.from_config(AutoConfig.from_pretrained(source))
+            body = AutoModel.from_config(AutoConfig.from_pretrained(source, trust_remote_code=False), trust_remote_code=False)
     except Exception as error:
         raise ModelError(
             f"cannot load {source} ({_one_line(error)}): download config.json and model.safetensors of it into a "
@@ -520,22 +543,53 @@ def _build_hugging_face(name, num_classes, build_args, pretrained, hf_config):
     if getattr(body, "main_input_name", "pixel_values") != "pixel_values" or not has_width:
         raise ModelError(f"{source} is no image model that this project knows ({config.model_type})")
     build_args["hf_config"] = {k: v for k, v in config.to_dict().items() if k != "torch_dtype" and k != "dtype"}
-    mean, std = _hugging_face_normalization(source) if pretrained else (None, None)
-    model = ImageModel(HuggingFaceBackbone(body.float(), num_classes), build_args, mean, std)  # some are stored in half
+    model = ImageModel(HuggingFaceBackbone(body.float(), num_classes), build_args)  # some are stored in half
     model.check_side(build_args["img_size"])
+    if pretrained:
+        known, kept = _take_hugging_face_head(model, source)
+        model.take_pretrained(known, kept)
     return model
 
 
+def _take_hugging_face_head(model, source):
+    """Copy the head of a fine-tuned classifier whose classes are as many.  Returns (its classes, whether it is kept).
+
+    Classifiers pool in many ways: the head is kept only where it gives the classifier's own logits here.
+    """
+    config, wanted = model.backbone.body.config, model.build_args["num_classes"]
+    if not any("ForImageClassification" in name for name in config.architectures or ()):
+        return 0, False
+    if config.num_labels != wanted:
+        return config.num_labels, False
+    from transformers import AutoModelForImageClassification
+
+    whole = AutoModelForImageClassification.from_pretrained(source, trust_remote_code=False).float().eval()
+    theirs, own = [m for m in whole.modules() if isinstance(m, nn.Linear)][-1], model.backbone.head
+    if theirs.weight.shape != own.weight.shape:
+        return 0, False
+    own.load_state_dict(theirs.state_dict())
+    example = model.example(rows=1)
+    example["image"] += torch.linspace(-1, 1, example["image"].shape[-1])
+    training = model.training
+    with torch.no_grad():
+        expected, got = whole(pixel_values=example["image"]).logits, model.eval()(example)["logits"]
+    model.train(training)
+    kept = torch.allclose(expected, got, rtol=1e-3, atol=1e-4)
+    return wanted if kept else 0, kept
+
+
 def _hugging_face_normalization(source):
-    """(mean, std) that a model's preprocessor_config.json names, or (None, None)."""
+    """(mean, std) by a model's preprocessor_config.json, or (None, None) where it does not say."""
     from transformers.image_processing_base import ImageProcessingMixin
 
     try:
         config, _ = ImageProcessingMixin.get_image_processor_dict(source)
     except OSError:  # it has none
         return None, None
-    normalizes = config.get("do_normalize", True) and config.get("image_mean") and config.get("image_std")
-    return (list(config["image_mean"]), list(config["image_std"])) if normalizes else (None, None)
+    if not config.get("do_normalize", True):
+        return [0.0] * 3, [1.0] * 3
+    named = config.get("image_mean") and config.get("image_std")
+    return (list(config["image_mean"]), list(config["image_std"])) if named else (None, None)
 
 
 def _one_line(error):
@@ -543,47 +597,98 @@ def _one_line(error):
     return text[:200] or type(error).__name__
 
 
-def load_weights(model, state, source):
-    """Load a foreign state dict into the backbone, strictly; a head of another number of classes stays new.
+# of several state dicts that fit, the first of these is taken: averages before what they average, as in timm
+PREFERRED = ("state_dict_ema", "model_ema", "ema", "state_dict", "model", "model_state_dict", "teacher")
 
-    state: {name: tensor}, also under "model" or "state_dict", also with a "module." prefix; source: for messages.
-    Returns whether the head came along.  Raises ModelError.
+
+def load_weights(model, state, source):
+    """Load a foreign state dict into the backbone, strictly; a head of another number of classes is made anew.
+
+    state: {name: tensor}, or a dict that holds such dicts; all names of the backbone may have a prefix ("module.",
+    "teacher.backbone."), and what lies outside it is left out.  source: for messages.  Returns in words what
+    was taken.  Raises ModelError.
     """
-    for key in ("state_dict", "model", "teacher", "backbone"):
-        if isinstance(state.get(key), dict):
-            state = state[key]
-    if not state or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()):
-        raise ModelError(f"{source} holds no state dict of tensors")
-    for prefix in ("module.", "_orig_mod.", "backbone."):  # of DDP, of compiled models, of ours
-        if all(name.startswith(prefix) for name in state):
-            state = {name.removeprefix(prefix): value for name, value in state.items()}
+
+    def rank(found):
+        return min((PREFERRED.index(key) for key in found[0].split(".") if key in PREFERRED), default=len(PREFERRED))
+
+    own = model.backbone.state_dict()
+    tried = [
+        (path, names, prefix, *_fit(model, names, prefix))
+        for path, names in sorted(_state_dicts(state), key=rank) for prefix in _prefixes(names, own)
+    ]  # fmt: skip
+    fitting = [fit for fit in tried if not fit[-1]]
+    if not fitting:
+        text = "holds no state dict of tensors"
+        if tried:
+            _, names, *_, wrong = min(tried, key=lambda fit: len(fit[-1]))
+            begin = _few(re.match(r"(\w+\.){0,2}", name)[0] or name for name in names)
+            text = f"does not fit {model.name}: {wrong[0]} (and {len(wrong) - 1} more); its names begin with {begin}"
+        raise ModelError(f"{source} {text}; its keys: {_few(state if isinstance(state, dict) else [])}")
+    path, names, prefix, part, known, kept, _ = fitting[0]
+    alike = [f"{fit[2]}*" for fit in fitting if fit[0] == path]
+    if len(alike) > 1:
+        raise ModelError(f"{source} has several parts that fit {model.name}, {_few(alike)}: save the one that is meant")
+    model.backbone.load_state_dict(part, strict=True)
+    model.take_pretrained(known, kept)
+    others = _few(fit[0] for fit in fitting[1:])
+    left = _few(".".join(name.split(".")[: prefix.count(".")]) + ".*" for name in names if not name.startswith(prefix))
+    taken = [path + (others and f", not {others}"), prefix and f"{prefix}*", left and f"left out: {left}"]
+    return " ".join([source, *([f"({'; '.join(filter(None, taken))})"] if any(taken) else [])])
+
+
+def _few(names):
+    return ", ".join(dict.fromkeys(map(str, names)))[:200]
+
+
+def _state_dicts(state, path=""):
+    """(its keys, joined by dots; {name: tensor}) of each state dict in nested dicts."""
+    if isinstance(state, dict) and state:
+        if all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items()):
+            yield path, state
+        else:
+            for key, value in state.items():
+                yield from _state_dicts(value, f"{path}.{key}" if path else str(key))
+
+
+def _prefixes(names, own):
+    """What may stand before the backbone's names, the likeliest first; else what all names begin with, or nothing."""
+    counts = collections.Counter()
+    for name in names:
+        parts = name.split(".")
+        counts.update(".".join(parts[:i]) + "." if i else "" for i in range(len(parts)) if ".".join(parts[i:]) in own)
+    shared = os.path.commonprefix(list(names))
+    likely = [prefix for prefix, count in counts.items() if 2 * count >= max(counts.values())]
+    return likely or list(dict.fromkeys([shared[: shared.rfind(".") + 1], ""]))  # older names, which timm converts
+
+
+def _fit(model, names, prefix):
+    """(state dict for the backbone, classes of the file's head, whether it is kept, [what does not fit])."""
+    own = model.backbone.state_dict()
+    state = {name.removeprefix(prefix): value for name, value in names.items() if name.startswith(prefix)}
+    if not any(re.match(r"blocks\.\d+\.\d+\.", name) for name in own):  # DINOv2 saves its blocks in chunks
+        state = {re.sub(r"^blocks\.\d+\.(?=\d+\.)", "blocks.", name): value for name, value in state.items()}
     convert = getattr(sys.modules[type(model.backbone).__module__], "checkpoint_filter_fn", None)
     if convert:  # timm's own, as for hub weights: resizes positions to the image's grid, knows older names
         try:
             state = convert(state, model.backbone)
         except Exception as error:  # meant for weights of this model, so anything goes for others
-            raise ModelError(f"{source} does not fit {model.name}: {_one_line(error)}") from None
-    own = model.backbone.state_dict()
+            return None, 0, False, [_one_line(error)] * len(own)
     config = getattr(model.backbone, "pretrained_cfg", None) or {}
     heads = config.get("classifier") or ("head", "fc")
     heads = tuple(f"{head}." for head in ([heads] if isinstance(heads, str) else heads))
     head = [name for name in own if name.startswith(heads)]
-    dropped = any(name not in state or state[name].shape != own[name].shape for name in head)
-    dropped = dropped or not head and any(name.startswith(heads) for name in state)
-    if dropped:
+    kept = all(name in state and state[name].shape == own[name].shape for name in head)
+    kept = kept and (bool(head) or not any(name.startswith(heads) for name in state))
+    known = next((len(state[name]) for name in head if name.endswith("weight") and name in state), 0)
+    if not kept:
         state = {name: value for name, value in state.items() if not name.startswith(heads)}
         state.update({name: own[name] for name in head})
-    try:
-        model.backbone.load_state_dict(state, strict=True)
-    except RuntimeError as error:
-        raise ModelError(f"{source} does not fit {model.name}: {_mismatch(error)}") from None
-    return not dropped
-
-
-def _mismatch(error):
-    """The first complaint of a strict load, in one line."""
-    lines = [line.strip() for line in str(error).splitlines()[1:] if line.strip()]
-    return f"{lines[0][:200]} (and {len(lines) - 1} more)" if len(lines) > 1 else (lines or [str(error)])[0][:200]
+    wrong = [f"it lacks {name}" for name in own if name not in state and not name.endswith("num_batches_tracked")]
+    wrong += [f"it has {name}, the model has not" for name in state if name not in own]
+    wrong += [f"{name} is {tuple(value.shape)}, of the model {tuple(own[name].shape)}"
+              for name, value in state.items() if name in own and value.shape != own[name].shape]  # fmt: skip
+    return state, known, kept, wrong
 
 
 def multiply_adds(model, resolution):

@@ -5,20 +5,26 @@
 
 import csv
 import os
+import unicodedata
+from decimal import Decimal, InvalidOperation
 
 import numpy as np
 
 from common import distributed
-from common.images import DataError, ImageDataset, images_below
+from common.images import MISSING, DataError, ImageDataset, images_below
 
-# by which names a column is found where no flag names it
+# by which names a column is found where no flag names it; case and what is neither letter nor digit do not count
 COLUMNS = {
-    "image": ("image", "image_id", "isic_id", "image_path", "path", "file", "filename", "file_name", "id"),
+    "image": ("image", "image_id", "isic_id", "image_path", "path", "file", "filename", "id"),
     "label": ("label", "target", "class", "diagnosis", "dx"),
-    "group": ("group", "patient_id", "patient", "lesion_id"),
+    "group": ("group", "patient_id", "patient", "subject_id", "subject", "lesion_id"),
     "split": ("split",),
 }
-SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test"}
+SPLIT_NAMES = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
 
 
 def note(text):
@@ -30,6 +36,11 @@ def note(text):
 def counted(names, what):
     """ "3 rows of x.csv, the first is 'a'", of which `what` is the middle."""
     return f"{len(names)} {what}, the first is {names[0]!r}"
+
+
+def nfc(name):
+    """A name in one of its Unicode forms: macOS writes "ä" as two characters."""
+    return unicodedata.normalize("NFC", name)
 
 
 def check_folder(name, root, content):
@@ -49,6 +60,9 @@ def read_table(path, columns=None):
         raise DataError(f"cannot read {path}: {error.strerror}") from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"cannot read {path}: it is no CSV file in UTF-8 ({error})") from None
+    twice = [name for name in header if name and header.count(name) > 1]
+    if twice:
+        raise DataError(f"{path} has two columns {twice[0]!r}: rename or remove one of them")
     for name in columns or []:
         if name not in header:
             raise DataError(f"{path} has no column {name!r}: it has {', '.join(header[:12]) or 'none'}")
@@ -64,23 +78,18 @@ def select_rows(table, rows):
     return {name: [values[i] for i in rows] for name, values in table.items()}
 
 
-def check_ids(path, ids):
-    """Refuse ids that stand twice."""
-    seen, twice = set(), []
-    for i in ids:
-        if i in seen:
-            twice.append(i)
-        seen.add(i)
-    if twice:
-        raise DataError(f"{path} has {counted(twice, 'rows whose id stands there already')}")
-
-
 def match_images(table_path, ids, images, where, on_bad_image="error"):
-    """[(row, image)] of the rows whose id has one; images: {id: path}; where: what holds them, for the messages.
+    """(rows, their images) of those whose id has one; images: {id: path}; where: what holds them, for the messages.
 
-    Rows without an image are refused, or skipped with on_bad_image="skip"; images without a row are noted.
+    Two rows of one image are refused, as are rows without one, which on_bad_image="skip" skips; images without a row
+    are noted.
     """
-    check_ids(table_path, ids)
+    seen, twice = set(), []
+    for image, i in ((images.get(i, i), i) for i in ids):  # a file may have two names, "a.png" and "./a.png"
+        twice += [i] if image in seen else []
+        seen.add(image)
+    if twice:
+        raise DataError(f"{table_path} has {counted(twice, 'rows whose image an earlier row has')}")
     missing = [i for i in ids if i not in images]
     if missing:
         text = counted(missing, f"rows of {table_path} have no image in {where}")
@@ -92,7 +101,8 @@ def match_images(table_path, ids, images, where, on_bad_image="error"):
     spare = [i for i in images if i not in known]
     if spare:
         note(counted(spare, f"images in {where} have no row in {table_path} and are not used"))
-    return [(row, images[i]) for row, i in enumerate(ids) if i in images]
+    rows = [row for row, i in enumerate(ids) if i in images]
+    return rows, [images[ids[row]] for row in rows]
 
 
 def images_by_name(folders, keep=lambda stem: True):
@@ -108,7 +118,8 @@ def images_by_name(folders, keep=lambda stem: True):
 
 def label_numbers(path, values, classes, column):
     """(N,) int64: each value's place in classes.  Raises DataError for others, and for none."""
-    place = {name: i for i, name in enumerate(classes)}
+    place = {nfc(name): i for i, name in enumerate(classes)}
+    values = [nfc(v) for v in values]
     unknown = [v for v in values if v not in place]
     if unknown:
         text = f"rows of {path} have an unknown {column}" if unknown[0] else f"rows of {path} have no {column}"
@@ -128,19 +139,31 @@ def read_csv(root, *, on_bad_image="error", table=None, image_column=None, label
     given = {"image": image_column, "label": label_column, "group": group_column, "split": split_column}
     column = {kind: _column(path, content, kind, name) for kind, name in given.items()}
     files = _files_of(content[column["image"]], root)
-    matched = match_images(path, content[column["image"]], files, root, on_bad_image)
-    content = select_rows(content, [row for row, _ in matched])
-    names = content[column["label"]]
-    classes = sorted_classes(names)
-    if "" in classes:
-        raise DataError(f"{path}: {names.count('')} rows have no {column['label']}, the first is of image "
-                        f"{content[column['image']][names.index('')]!r}")  # fmt: skip
+    rows, _ = match_images(path, content[column["image"]], files, root, on_bad_image)
+    content = select_rows(content, _labelled(path, content, column, rows))
+    classes = sorted_classes(path, content[column["label"]])
+    labels = label_numbers(path, content[column["label"]], classes, column["label"])
+    groups = content[column["group"]] if column["group"] else None
     ids = content[column["image"]]
-    groups = [g or i for g, i in zip(content[column["group"]], ids)] if column["group"] else None
-    labels = label_numbers(path, names, classes, column["label"])
-    whole = ImageDataset(ids, labels, paths=[p for _, p in matched], groups=groups, **decoding)
-    note(f"{path}: " + ", ".join(f"{kind} from {name}" for kind, name in column.items() if name))
+    whole = ImageDataset(ids, labels, paths=[files[i] for i in ids], groups=groups, **decoding)
+    spare = [name for name in content if name and name not in column.values()]
+    note(f"{path}: " + ", ".join(f"{kind} from {name}" for kind, name in column.items() if name)
+         + (f"; not used: {', '.join(spare[:12])}" if spare else ""))
     return _official_splits(path, whole, content[column["split"]] if column["split"] else None, column["split"]), classes
+
+
+def _labelled(path, content, column, rows):
+    """Those of the rows that have a label; how many have none is noted.  Raises DataError where none has."""
+    labels = content[column["label"]]
+    bare = [row for row in rows if labels[row] in MISSING]
+    if bare:
+        written = " or ".join(sorted({repr(labels[row]) for row in bare}))
+        names = [content[column["image"]][row] for row in bare]
+        text = counted(names, f"rows of {path} have no {column['label']} ({written})")
+        if len(bare) == len(rows):
+            raise DataError(text)
+        note(f"{text}: they are left out")
+    return [row for row in rows if labels[row] not in MISSING]
 
 
 def _table_path(root, table):
@@ -153,6 +176,11 @@ def _table_path(root, table):
     return os.path.join(root, found[0])
 
 
+def _letters(name):
+    """A column's name without what people write in different ways: "Patient ID", "patient_id" and "PatientID"."""
+    return "".join(filter(str.isalnum, name.lower()))
+
+
 def _column(path, content, kind, name):
     if name == "none" and kind in ("group", "split"):
         return None
@@ -160,7 +188,8 @@ def _column(path, content, kind, name):
         if name not in content:
             raise DataError(f"{path} has no column {name!r} (--{kind}-column): it has {', '.join(list(content)[:12])}")
         return name
-    found = next((c for c in COLUMNS[kind] if c in content), None)
+    plain = {_letters(c): c for c in reversed(content)}
+    found = next((plain[_letters(c)] for c in COLUMNS[kind] if _letters(c) in plain), None)
     if found is None and kind in ("image", "label"):
         raise DataError(f"{path} has no column {', '.join(COLUMNS[kind])}: name the one, --{kind}-column "
                         f"(it has {', '.join(list(content)[:12])})")  # fmt: skip
@@ -168,34 +197,47 @@ def _column(path, content, kind, name):
 
 
 def _files_of(names, root):
-    """{name: path}: names are paths in root or anywhere below it, with or without their ending; then the files that none names."""
-    paths, found, ambiguous = images_below(root), {}, set()
-    places = [{}, {}, {}, {}]  # path in root, the same without its ending, name of the file, the same without its ending
-    for path in paths:
-        inside = os.path.relpath(path, root).replace(os.sep, "/")
-        base = inside.rsplit("/", 1)[-1]
-        for place, key in zip(places, (inside, os.path.splitext(inside)[0], base, os.path.splitext(base)[0])):
-            if place.setdefault(key, path) != path:
-                ambiguous.add(key)
-    for name in names:
-        place = next((p for p in places if name in p), None)
-        if place is not None and (place is places[0] or name not in ambiguous):
-            found[name] = place[name]
-        elif place is not None:
-            raise DataError(f"{name!r} is the name of several images below {root}: write its folder too")
-        elif os.path.isabs(name) and os.path.isfile(name):
-            found[name] = name
+    """{name: path}, then the images that none names.
+
+    A name is a file's path in root as it is written, or else the path or the name of one image anywhere below it, in
+    any case and Unicode form, with or without its ending.  Raises DataError where that is several images.
+    """
+
+    def plain(name):
+        return os.path.normpath(name.replace("\\", "/"))
+
+    paths, found = images_below(root), {}
+    for spell in (plain, lambda name: nfc(plain(name)).casefold()):
+        left = [name for name in names if name not in found]
+        places = ({}, {}, {}, {})  # path in root, the same without its ending, name of the file, the same without its ending
+        for path in paths if left else ():
+            inside = spell(os.path.relpath(path, root))
+            base = os.path.basename(inside)
+            for place, key in zip(places, (inside, os.path.splitext(inside)[0], base, os.path.splitext(base)[0])):
+                place[key] = None if key in place else path  # None: several
+        for name in left:
+            hits = [place[spell(name)] for place in places if spell(name) in place]
+            if hits and hits[0] is None:
+                raise DataError(f"{name!r} is the name of several images below {root}: write its folder too")
+            found.update({name: hits[0]} if hits else {})
+    elsewhere = {name: os.path.join(root, plain(name)) for name in names if name not in found}  # or of another ending
+    found.update((name, path) for name, path in elsewhere.items() if os.path.isfile(path))
     used = set(found.values())
     found.update((os.path.relpath(path, root), path) for path in paths if path not in used)
     return found
 
 
-def sorted_classes(names):
-    """Class names in order: as numbers where all are."""
-    try:
-        return sorted(set(names), key=float)
-    except ValueError:
-        return sorted(set(names))
+def sorted_classes(path, names):
+    """Class names in order, as numbers where all are: the same in every process.  Raises DataError for 1 beside 1.0."""
+    names, numbers = sorted({nfc(name) for name in names}), {}
+    for name in names:
+        try:
+            number = Decimal(name)  # exact: codes may have 18 digits
+        except InvalidOperation:
+            continue
+        if number.is_finite() and numbers.setdefault(number, name) != name:
+            raise DataError(f"{path} writes one class as {numbers[number]!r} and as {name!r}: write it in one way")
+    return [numbers[number] for number in sorted(numbers)] if len(numbers) == len(names) else names
 
 
 def _official_splits(path, whole, values, column):

@@ -13,14 +13,14 @@ from common import cli
 from common.augment import Policy
 from common.data import DATASETS, load_splits
 from common.embeddings import Store, StoredTeacher, difference, split_folder
-from common.evaluation import is_chance_level, live_teacher, outputs, predict, task_metrics
-from common.images import TASK, in_words, tasks_of
+from common.evaluation import chance_auc, live_teacher, outputs, predict, task_metrics
+from common.images import TASK, in_words
 from common.loader import Loader
 from common.losses import FEATURE_TERMS, LOGIT_TERMS, RELATIONS, uses
 from common.metrics import classification
 from common.models import build_model
 from common.probes import knn
-from common.training import Preprocess, file_sha256, load_model, start_weights, use_compile
+from common.training import Preprocess, file_sha256, load_model, need_head, start_weights, use_compile
 
 NEIGHBOURS = 20  # of --eval-dataset
 
@@ -45,7 +45,7 @@ def open_stores(args):
         return None
     for name in ("teacher_checkpoint", "teacher_model", "teacher_resolution", "teacher_pooling", "teacher_pretrained", "teacher_weights",
                  *Policy.__dataclass_fields__, "augment", "no_augment"):
-        if getattr(args, name) not in (None, False):
+        if getattr(args, name) is not None and getattr(args, name) is not False:  # 0 is given
             flag = "--" + name.replace("_", "-")
             raise cli.UserError(f"{flag} and --teacher-embeddings contradict each other: teacher and views are the stored ones")
     stores = {"train": Store(split_folder(args.teacher_embeddings, "train"))}
@@ -56,10 +56,10 @@ def open_stores(args):
         differs = difference({**store.meta, **{key: meta[key] for key in ("split", "sha256", "count")}}, meta)
         if differs:
             raise cli.UserError(f"{store.folder} and {stores['train'].folder} are of different extractions ({differs})")
-    defaults = {"split_seed": 0, "decode_size": 512}
     for name in ("dataset", *cli.STORED_FLAGS):
-        if getattr(args, name) not in (None, False, defaults.get(name), meta.get(name)):
-            raise cli.UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: the embeddings were made with {meta.get(name)}")
+        own = getattr(args, name)
+        if own is not None and own is not False and own != meta.get(name):
+            raise cli.UserError(f"--{name.replace('_', '-')} {own}: the embeddings were made with {meta.get(name)}")
         setattr(args, name, meta.get(name))
     args.data_root = args.data_root or meta.get("data_root")
     return stores
@@ -98,8 +98,10 @@ def load_teacher(args, path, checkpoint, classes, resolution, info):
                                 "or a method without the teacher's logits")  # fmt: skip
         side = args.teacher_resolution or resolution
         teacher = build_model(args.teacher_model, len(classes), side, pretrained=args.teacher_pretrained)
-        start_weights(teacher, args.teacher_weights, flag="--teacher-weights")
-        preprocess = Preprocess(side, teacher.mean or info.mean, teacher.std or info.std)
+        weights = start_weights(teacher, args.teacher_weights, flag="--teacher-weights")
+        if classes:
+            need_head(teacher, classes, args.teacher_weights)
+        preprocess = Preprocess.of_new(teacher, side, args.dataset, info)
         sha = file_sha256(args.teacher_weights) if args.teacher_weights else None
     else:
         if classes and checkpoint["classes"] != classes:
@@ -107,7 +109,9 @@ def load_teacher(args, path, checkpoint, classes, resolution, info):
                                 f"{args.dataset} has {in_words(classes)}")  # fmt: skip
         teacher, preprocess = load_model(checkpoint, resolution=args.teacher_resolution, path=path)
         sha = file_sha256(path)
-    described = {"name": teacher.name, "family": teacher.family, "parameters": teacher.num_parameters, "checkpoint": path, "sha256": sha}
+        weights = f"weights of {path}"
+    described = {"name": teacher.name, "family": teacher.family, "parameters": teacher.num_parameters}
+    described.update(checkpoint=path, sha256=sha, weights=weights, normalization=str(preprocess))
     return teacher, preprocess, described
 
 
@@ -143,54 +147,54 @@ class Neighbours:
     def __init__(self, args, device, precision, interrupts):
         same = args.eval_dataset == args.dataset and args.eval_data_root in (None, args.data_root)
         options = cli.split_flags(vars(args)) if same else {name: getattr(args, name) for name in ("split_seed", "decode_size", "on_bad_image")}
-        options.pop("limit_train", None)
+        options = {name: value for name, value in options.items() if name not in ("limit_train", "limit_labels")}
         root = args.eval_data_root or (args.data_root if same else None)
         self.splits = load_splits(args.eval_dataset, cli.data_root(root), splits=("train", "val"), **options)
         self.loaders = [Loader(part, args.batch_size, device, cache=args.cache, workers=args.workers) for part in (self.splits.train, self.splits.val)]
         self.precision, self.interrupts = precision, interrupts
 
     def __call__(self, model, preprocess):
-        """{"accuracy", "balanced_accuracy"}"""
+        """{"accuracy", "balanced_accuracy", "auc"}"""
         found = [outputs(model, loader, preprocess, self.precision, ("embedding",), self.interrupts)["embedding"] for loader in self.loaders]
         train, labels, val = (torch.from_numpy(v).to(self.precision.device) for v in (found[0], self.splits.train.labels, found[1]))
         votes = knn(train, labels, val, len(self.splits.classes), k=(NEIGHBOURS,))
         found = classification(next(iter(votes.values())).cpu().numpy(), self.splits.val.labels)
-        return {name: found[name] for name in ("accuracy", "balanced_accuracy")}
+        return {name: found[name] for name in ("accuracy", "balanced_accuracy", "auc")}
 
 
 def judge_teacher(source, logits, splits, neighbours, args):
     """Note the teacher's val metrics and refuse one at chance level; returns a line for the log."""
     text = source.title
     if logits is not None:
-        source.described["val"] = task_metrics(logits, splits.val.targets)
-        for task, names in tasks_of(splits.classes).items():
-            name = "balanced_accuracy" if len(logits) == 1 else f"{task}_balanced_accuracy"
-            check_teacher(source.described["val"][name], len(names), splits.val.targets[task], args.allow_weak_teacher, "" if task == TASK else f"in {task} ")
+        source.described["val"] = task_metrics(logits, splits.val.targets, positive=splits.positive)
         text += f", val accuracy {source.described['val']['accuracy']:.4f}"
+        for task in logits:
+            auc, how = source.described["val"]["auc" if len(logits) == 1 else f"{task}_auc"], f"in {task} "
+            text += check_teacher(auc, splits.val.targets[task], args.allow_weak_teacher, "" if task == TASK else how)
     if neighbours and source.model:
         source.described["knn"] = neighbours(*source.model)
-        eval_set = neighbours.splits
-        check_teacher(source.described["knn"]["balanced_accuracy"], len(eval_set.classes), eval_set.val.labels, args.allow_weak_teacher, "by k-NN ")
-        text += f", k-NN accuracy {source.described['knn']['accuracy']:.4f} on val of {eval_set.name}"
+        found, eval_set = source.described["knn"], neighbours.splits
+        text += f", k-NN accuracy {found['accuracy']:.4f} on val of {eval_set.name}"
+        text += check_teacher(found["auc"], eval_set.val.labels, args.allow_weak_teacher, "by k-NN ")
     if "val" in source.described or "knn" in source.described:
         return text
     why = "logits of a trained head are not stored" if source.model is None else "it has no head for these classes, --eval-dataset judges it by k-NN"
     return f"{text}; it is not judged: {why}"
 
 
-def check_teacher(balanced_accuracy, num_classes, labels, allow_weak, how=""):
-    """Refuse a teacher that is no better than chance on val."""
-    if is_chance_level(balanced_accuracy, num_classes, labels) and not allow_weak:
+def check_teacher(auc, labels, allow_weak, how=""):
+    """Refuse a teacher whose AUC on val is that of guessing; returns words for the log.
+
+    Not by accuracy: under imbalance a teacher that ranks well may name one class alone.
+    """
+    chance = chance_auc(labels)
+    if chance >= 1:
+        return f", {how}not judged: {len(labels)} val images are too few"
+    figure = f"guessing gives up to {chance:.4f}"
+    figure = "no AUC, its outputs are not finite" if auc is None else f"AUC {auc:.4f}, {figure}"
+    if (auc is None or auc < chance) and not allow_weak:
         raise cli.UserError(
-            f"the teacher is {how}no better than chance on val (balanced accuracy {balanced_accuracy:.4f}): wrong checkpoint, "
+            f"the teacher is {how}no better than chance on val ({figure}): wrong checkpoint, "
             "classes or preprocessing? --allow-weak-teacher goes on"
         )
-
-
-def differences(checkpoint, args):
-    """Notes on a teacher of the same dataset that was trained with another val split."""
-    taught = checkpoint["flags"] if checkpoint else {}
-    for name in ("val_split", "split_seed", "folds", "fold"):
-        if taught.get("dataset") == args.dataset and taught.get(name) != getattr(args, name):
-            flag = "--" + name.replace("_", "-")
-            yield f"note: the teacher was trained with another {flag} ({taught.get(name)}): it may know val images"
+    return f", {how}{figure}"

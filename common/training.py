@@ -1,18 +1,23 @@
 """What the training scripts call beside the optimizer: interrupts, device, precision, checkpoints, the run's record.
 
-Needs augment.py, cli.py, distributed.py, metrics.py and models.py of `common` (image_text.py and multimodal.py too for models
+Needs augment.py, cli.py, distributed.py, images.py, metrics.py and models.py of `common` (image_text.py and multimodal.py too for models
 of images and texts) and torch.  The epoch loop itself stands in each script.
 """
 
+import argparse
 import contextlib
+import copy
 import hashlib
 import os
-import pickle
+import re
 import resource
+import shlex
 import shutil
 import signal
 import sys
+import threading
 import time
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -20,9 +25,13 @@ from tqdm import tqdm
 
 from common import distributed
 from common.augment import normalize
-from common.cli import UserError, atomic_write, environment
+from common.cli import UserError, atomic_write, environment, stops
+from common.images import TASK, tasks_of
 from common.metrics import better
 from common.models import build_model, load_weights
+
+# torch's loader says so on stderr before it refuses the file
+warnings.filterwarnings("ignore", message="Detected pickle protocol")
 
 
 class Interrupted(Exception):
@@ -34,28 +43,43 @@ class Interrupted(Exception):
 
 
 class Interrupts:
-    """Notes SIGTERM, SIGUSR1 and the first Ctrl-C; the loop asks after each step.  A second Ctrl-C stops at once.
+    """Stops in the training loop: a signal is noted, and the loop asks after each step, so that it can save.
 
-    Several processes stop at the same step, one step after any of them was told to.
+    A second Ctrl-C stops at once, as does a step that takes far longer than those before it: another process or a disk
+    does not answer.  Several processes stop at the same step, one step after any of them was told to.
     """
 
-    CODES = {signal.SIGTERM: 143, signal.SIGUSR1: 75, signal.SIGINT: 130}
-
     def __init__(self):
-        self.requested, self.agreement = 0, distributed.Agreement()
-        for number in self.CODES:
-            signal.signal(number, self._note)
+        self.requested, self.agreement, self.saving = 0, distributed.Agreement(), False
 
-    def _note(self, number, frame):
-        if number == signal.SIGINT and self.requested == signal.SIGINT:
-            raise KeyboardInterrupt
+    def begin(self):
+        """From here on signals wait for the end of a step."""
+        self.checked, self.slowest = time.monotonic(), 0.0
+        stops.defer = self._note
+
+    def end(self):
+        """All is saved: from here on signals end the script at once."""
+        stops.defer = None
+        if self.requested:
+            stops.end(self.requested)
+
+    def _note(self, number):  # in the thread that hears signals
+        if number == signal.SIGINT == self.requested:
+            stops.end(number)
         self.requested = number
+        timer = threading.Timer(3 + 2 * self.slowest, lambda: self.saving or stops.end(number))
+        timer.daemon = True
+        timer.start()
 
     def check(self):
         """Raise Interrupted where a stop was asked for; called equally often by all processes."""
+        if stops.defer:
+            now = time.monotonic()
+            self.slowest, self.checked = max(0.97 * self.slowest, now - self.checked), now  # forgets a slow start
         number = self.agreement(int(self.requested))
         if number:
-            raise Interrupted(f"interrupted by {signal.Signals(number).name}", self.CODES[number])
+            self.saving = True
+            raise Interrupted(f"interrupted by {signal.Signals(number).name}", stops.CODES[number])
 
 
 # ------------------------------------------------------------------------------------------------ device and precision
@@ -79,7 +103,7 @@ def select_device(name):
     try:
         distributed.start(device)
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"process {processes.rank} of {processes.size} found no way to the others: {str(error).splitlines()[0]}") from None
+        raise UserError(str(error)) from None
     return device
 
 
@@ -131,6 +155,20 @@ class Preprocess:
     std: list
     tokenizer: object = None  # of transformers; the model's own, so it is not kept with the other values
     max_length: int = None  # tokens to which texts are cut
+    source: str = "the checkpoint"  # whose mean and std these are
+
+    @classmethod
+    def of_new(cls, model, resolution, dataset, info):
+        """Of a model that is no checkpoint's: what its weights expect, else what suits the dataset (name and info)."""
+        if model.mean:
+            return cls(resolution, model.mean, model.std, source=f"the weights of {model.name}").reads(model)
+        assumed = getattr(model, "known_classes", None) is not None
+        source = dataset + (f", assumed: with the weights of {model.name} come no mean and std" if assumed else "")
+        return cls(resolution, info.mean, info.std, source=source).reads(model)
+
+    def __str__(self):
+        mean, std = (" ".join(f"{v:.4g}" for v in values) for values in (self.mean, self.std))
+        return f"mean {mean}, std {std}, of {self.source}"
 
     def __post_init__(self):
         self.mean, self.std = [float(v) for v in self.mean], [float(v) for v in self.std]
@@ -202,19 +240,47 @@ def save_checkpoint(path, content, also=()):
                     except OSError:  # a file system without links
                         shutil.copyfile(temporary, second)
     except RuntimeError as error:  # torch's writer hides the disk's error
+        if "DataLoader worker" in str(error):  # raised wherever the main process is when one is killed
+            raise
         raise UserError(f"cannot write {path}: {error.__cause__ or error.__context__ or error}") from None
+
+
+CHECKPOINT = {"kind": str, "model": dict, "model_args": dict, "classes": (list, dict), "preprocess": dict, "flags": dict}  # what all need of it
+
+
+def load_tensors(path):
+    """What a .pth or .safetensors file holds, on the CPU; nothing in it is run.  Raises UserError."""
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: no such file")
+    with open(path, "rb") as file:
+        start = file.read(24)
+    if start.isascii() and min(start, default=9) >= 9:
+        what = f"begins with the text {start.decode()!r}" if start else "is empty"
+        raise UserError(f"{path} {what}: it is damaged or was not downloaded")
+    torch.serialization.add_safe_globals([argparse.Namespace])  # a plain holder of values that many scripts save
+    try:
+        if start[8:9] == b"{":  # whatever the file's name
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        return torch.load(path, weights_only=True, map_location="cpu")
+    except Exception as error:  # each format has its own kinds
+        text = str(error)
+        refused, reason = re.search(r"GLOBAL (\S+)", text), re.search(r"WeightsUnpickler error:\s*(\S.*)", text)
+        if refused:
+            raise UserError(
+                f"{path} holds a {refused[1]}, and loading that could run code: save its tensors alone, "
+                "torch.save(model.state_dict(), FILE)"
+            ) from None
+        reason = reason[1] if reason else [*text.strip().splitlines(), type(error).__name__][0]
+        raise UserError(f"{path} is damaged: {reason[:160]}") from None
 
 
 def load_checkpoint(path):
     """A checkpoint of these scripts as a dict, on the CPU, loaded safely.  Raises UserError."""
-    if not os.path.isfile(path):
-        raise UserError(f"no checkpoint {path}")
-    try:
-        checkpoint = torch.load(path, weights_only=True, map_location="cpu")
-    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError, OSError) as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise UserError(f"{path} is damaged or no safe checkpoint: {reason[:160]}") from None
-    if not isinstance(checkpoint, dict) or not {"kind", "model", "model_args", "classes", "preprocess"} <= checkpoint.keys():
+    checkpoint = load_tensors(path)
+    known = isinstance(checkpoint, dict) and all(isinstance(checkpoint.get(name), kind) for name, kind in CHECKPOINT.items())
+    if not known or not {"dataset", "data_root"} <= checkpoint["flags"].keys():
         raise UserError(f"{path} is no checkpoint of these scripts; foreign weights go to --weights FILE")
     return checkpoint
 
@@ -223,17 +289,17 @@ def load_model(checkpoint, device="cpu", resolution=None, path="the checkpoint")
     """(model in eval mode, Preprocess) from a checkpoint alone; no hub is asked.  Raises UserError, ModelError."""
     if checkpoint["kind"] not in ("image", "image_text"):
         raise UserError(f"{path} is of the unknown kind {checkpoint['kind']!r}")
+    build = build_model
     if checkpoint["kind"] == "image_text":
-        from common.multimodal import build_image_text_model
-
-        model = build_image_text_model(**checkpoint["model_args"])
-    else:
-        model = build_model(**checkpoint["model_args"])
+        from common.multimodal import build_image_text_model as build
+    try:
+        model, preprocess = build(**checkpoint["model_args"]), Preprocess(**checkpoint["preprocess"])
+    except TypeError as error:
+        raise UserError(f"{path} is of another version or damaged: {error}") from None
     try:
         model.load_state_dict(checkpoint["model"], strict=True)
     except RuntimeError as error:
         raise UserError(f"{path} does not fit its own architecture {model.name}: {str(error).splitlines()[-1].strip()[:160]}") from None
-    preprocess = Preprocess(**checkpoint["preprocess"])
     preprocess.reads(model)
     if resolution and resolution != preprocess.resolution:
         model.set_resolution(resolution)
@@ -274,28 +340,50 @@ def start_weights(model, weights=None, init_checkpoint=None, flag="--weights"):
     """Load --weights FILE or --init-checkpoint FILE into a new model; returns a line for the log, or None; flag: for messages."""
     if weights and init_checkpoint:
         raise UserError("--weights and --init-checkpoint contradict each other: give one of them")
-    if init_checkpoint:
-        state = load_checkpoint(init_checkpoint)["model"]
-        state = {name.removeprefix("backbone."): value for name, value in state.items()}
-    elif weights:
-        if not os.path.isfile(weights):
-            raise UserError(f"{flag} {weights}: no such file")
+    path = weights or init_checkpoint
+    if path:
         try:
-            if weights.endswith(".safetensors"):
-                from safetensors.torch import load_file
-
-                state = load_file(weights)
-            else:
-                state = torch.load(weights, weights_only=True, map_location="cpu")
-        except Exception as error:  # each format has its own kinds
-            raise UserError(f"{flag} {weights} is damaged or unsafe: {str(error).splitlines()[0][:160]}") from None
-        if not isinstance(state, dict):
-            raise UserError(f"{flag} {weights} holds no state dict")
-    else:
+            state = load_checkpoint(path) if init_checkpoint else load_tensors(path)
+        except UserError as error:
+            raise UserError(f"{'--init-checkpoint' if init_checkpoint else flag} {error}") from None
+        taken = load_weights(model, state, path)
+        if "preprocess" in state:  # of a checkpoint of these scripts
+            model.mean, model.std = state["preprocess"]["mean"], state["preprocess"]["std"]
+    elif model.known_classes is None:
         return None
-    source = weights or init_checkpoint
-    kept = load_weights(model, state, source)
-    return f"weights of {source}" + ("" if kept else ", with a new head: its classes differ")
+    else:
+        taken = model.name
+    wanted, known = model.build_args["num_classes"], model.known_classes
+    new = f", with a new head of {wanted} classes: theirs has {known or 'none'}"
+    return f"weights of {taken}" + (new if wanted not in (0, known) else "")
+
+
+def need_head(model, classes, weights):
+    """Refuse a model by name whose logits are those of a new head; weights: the file, or None.  Raises UserError."""
+    known = model.known_classes
+    if known != len(classes):
+        head = f"a head of {known} classes" if known else "no head that can be kept"
+        raise UserError(
+            f"{weights or model.name} has {head}, the data have {len(classes)}: its logits would mean nothing; "
+            "fine-tune it with train_teacher.py, or take a method without logits (rkd, mmd, tokens, ...)"
+        )
+
+
+def check_normalization(model, resolution, rows):
+    """Refuse one image a step where a layer normalizes over the batch and would have one value.  Raises UserError.
+
+    model: on the CPU; resolution: its input side in pixels; rows: images that go through it together.
+    """
+    if rows > 1:
+        return
+    try:
+        with torch.no_grad(), torch.random.fork_rng([]):
+            copy.deepcopy(model).train()(model.example(resolution, 1))
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise UserError(f"BatchNorm of {model.name} needs two images at once at {resolution} px and gets one: take a larger --batch-size, "
+                        "fewer --accumulation-steps or fewer processes") from None  # fmt: skip
 
 
 def file_sha256(path):
@@ -303,28 +391,45 @@ def file_sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(file.read()).hexdigest()
 
 
+def class_difference(before, now):
+    """What a checkpoint's classes and the data's (lists, or {task: list}) differ in, in words, or None."""
+    before, now = tasks_of(before), tasks_of(now)
+    for task in {**before, **now}:
+        old, new = before.get(task, []), now.get(task, [])
+        lacking, added = [c for c in old if c not in new], [c for c in new if c not in old]
+        parts = [f"{verb} {', '.join(map(repr, names[:5]))}" for verb, names in (("lack", lacking), ("have besides", added)) if names]
+        if old != new:
+            return f"the classes {' and '.join(parts) or f'are in the order {new[:10]}, not {old[:10]}'}{'' if task == TASK else f' ({task})'}"
+
+
 # ---------------------------------------------------------------------------------------------------- the run's record
 
 
 class Meter:
-    """Sums of an epoch's batch means in this process, kept on the device until they are read."""
+    """Sums of an epoch's batch means in this process, kept on the device until they are read.
+
+    A mean of nothing (NaN: the accuracy of a batch without labels) is left out.
+    """
 
     def __init__(self):
-        self.sums, self.count = {}, 0
+        self.names, self.total = [], 0.0  # (2, K): sums and counts
 
     def add(self, **values):
-        for name, value in values.items():
-            self.sums[name] = self.sums[name] + value.detach() if name in self.sums else value.detach().float().clone()
-        self.count += 1
+        """Scalars on the device, the same names each time."""
+        self.names = list(values)
+        values = torch.stack([value.detach().float() for value in values.values()])
+        there = ~values.isnan()
+        self.total = self.total + torch.stack([torch.where(there, values, 0.0), there.float()])
 
     def means(self):
-        return {name: float(total) / self.count for name, total in self.sums.items()} if self.count else {}
+        return dict(zip(self.names, (self.total[0] / self.total[1]).tolist())) if self.names else {}
 
     def state_dict(self):
-        return {"sums": {name: total.cpu() for name, total in self.sums.items()}, "count": self.count}
+        return {"names": self.names, "total": self.total.cpu() if self.names else None}
 
     def load_state_dict(self, state, device):
-        self.sums, self.count = {name: total.to(device) for name, total in state["sums"].items()}, state["count"]
+        if state["names"]:
+            self.names, self.total = state["names"], state["total"].to(device)
 
 
 class Recorder:
@@ -344,11 +449,39 @@ class Recorder:
         self.started, self.seconds_before = time.time(), 0.0
 
     def open(self, args):
-        """Make the run folder, or go on with what --resume names."""
-        saved = load_checkpoint(self.run.path("latest.pth")) if args.resume else {"rows": 0, "log_bytes": 0}
+        """Lock the run folder and make it, or go on with what --resume names.  Raises UserError."""
+        self.run.lock()
+        if distributed.rank():
+            torch.manual_seed(args.seed + 1_000_003 * distributed.rank())  # of dropout's masks: others than rank 0's
+        saved = {"rows": 0, "log_bytes": 0}
         if args.resume:
+            saved = load_checkpoint(self.run.path("latest.pth"))
+            self.check_resumed(saved)
             self.restore(saved)
+            stops.hint = f": {self.again} continues"
+        self.interrupts.begin()
         self.run.open(vars(args), environment(device_name(self.updater.precision.device)), saved["rows"], saved["log_bytes"])
+
+    @property
+    def again(self):
+        """The command that resumes this run."""
+        return f"python {os.path.basename(sys.argv[0])} --resume {shlex.quote(self.run.folder)}"
+
+    def check_resumed(self, saved):
+        """Refuse to go on with other data than the checkpoint's, or to fewer epochs.  Raises UserError."""
+        begun = saved["epoch"] if saved["step"] else saved["epoch"] - 1
+        if self.epochs_wanted < begun:
+            raise UserError(f"--epochs {self.epochs_wanted} beside --resume: {begun} epochs of {self.run.folder} are done or begun")
+        before, now = saved.get("data"), self.content.get("data")
+        if not before or not now:  # a run of an earlier version
+            return
+        differ = class_difference(before["classes"], now["classes"])
+        for split, sha in before["sha256"].items() if not differ else ():
+            if sha != now["sha256"].get(split):
+                was, found = (of["sizes"].get(split, 0) for of in (before, now))
+                differ = f"{split} had {was:,} images, it has {found:,}" if was != found else f"{split} had other images or labels ({was:,} as now)"
+        if differ:
+            raise UserError(f"--resume {self.run.folder} with other data: {differ}: bring them back, or start a new run")
 
     @property
     def seconds(self):
@@ -359,6 +492,7 @@ class Recorder:
         """The epochs that are left."""
         while self.epoch <= self.epochs_wanted and not self.stopped_early:
             yield self.epoch
+        self.interrupts.end()
 
     def batches(self, loader):
         """The batches that are left of this epoch, with a progress bar on a terminal; stops after a signal."""
@@ -410,6 +544,7 @@ class Recorder:
         if self.save_every and epoch % self.save_every == 0:
             names.append(f"epoch_{epoch}.pth")
         self.save(*names)
+        stops.hint = f": {self.again} continues"
 
     def save(self, *names):
         """Write latest.pth: plain tensors and built-in types, all that rebuilds and resumes. `names`: the same file."""
@@ -428,7 +563,9 @@ class Recorder:
             "stopped_early": self.stopped_early, "seconds": self.seconds, "rows": len(self.run.rows),
             "log_bytes": self.run.log_bytes,
         }  # fmt: skip
+        stopping, self.interrupts.saving = self.interrupts.saving, True  # a slow disk may take its time
         save_checkpoint(self.run.path("latest.pth"), content, [self.run.path(name) for name in names])
+        self.interrupts.saving = stopping
         distributed.barrier()
 
     def restore(self, checkpoint):
@@ -455,6 +592,5 @@ class Recorder:
         except Interrupted as stop:
             if self.epoch <= self.epochs_wanted and not self.stopped_early:
                 self.save()
-            again = f"python {os.path.basename(sys.argv[0])} --resume {self.run.folder}"
-            text = f"{stop} in epoch {self.epoch} after step {self.step}: {again} continues"
+            text = f"{stop} in epoch {self.epoch} after step {self.step}: {self.again} continues"
             raise Interrupted(text, stop.exit_code) from None

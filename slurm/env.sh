@@ -134,7 +134,7 @@ stop_if_asked() {
 # The run is saved but not finished: queue this job again, or fail, so that nothing that depends on it starts.
 requeue() {
   local count=${SLURM_RESTART_COUNT:-0} most=${MAX_REQUEUES:-10} how
-  how="--resume ${OUT:-RUN} continues"
+  how="--resume $(quoted "${OUT:-RUN}") continues"
   [ -n "$SLURM_JOB_ID" ] || { echo "not finished: $how" >&2; exit 75; }
   [ -n "$RESUMABLE" ] || { echo "error: the time limit came before $SCRIPT was done: give sbatch a longer --time" >&2; exit 75; }
   [ "$count" -lt "$most" ] || { echo "error: not finished after $count requeues (MAX_REQUEUES=$most): $how" >&2; exit 75; }
@@ -174,6 +174,7 @@ in_stage() {
   cd "$STAGE/work" || exit 2
   [ ! -s "$STAGE/data_root" ] || DATA_ROOT=$(cat "$STAGE/data_root")
   [ -z "$DATA_ROOT" ] || export DATA_ROOT
+  echo "$BASHPID" >> "$STAGE/pids"
   exec "$PYTHON" "$STAGE/code/$SCRIPT" "$@"
 }
 

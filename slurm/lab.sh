@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The six runs of the README's CIFAR-10 recipes and their report, each after what it needs.
+# The six runs of the README's CIFAR-10 recipes and their report, each after what it needs; finished ones are not run again.
 #     slurm/lab.sh [--local] [--dry-run] [--runs DIR] [--x=y FOR SBATCH] [-- | FLAGS OF THE TRAINING SCRIPTS]
 #     slurm/lab.sh --partition=gpu --seed 1
 #     slurm/lab.sh --local --dataset imagefolder --data-root data/cifar10-part --resolution 16 --epochs 2
@@ -45,6 +45,9 @@ each_run() {
   "$1" vit_distill distill vit_teacher "--model vit_6_192 --epochs 150 $adamw $response"
 }
 
+# Its results are there and --overwrite does not ask for others.
+finished() { [ -e "$runs/$1/results.json" ] && ! given --overwrite; }
+
 command_of() {  # NAME SCRIPT NEEDED RECIPE -> COMMAND: the script's arguments
   read -ra COMMAND <<< "$4"
   COMMAND+=("${data[@]}")
@@ -54,35 +57,42 @@ command_of() {  # NAME SCRIPT NEEDED RECIPE -> COMMAND: the script's arguments
 
 checks=()
 check_run() {
+  ! finished "$1" || return 0
   command_of "$@"
   checks+=(--next "$2.py" "${COMMAND[@]}")
 }
 
 declare -A id
-submit() {  # NAME SBATCH-FILE NEEDED ARGUMENTS...
-  local name=$1 file=$HERE/$2.sbatch needed=() after
-  after=$3
-  shift 3
+failed=()
+submit() {  # NAME SBATCH-FILE AFTER NEEDED ARGUMENTS...: AFTER is afterok or, where those that failed do not matter, afterany
+  local name=$1 file=$HERE/$2.sbatch after=$3 run needed=() ids=()
+  for run in ${4//[,-]/ }; do
+    finished "$run" || needed+=("$run")
+  done
+  shift 4
   case $place in
     local)
+      for run in "${needed[@]}"; do
+        [[ $after != afterok || " ${failed[*]} " != *" $run "* ]] || { failed+=("$name"); return; }
+      done
       echo "--- $name"
-      bash "$file" "$@" && return
-      echo "error: $name failed: the runs after it are not started" >&2
-      exit 1
+      bash "$file" "$@" || failed+=("$name")
       ;;
-    slurm) ;;
-    *) quoted sbatch "${options[@]}" "$file" "$@"; [ "$after" = - ] || printf '   # after %s' "$after"; echo; return ;;
+    slurm)
+      for run in "${needed[@]}"; do ids+=("${id[$run]}"); done
+      after=$(IFS=:; echo "$after:${ids[*]}")
+      id[$name]=$(sbatch --parsable --job-name="$name" --kill-on-invalid-dep=yes ${ids[0]:+--dependency="$after"} \
+        "${options[@]}" "$file" "$@") || die "sbatch refused $name; submitted so far: ${id[*]}"
+      echo "$name: job ${id[$name]}${ids[0]:+, $after}"
+      ;;
+    *) echo "$(quoted sbatch "${options[@]}" "$file" "$@")${needed[0]:+   # after ${needed[*]}}" ;;
   esac
-  [ "$after" = - ] || for run in ${after//,/ }; do needed+=("${id[$run]}"); done
-  after=$(IFS=:; echo "${needed[*]}")
-  id[$name]=$(sbatch --parsable --job-name="$name" --kill-on-invalid-dep=yes ${after:+--dependency=afterok:$after} \
-    "${options[@]}" "$file" "$@") || die "sbatch refused $name; submitted so far: ${id[*]}"
-  echo "$name: job ${id[$name]}${after:+, after $after}"
 }
 
 start_run() {
+  ! finished "$1" || { echo "$1: finished, in $runs/$1"; return 0; }
   command_of "$@"
-  submit "$1" "$2" "$3" "${COMMAND[@]}"
+  submit "$1" "$2" afterok "$3" "${COMMAND[@]}"
 }
 
 [ "$place" != slurm ] || check_before_queue
@@ -94,8 +104,10 @@ if [ "$place" != dry-run ]; then
     PYTHONPATH=$ROOT "$PYTHON" -c "$fetch" "${data[3]}" || die "CIFAR-10 is not in ${data[3]} and cannot be fetched"
   fi
   each_run check_run  # a wrong flag or a run folder that is taken is found now, not by the fifth job
-  "$PYTHON" "$HERE/resolve.py" --check "${checks[@]:1}" || exit 2
+  [ "${#checks[@]}" -eq 0 ] || "$PYTHON" "$HERE/resolve.py" --check "${checks[@]:1}" || exit 2
 fi
+trap 'exit 130' INT  # not only the run that it stopped
 each_run start_run
 folders=("$runs"/{cnn,vit}_{teacher,student,distill})
-submit report report cnn_teacher,vit_teacher,cnn_student,vit_student,cnn_distill,vit_distill "${folders[@]}" --output "$runs/report"
+submit report report afterany cnn_teacher,vit_teacher,cnn_student,vit_student,cnn_distill,vit_distill "${folders[@]}" --output "$runs/report"
+[ "${#failed[@]}" -eq 0 ] || { echo "error: failed, or not started after one that did: ${failed[*]}" >&2; exit 1; }

@@ -181,15 +181,31 @@ mark_own() {
   [ -z "$MARK" ] || [ ! "$OUT/config.json" -nt "$STAGE/began" ] || printf '%s\n' "$JOB" > "$OUT/$MARK"
 }
 
-# Copy back every SECONDS until the other end of the pipe is closed (also when this shell dies); never cut in the middle.
+# Copy back every SECONDS until the pipe says that all is done; never cut in the middle.
 sync_loop() {
   local code
   while true; do
     read -rt "$1"
     code=$?
-    [ "$code" -gt 128 ] || return 0
+    [ "$code" -ne 0 ] || return 0
+    [ "$code" -gt 128 ] || break
     sync_back || echo "warning: could not copy the results back; it is tried again" >&2
   done
+  end_script
+}
+
+# The pipe was closed without a word: this shell was killed.  Its script must not go on alone; what it saves comes back.
+end_script() {
+  local pids states
+  mapfile -t pids < "$STAGE/pids"
+  states=("${pids[@]/#//proc/}")
+  kill "${pids[@]}" 2> /dev/null
+  for _ in {1..600}; do
+    grep -qs '^State:[[:space:]]*[^ZX]' "${states[@]/%//status}" || break  # a zombie has ended too
+    sleep 0.1
+  done
+  kill -s KILL "${pids[@]}" 2> /dev/null
+  sync_back && remove_stage
 }
 
 start_helpers() {
@@ -205,11 +221,12 @@ start_helpers() {
   mkdir -p -- "$folder"
   nvidia-smi --query-gpu=timestamp,index,utilization.gpu,utilization.memory,memory.used --format=csv -l 10 >> "$folder/gpu.csv" 9>&- &
   GPU_LOGGER=$!
+  echo "$GPU_LOGGER" >> "$STAGE/pids"
 }
 
 stop_helpers() {
   [ -z "$GPU_LOGGER" ] || kill "$GPU_LOGGER" 2> /dev/null
   GPU_LOGGER=
-  [ "${#HELPERS[@]}" -eq 0 ] || { exec 9>&-; wait "${HELPERS[@]}" 2> /dev/null; }
+  [ "${#HELPERS[@]}" -eq 0 ] || { (echo >&9) 2> /dev/null; exec 9>&-; wait "${HELPERS[@]}" 2> /dev/null; }
   HELPERS=()
 }

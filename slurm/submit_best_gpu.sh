@@ -2,7 +2,7 @@
 # Submits FILE with the best GPU type that is free now:  slurm/submit_best_gpu.sh [FLAGS] FILE.sbatch ARGS...
 #
 #   --dry-run        print the sbatch command, submit nothing
-#   --gpus N         GPUs on one node (default: what FILE asks for, else 1)
+#   --gpus N         GPUs on one node, a process each (default: what FILE asks for, else 1)
 #   --partition P    default: SBATCH_PARTITION, else FILE's own, else the cluster's default partition
 #   --account A      default: SBATCH_ACCOUNT
 #   --NAME=VALUE     any other flag goes to sbatch, in this form: --time=2:00:00 --array=0-3 --dependency=... --parsable
@@ -43,8 +43,10 @@ command -v sbatch > /dev/null || fail "sbatch is not here: 'bash $file ARGS' run
 
 # Values that the environment already has win over those of the file: site.sh sets what is unset.
 if [ -f "$here/site.sh" ]; then
+  set +eu    # as in a job: it may ask for variables that are not set
   # shellcheck source=/dev/null
   . "$here/site.sh"
+  set -eu
 fi
 
 check_settings() {    # what would otherwise be missed only after hours in the queue
@@ -63,12 +65,12 @@ check_settings() {    # what would otherwise be missed only after hours in the q
   done
 }
 
-in_file() {    # in_file partition p: the value that FILE's #SBATCH lines give to a long or short flag
-  sed -nE "s/^#SBATCH[[:space:]]+(.*[[:space:]])?(--$1[=[:space:]]+|-$2[[:space:]]*)([^[:space:]]+).*/\3/p" "$file" | tail -n 1 | tr -d \"\'
+in_file() {    # in_file partition p: the value that FILE's #SBATCH lines give to a long flag or its short form, if it has one
+  sed -nE "s/^#SBATCH[[:space:]]+(.*[[:space:]])?(--$1[=[:space:]]+|-${2:-$1}[[:space:]]*)([^[:space:]]+).*/\3/p" "$file" | tail -n 1 | tr -d \"\'
 }
 wants_gpu() { [ -n "$gpus" ] || grep -qE '^#SBATCH[[:space:]](.*[[:space:]])?(--gres[=[:space:]][^[:space:]]*gpu|--gpus|-G)' "$file"; }
 gpus_in_file() {    # of --gpus=2, --gpus=a100:2, --gres=gpu:2, --gres=tmp:9,gpu:a100:2
-  { in_file gpus G; in_file gres -; } | sed -nE 's/^(.*gpu:)?([^:,]+:)?([0-9]+)(,.*)?$/\3/p' | head -n 1
+  { in_file gpus G; in_file gres; } | sed -nE 's/^(.*gpu:)?([^:,]+:)?([0-9]+)(,.*)?$/\3/p' | head -n 1
 }
 
 # Without --partition: the environment's, FILE's, the default one.  Each must exist.
@@ -131,7 +133,7 @@ gpu_types() {
     }' | sort -k1,1n -k3,3
 }
 
-# Sets `request` for one type.
+# Sets `request` for one type.  A process drives one GPU, so that N need as many tasks, where neither flags nor FILE name them.
 set_request() {
   local constraint=${GPU_CONSTRAINT:-${SBATCH_CONSTRAINT:-$(in_file constraint C)}}
   request=("--gres=gpu:$gpus")
@@ -139,6 +141,8 @@ set_request() {
   [[ $constraint != *'|'* || $constraint == [\(\[]* ]] || constraint="($constraint)"
   [ "$1" = feature ] && constraint=$2${constraint:+&$constraint}
   [ -z "$constraint" ] || request+=("--constraint=$constraint")
+  [ "$gpus" -eq 1 ] || [[ " ${pass[*]-}" =~ \ (--ntasks|-n) ]] || [ -n "$(in_file ntasks n; in_file ntasks-per-node)" ] ||
+    request+=("--ntasks-per-node=$gpus")
 }
 
 # "TIME on NODES" at which Slurm would start it with the current `request`; nothing where it names no time.

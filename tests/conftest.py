@@ -1,6 +1,8 @@
 """What the tests share: the scripts as subprocesses, a small trained teacher, the real datasets where they are."""
 
 import os
+import runpy
+import signal
 import subprocess
 import sys
 import tarfile
@@ -76,3 +78,35 @@ def cifar_folder(tmp_path_factory):
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(tar.extractfile(member).read())
     return folder
+
+
+@pytest.fixture
+def here(monkeypatch, capsys, tmp_path):
+    """Run a whole script in this process, in an empty folder: (exit code, stdout, stderr)."""
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DATA_ROOT", raising=False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    def run(name, *args):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, args)])
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(str(ROOT / name), run_name="__main__")
+        return stop.value.code, *capsys.readouterr()
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def refused(here):
+    """The script must exit 2 with one line on stderr that holds all of these words."""
+
+    def check(name, *args, words=()):
+        code, _, errors = here(name, *args)
+        assert code == 2 and errors.startswith("error: ") and len(errors.splitlines()) == 1, (code, errors)
+        for word in words:
+            assert str(word) in errors, errors
+
+    return check

@@ -87,7 +87,7 @@ class Slurm:
     def cancel_all(self):
         """End every job and wait until the nodes are free."""
         self.run("scancel", "--full", "-u", str(os.getuid()))
-        end = time.monotonic() + 20
+        end = time.monotonic() + 60
         while (queue := self.run("squeue", "-h").stdout).strip():
             assert time.monotonic() < end, f"jobs do not end: {queue}"
             time.sleep(0.1)

@@ -61,7 +61,8 @@ SlurmdTimeout=300
 ReturnToService=2
 # quick, and finished jobs stay visible to scontrol
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1
-KillWait=2
+# time to save what a cancelled job has, on a loaded machine too
+KillWait=30
 MinJobAge=3600
 NodeName=DEFAULT CPUs=64 Boards=1 SocketsPerBoard=1 CoresPerSocket=64 ThreadsPerCore=1 RealMemory=1000000 TmpDisk=1000000
 NodeName=${nodes[0]} NodeAddr=127.0.0.1 Port=$((port + 1)) Gres=gpu:a100:2 Feature=a100,gpu80g

@@ -11,7 +11,7 @@ import torch
 import torchvision.transforms.functional as TF
 from conftest import SHARED_DATA
 from PIL import Image
-from torchvision.transforms import InterpolationMode
+from torchvision.transforms import InterpolationMode, RandomResizedCrop
 
 from common import augment
 from common.augment import (
@@ -71,8 +71,8 @@ def keys(count):
 
 
 def draws(count, view=VIEW):
-    """(count, 12) uniform numbers by the test's own integers."""
-    return [splitmix_uniform(SEED, view, 0, int(k), 12) for k in keys(count)]
+    """(count, 30) uniform numbers by the test's own integers."""
+    return [splitmix_uniform(SEED, view, 0, int(k), 30) for k in keys(count)]
 
 
 def view_of(images, policy, resolution, view=VIEW):
@@ -196,12 +196,11 @@ def test_policy_round_trip():
 
 
 # ------------------------------------------------------------------------------------- geometry, against torchvision
-# Required: below 2 of 255.  Measured (torch 2.15, torchvision 0.29), the largest of the three sets: resize 0.29 (100 px
-# and more: 0.08), flips and crop with padding 0.00000, then resized 0.75, rotation 0.006, rotation and halving 1.4, zoom
-# in 0.006 and out 0.83, resized crop 0.70 (8 px) to 0.00001, at fractions of a pixel 1.03; colours 0.00001.
+# Required: below 0.5 of 255.  Measured (torch 2.14, torchvision 0.29): 0.007 at most, single pixels 0.16; of rotations and
+# zooms in, where torchvision rounds elsewhere.
 
 
-@pytest.mark.parametrize(("resolution", "bound"), [(16, 0.4), (24, 0.35), (32, 0.25), (64, 0.25), (100, 0.1), (160, 0.1)])
+@pytest.mark.parametrize(("resolution", "bound"), [(4, 0.01), (17, 0.01), (26, 0.01), (31, 0.01), (33, 0.01), (64, 0.01), (100, 0.02), (160, 0.02)])
 def test_plain_resize(real, resolution, bound):
     images = view_of(real, EVERYTHING, resolution, view=0)
     expected = [resize(image, resolution) for image in real]
@@ -245,16 +244,15 @@ def test_crop_with_padding(square):
     assert difference(view_of(square, Policy(crop="pad", padding=0.125), side), expected) < 1e-4
 
 
-@pytest.mark.parametrize(("resolution", "bound"), [(16, 0.9), (32, 0.4), (48, 0.7), (64, 0.4), (150, 0.05)])
+@pytest.mark.parametrize(("resolution", "bound"), [(16, 0.01), (32, 0.01), (48, 0.01), (64, 0.01), (150, 0.02)])
 def test_crop_with_padding_then_resize(real, resolution, bound):
     """The black border stays where it is at every resolution (held half a pixel further it differed by 4.8)."""
     expected = [resize(crop, resolution) for crop in padded_crops(real, 0.125)]
     assert difference(view_of(real, Policy(crop="pad", padding=0.125), resolution), expected) < bound
 
 
-@pytest.mark.parametrize(("degrees", "shrink", "bound"), [(20, 1, 0.02), (180, 1, 0.02), (20, 2, 1.6)])
+@pytest.mark.parametrize(("degrees", "shrink", "bound"), [(20, 1, 0.02), (180, 1, 0.02), (20, 2, 0.02)])
 def test_rotation(square, degrees, shrink, bound):
-    """Shrunk as well, torchvision's rotation resamples twice: that is the difference."""
     resolution = square.shape[-1] // shrink
     angles = [(2 * u[2] - 1) * degrees for u in draws(100)]
     expected = [resize(TF.rotate(i.float(), -a, BILINEAR), resolution) for i, a in zip(square, angles)]
@@ -283,7 +281,7 @@ def test_zoom_out(square, share):
     border = max(1, round(share * side))
     scale = side / (side + 2 * border)
     expected = [resize(TF.pad(i, [border] * 4), side) for i in square]
-    assert difference(view_of(square, Policy(scale=(scale, scale)), side), expected) < 1.3
+    assert difference(view_of(square, Policy(scale=(scale, scale)), side), expected) < 0.01
 
 
 def test_zoom_is_drawn_from_its_range(square):
@@ -295,22 +293,51 @@ def test_zoom_is_drawn_from_its_range(square):
 
 @pytest.mark.parametrize("resolution", [16, 32, 64])
 def test_random_resized_crop(real, resolution):
-    """Crops at fractions of a pixel, against Pillow's antialiased resize of a box (rounded to 8 bits: 0.25)."""
+    """The first of the drawn sides that fits, at the drawn place, in whole pixels."""
     height, width = real.shape[-2:]
-    expected, areas = [], []
+    expected, areas, again = [], [], 0
     for image, u in zip(real, draws(100)):
-        area, ratio = width * height * (0.25 + u[6] * 0.75), math.exp((2 * u[7] - 1) * math.log(4 / 3))
-        w, h = min(width, math.sqrt(area * ratio)), min(height, math.sqrt(area / ratio))
-        left, top = u[4] * (width - w), u[5] * (height - h)
-        picture = Image.fromarray(image.permute(1, 2, 0).numpy())
-        box = picture.resize((resolution, resolution), Image.Resampling.BILINEAR, box=(left, top, left + w, top + h))
-        expected.append(torch.from_numpy(np.array(box)).permute(2, 0, 1).float())
+        for i, (of_area, of_ratio) in enumerate([u[6:8], *zip(u[12::2], u[13::2])]):
+            area, ratio = width * height * (0.25 + of_area * 0.75), math.exp((2 * of_ratio - 1) * math.log(4 / 3))
+            w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if w <= width and h <= height:
+                again += i > 0
+                break
+        left, top = math.floor(u[4] * (width - w + 1)), math.floor(u[5] * (height - h + 1))
+        expected.append(TF.resized_crop(image.float(), top, left, h, w, [resolution] * 2, BILINEAR, antialias=True))
         areas.append(w * h / width / height)
-    assert min(areas) < 0.35 and max(areas) > 0.8
-    assert difference(view_of(real, Policy(crop="resized", crop_scale=(0.25, 1.0)), resolution), expected) < 1.2
+    assert min(areas) < 0.35 and max(areas) > 0.8 and again > 5
+    assert difference(view_of(real, Policy(crop="resized", crop_scale=(0.25, 1.0)), resolution), expected) < 0.01
 
 
-@pytest.mark.parametrize(("resolution", "bound"), [(8, 1.1), (16, 0.8), (32, 0.3), (128, 0.02)])
+@pytest.mark.parametrize("scale", [(0.08, 1.0), (0.6, 1.0), (1.0, 1.0)])
+@pytest.mark.parametrize("height, width", [(1000, 1000), (750, 1000), (1000, 640), (300, 1000)])
+def test_resized_crops_are_distributed_as_torchvision_s(height, width, scale):
+    """Areas, aspect ratios and places of 3,000 crops: Kolmogorov-Smirnov distances of two samples below the 0.1 % bound.
+
+    Rounded to 0.01, for torchvision's are of whole pixels and more than a few are the same, the fallback.
+    """
+    n = 3000
+    params = sample_parameters(Policy(crop="resized", crop_scale=scale), 0, torch.ones(n, dtype=torch.int64), torch.arange(n),
+                               torch.tensor([[height, width]] * n))  # fmt: skip
+    w, h = params["matrix"][:, 0, 0].double() * width, params["matrix"][:, 1, 1].double() * height
+    left, top = ((params["shift"].double() + 1) * torch.tensor([width, height]) - torch.stack([w, h], 1)).div(2).unbind(1)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        image = torch.empty(1, height, width, dtype=torch.uint8)
+        theirs = [RandomResizedCrop.get_params(image, list(scale), [3 / 4, 4 / 3]) for _ in range(n)]
+    their_top, their_left, their_h, their_w = torch.tensor(theirs).double().unbind(1)
+    for name, ours, other in (("area", w * h / (width * height), their_w * their_h / (width * height)), ("aspect", w / h, their_w / their_h),
+                              ("left", left / width, their_left / width), ("top", top / height, their_top / height)):  # fmt: skip
+        ours, other = ((x * 100).round().sort().values for x in (ours, other))
+        values = torch.cat([ours, other]).unique()
+        apart = [torch.searchsorted(x, values, right=True) / n for x in (ours, other)]
+        assert (apart[0] - apart[1]).abs().max() < 1.95 * math.sqrt(2 / n), name
+    if scale == (1.0, 1.0) and (height, width) in ((1000, 1000), (750, 1000)):
+        assert (w * h).min() > 0.998 * width * height  # the whole image
+
+
+@pytest.mark.parametrize(("resolution", "bound"), [(8, 0.01), (16, 0.01), (32, 0.01), (128, 0.02)])
 def test_resized_crop_of_whole_pixels(real, resolution, bound):
     """A crop ends at its border: what was cut off does not shine in."""
     height, width = real.shape[-2:]
@@ -449,10 +476,10 @@ def test_draws_cover_their_range():
         values, counts = shift[:, axis].unique(return_counts=True)
         assert values.tolist() == list(range(-4, 5))
         assert (counts - 4000 / 9).abs().max() < 4.5 * math.sqrt(4000 / 9)
-    crop = sample_parameters(Policy(crop="resized", crop_scale=(0.3, 0.6)), 0, view, key, sizes)
+    crop = sample_parameters(Policy(crop="resized", crop_scale=(0.3, 0.6)), 0, view, key, 1000 * sizes)
     w, h = crop["matrix"][:, 0, 0], crop["matrix"][:, 1, 1]
-    assert 0.3 - 1e-6 < (w * h).min() < 0.31 and 0.59 < (w * h).max() < 0.6 + 1e-6
-    assert 0.75 - 1e-6 < (w / h).min() < 0.76 and 1.31 < (w / h).max() < 4 / 3 + 1e-6
+    assert 0.3 - 1e-4 < (w * h).min() < 0.31 and 0.59 < (w * h).max() < 0.6 + 1e-4
+    assert 0.75 - 1e-4 < (w / h).min() < 0.76 and 1.31 < (w / h).max() < 4 / 3 + 1e-4
     assert (crop["shift"].abs() + torch.stack([w, h], 1)).max() <= 1 + 1e-6  # never beyond the image
 
 

@@ -4,6 +4,7 @@ import hashlib
 import os
 import pickle
 import struct
+import tracemalloc
 import zlib
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from conftest import SHARED_DATA
 from PIL import Image
 
-from common.data import load_splits
+from common.data import Splits, load_splits
 from common.images import DataError, ImageDataset, read_image, to_uint8
 from common.splitting import split_off, stratified_rows
 
@@ -275,6 +276,23 @@ def test_limit_train_keeps_the_proportions():
     fails("digits", limit_train=0, match="--limit-train 0")
 
 
+@pytest.mark.parametrize("images", [None, 300])
+def test_limit_labels_keeps_those_of_limit_train(images):
+    """All images stay; the labels are those of the images that --limit-train would have left."""
+    few, splits = load_splits("digits", limit_train=100, split_seed=3), load_splits("digits", limit_train=images, limit_labels=100, split_seed=3)
+    train, whole = splits.train, load_splits("digits", limit_train=images, split_seed=3).train
+    assert train.ids == whole.ids and len(train) == (images or 808)
+    kept = np.isin(train.ids, few.train.ids)
+    assert kept.sum() == 100 and (train.labels[kept] == whole.labels[kept]).all() and (train.labels[~kept] == -1).all()
+    assert (splits.val.labels >= 0).all() and (splits.test.labels >= 0).all()
+    told = splits.describe()
+    assert told["labelled"] == {"train": 100, "sha256": few.describe()["sha256"]["train"]}  # what a baseline is found by
+    assert told["sizes"]["train"] == len(train) and "100 with labels" in str(splits)
+    assert "labelled" not in few.describe()
+    fails("digits", limit_labels=809, match="--limit-labels 809 is not in 1 to 808")
+    fails("digits", limit_train=50, limit_labels=51, match="--limit-labels 51 is not in 1 to 50")
+
+
 def test_stratified_rows():
     labels, keys = np.array([0] * 90 + [1] * 9 + [2]), np.random.default_rng(0).integers(-(2**63), 2**63, 100)
     rows = stratified_rows(labels, keys, 10, 0, 1001)
@@ -320,10 +338,39 @@ def test_classes_are_mapped_by_name():
     backwards = [str(i) for i in reversed(range(10))]
     plain, mapped = load_splits("digits"), load_splits("digits", classes=backwards)
     assert mapped.classes == backwards and np.array_equal(mapped.test.labels, 9 - plain.test.labels)
+    rotated = load_splits("digits", classes=[*"1234567890"])  # unlike a reversal no inverse of itself
+    assert np.array_equal(rotated.test.labels, (plain.test.labels - 1) % 10)
     more = load_splits("digits", classes=[*plain.classes, "ten"])
     assert len(more.classes) == 11 and np.array_equal(more.test.labels, plain.test.labels)
     fails("digits", classes=["cat", "dog"], match=r"digits has 10 classes, the checkpoint knows 2 \(cat, dog.*0, 1, 2")
     fails("digits", classes=[f"c{i}" for i in range(10)], match="0, 1, 2, 3, 4 are not among them")
+
+
+@pytest.mark.parametrize("classes, given, expected", [
+    (["benign", "malignant"], (), "malignant"), (["0", "1"], (), "1"), (["cancer", "normal"], (), "cancer"), (["NORMAL", "PNEUMONIA"], (), "PNEUMONIA"),
+    (["abnormal", "normal"], (), "abnormal"), (["negative", "positive"], (), "positive"), (["no", "yes"], (), "yes"), (["false", "true"], (), "true"),
+    (["disease", "healthy"], (), "disease"), (["case", "control"], (), "case"), (["cat", "dog"], (), "dog"), (["benign", "normal"], (), "normal"),
+    (["cat", "dog"], ["cat"], "cat"), (["benign", "malignant"], ["benign"], "benign"), (["1", "2"], (), "2"),
+])  # fmt: skip
+def test_the_positive_class(classes, given, expected):
+    """What --positive names, else the one beside a name that says no, else the second."""
+    splits = Splits("x", "custom", classes, positive=given)
+    assert splits.positive == {"label": classes.index(expected)} and splits.positive_names() == {"positive": expected}
+    assert str(splits).endswith(f"positive class: {expected}")
+
+
+def test_the_positive_classes_of_several_tasks():
+    classes = {"organ": ["liver", "lung", "skin"], "side": ["left", "right"], "sign": ["absent", "present"]}
+    assert Splits("x", "custom", classes).positive_names() == {"side_positive": "right", "sign_positive": "present"}
+    assert Splits("x", "custom", classes, positive=["left", "absent"]).positive == {"side": 0, "sign": 0}
+    assert Splits("x", "custom", [str(i) for i in range(10)]).positive == {}
+    for names, given, match in (
+        (classes, ["lung"], "--positive lung is no class: choose left, right or absent, present"),
+        (["cat", "dog"], ["cow"], "--positive cow is no class: choose cat, dog"), (["cat", "dog"], ["cat", "dog"], "name one"),
+        (["a", "b", "c"], ["a"], "--positive a: no task here has two classes"),
+    ):  # fmt: skip
+        with pytest.raises(DataError, match=match):
+            Splits("x", "custom", names, positive=given)
 
 
 def test_bad_values():
@@ -415,21 +462,90 @@ def test_medmnist(tmp_path, tiles, grey):
     ("change", "match"),
     [
         ({"val_images": None, "test_labels": None}, "is no MedMNIST file: it lacks val_images, test_labels"),
-        ({"test_labels": np.full((10, 1), 4, np.uint8)}, "test_labels are out of range: 4, train has 0 to 3"),
+        ({"test_labels": np.full((10, 1), 4, np.uint8)}, "test_labels are out of range: 4, train has 0, 1, 2, 3"),
         ({"val_labels": np.full((10, 1), -1)}, "val_labels are out of range .* from -1"),
         ({"train_labels": np.array([[255]] + [[i % 4] for i in range(39)], np.uint8)}, "train_labels are out of range: 255"),
-        ({"train_labels": np.zeros((40, 1))}, "train_labels are out of range .float64"),
+        ({"train_labels": np.full((40, 1), 0.5)}, "train_labels are out of range .float64"),
+        ({"train_labels": np.array([[np.nan]] + [[1.0]] * 39)}, "train_labels are out of range .float64"),
         ({"train_labels": np.zeros((40, 14), np.uint8)}, r"train_labels of shape \(40, 14\) are not one class"),
         ({"train_labels": np.zeros((39, 1), np.uint8)}, r"train_labels of shape \(39,\) are not one class for each image"),
         ({"train_images": np.zeros((40, 28, 28, 28), np.uint8)}, r"train_images of shape \(40, 28, 28, 28\) are no grey"),
         ({"val_images": np.zeros((0, 28, 28), np.uint8), "val_labels": np.zeros((0, 1), np.uint8)}, "val_images of shape"),
-        ({"train_labels": np.array([["a"]] * 40, object)}, "cannot read"),
+        ({"train_labels": np.array([["a"]] * 40, object)}, "train_labels holds values of type object, not numbers"),
+        ({"test_labels": np.array([["cat"]] * 10)}, "test_labels holds values of type <U3, not numbers"),
+        ({"val_images": np.full((10, 28, 28), "0")}, "val_images holds values of type <U1, not numbers"),
+        ({"val_images": np.zeros((10, 0, 0), np.uint8)}, r"val_images of shape \(10, 0, 0\) are no grey"),
+        ({"train_images": np.zeros((40, 28, 0, 3), np.uint8)}, r"train_images of shape \(40, 28, 0, 3\) are no grey"),
     ],
 )
 def test_medmnist_errors(tmp_path, tiles, change, match):
     arrays = {**medmnist_arrays(tiles, grey=True), **change}
     np.savez(tmp_path / "x.npz", **{k: v for k, v in arrays.items() if v is not None})
     assert "x.npz" in fails("medmnist", str(tmp_path / "x.npz"), match=match)
+
+
+def test_medmnist_in_other_forms(tmp_path, tiles, capsys):
+    """Labels from 1 or as floats, a channel axis of one, a class that train lacks: what the numbers say, no spare class."""
+    plain = medmnist_arrays(tiles, grey=True)
+
+    def load(change, **options):
+        np.savez(tmp_path / "x.npz", **{k: change.get(k.split("_")[1], lambda v: v)(v) for k, v in plain.items()})
+        return load_splits("medmnist", str(tmp_path / "x.npz"), **options)
+
+    splits = load({"labels": lambda v: v + 1})
+    assert splits.classes == ["1", "2", "3", "4"] and splits.test.labels.tolist() == [2, 3, 0, 1, 2, 3, 0, 1, 2, 3]
+    splits = load({"labels": lambda v: v * 3})
+    assert splits.classes == ["0", "3", "6", "9"] and splits.val.labels.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 0, 1]
+    mapped = load({"labels": lambda v: v * 3}, splits=("test",), classes=["9", "6", "3", "0"])
+    assert mapped.test.labels.tolist() == [1, 0, 3, 2, 1, 0, 3, 2, 1, 0]
+    splits = load({"labels": lambda v: v.astype(np.float32), "images": lambda v: v[..., None]})
+    assert splits.classes == ["0", "1", "2", "3"] and splits.test.labels.tolist() == [2, 3, 0, 1, 2, 3, 0, 1, 2, 3]
+    assert np.array_equal(splits.test[3]["image"], np.stack([plain["test_images"][3]] * 3)) and capsys.readouterr().out == ""
+    load({"images": lambda v: v.repeat(8, 1).repeat(8, 2)})  # 224 px, as in pathmnist_224.npz
+    assert capsys.readouterr().out == f"note: {tmp_path}/x.npz has images of 224 px: --resolution 224 keeps them, the default is 28\n"
+    load({"labels": lambda v: v if len(v) == 40 else v % 3})
+    assert capsys.readouterr().out.splitlines() == [f"note: {s} has no image of '3' (10 images): its metrics are of the other classes"
+                                                    for s in ("val", "test")]  # fmt: skip
+    (tmp_path / "x.npz").unlink()
+    arrays = {k: np.zeros_like(v) for k, v in plain.items()}
+    np.savez(tmp_path / "x.npz", **arrays)
+    fails("medmnist", str(tmp_path), match="--dataset medmnist has one class only, '0': there is nothing to tell apart")
+    assert len(load_splits("medmnist", str(tmp_path), labels=False).train) == 40  # to extract embeddings there need not be two
+
+
+def test_a_small_medmnist_file_that_unpacks_to_much(tmp_path, tiles, monkeypatch):
+    """36 MB of zeros, packed: refused by its header, and not read at all where only the other splits are wanted."""
+    arrays = medmnist_arrays(tiles)
+    np.savez_compressed(tmp_path / "x.npz", **{**arrays, "train_images": np.zeros((40, 548, 548, 3), np.uint8)})
+    assert (tmp_path / "x.npz").stat().st_size < 150_000
+    monkeypatch.setattr("common.loader.available_memory", lambda: 30_000_000)
+    tracemalloc.start()
+    try:
+        match = r"x.npz takes 0.\d GB of memory unpacked, 0.0 GB are free"
+        fails("medmnist", str(tmp_path), match=match)
+        splits = load_splits("medmnist", str(tmp_path), splits=("test",))
+        assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    finally:
+        tracemalloc.stop()
+    assert splits.train is None and splits.val is None and splits.classes == ["0", "1", "2", "3"]
+    assert np.array_equal(splits.test.images, arrays["test_images"])
+    np.savez_compressed(tmp_path / "x.npz", **{**arrays, "test_images": np.zeros((10, 548, 548, 3), np.float64)})
+    fails("medmnist", str(tmp_path), match=match)
+    monkeypatch.undo()
+    assert load_splits("medmnist", str(tmp_path), splits=("train",)).test is None
+    assert len(load_splits("medmnist", str(tmp_path), splits=("val",)).val) == 10
+
+
+def test_grey_levels_are_mapped_in_parts():
+    """A window of a whole dataset takes little more memory than its result, which no part's end changes."""
+    levels = np.arange(600 * 100 * 100, dtype=np.uint16).reshape(600, 100, 100)
+    tracemalloc.start()
+    try:
+        mapped = to_uint8(levels, (0, 65535), "x")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert np.array_equal(mapped, np.rint(levels / 257)) and peak < 600 * 100 * 100 * 16
 
 
 def test_medmnist_files(tmp_path, tiles):
@@ -472,6 +588,88 @@ def test_imagefolder_with_its_own_val(tmp_path, tiles):
     assert load_splits("imagefolder", root, splits=("val",), classes=["cat", "dog"]).val.labels.tolist() == [1, 1]
 
 
+@pytest.mark.parametrize(("train", "val", "test"), [
+    ("train", "valid", "test"), ("training", "validation", "testing"), ("Train", "Val", "TEST"), ("train", "dev", "test"),
+])  # fmt: skip
+def test_imagefolder_with_other_names_of_splits(tmp_path, tiles, capsys, train, val, test):
+    make_folder(tmp_path, tiles, {train: {"cat": 12, "dog": 8}, val: {"cat": 3, "dog": 2}, test: {"cat": 1, "dog": 1}})
+    splits = load_splits("imagefolder", str(tmp_path))
+    assert [len(getattr(splits, k)) for k in SPLITS] == [20, 5, 2] and splits.val.ids[0] == f"{val}/cat/000.png"
+    renamed = [(name, split) for name, split in ((train, "train"), (val, "val"), (test, "test")) if name != split]
+    assert sorted(capsys.readouterr().out.splitlines()) == sorted(f"note: {tmp_path}: {n}/ is taken as {s}" for n, s in renamed)
+    if val == "valid":
+        make_folder(tmp_path, tiles, {"val": {"cat": 1, "dog": 1}})
+        assert len(load_splits("imagefolder", str(tmp_path)).val) == 2
+        assert capsys.readouterr().out == f"note: {tmp_path}: valid/ is not used beside val/\n"
+
+
+def test_imagefolder_without_images_of_a_class(tmp_path, tiles, capsys):
+    """In a split that is given a class may be absent, which is said; a class to learn and a whole split may not."""
+    root = make_folder(tmp_path, tiles, {"train": {"cat": 20, "dog": 20}, "test": {"cat": 3}})
+    (root / "test" / "dog").mkdir()
+    splits = load_splits("imagefolder", str(root))
+    assert splits.test.labels.tolist() == [0, 0, 0] and splits.classes == ["cat", "dog"]
+    assert capsys.readouterr().out == "note: test has no image of 'dog' (3 images): its metrics are of the other classes\n"
+    for file in (root / "test" / "cat").iterdir():
+        file.unlink()
+    fails("imagefolder", str(root), match="test holds no images")
+    alone = str(make_folder(tmp_path / "alone", tiles, {"train": {"cat": 9}, "test": {"cat": 3}}))
+    fails("imagefolder", alone, match="--dataset imagefolder has one class only, 'cat': there is nothing to tell apart")
+
+
+def test_what_lies_beside_the_images(tmp_path, tiles, capsys):
+    """Thumbnails of a network drive, a Mac's forks, a pipe, files of other endings, a link to nowhere."""
+    root = make_folder(tmp_path / "data", tiles, {"train": {"cat": 10, "dog": 10}, "test": {"cat": 2, "dog": 2}})
+    cat, png = root / "train" / "cat", (root / "train" / "cat" / "000.png").read_bytes()
+    for folder in ("train/@eaDir", "train/cat/@eaDir/000.png", "train/__MACOSX", "test/dog/__MACOSX"):
+        (root / folder).mkdir(parents=True)
+        (root / folder / "SYNOFILE_THUMB_M.png").write_bytes(png)
+    (cat / ".DS_Store").write_bytes(b"\0")
+    os.mkfifo(cat / "pipe.png")  # opening it would wait for ever
+    (cat / "loop.png").symlink_to(cat / "loop.png")
+    splits = load_splits("imagefolder", str(root), val_split=0.1)
+    ids = {*splits.train.ids, *splits.val.ids}
+    assert splits.classes == ["cat", "dog"] and len(splits.test) == 4 and capsys.readouterr().out == ""
+    assert ids == {*(f"train/{c}/{i:03d}.png" for c in ("cat", "dog") for i in range(10)), "train/cat/loop.png"}
+    with pytest.raises(DataError, match="cannot read image .*loop.png"):  # an image that is missing is named, not passed over
+        read_image(cat / "loop.png")
+    (cat / "IM0001.dcm").write_bytes(b"\0" * 128 + b"DICM")
+    (cat / "IM0002").write_bytes(b"\0" * 128 + b"DICM")
+    load_splits("imagefolder", str(root))
+    expected = f"note: 2 files in {root / 'train'} have no image's ending and are not used, the first is '{cat / 'IM0001.dcm'}'\n"
+    assert capsys.readouterr().out == expected
+    for file in cat.glob("*.png"):
+        file.unlink() if file.is_symlink() or file.is_file() else None
+    fails("imagefolder", str(root), match=r"train/cat holds no images \(.jpg, .*\), only 2 other files, the first is .*IM0001.dcm'")
+    fails("unlabeled", str(cat), labels=False, match="--data-root .*cat holds no images .*, only 2 other files")
+
+
+def test_imagefolder_has_the_order_of_a_table(tmp_path, tiles):
+    """The same names in a table of the same images are in the same order, so that a model of one teaches on the other."""
+    root = make_folder(tmp_path, tiles, {split: {str(c): 2 for c in (10, 2, 0, 9)} for split in ("train", "val", "test")})
+    lines = [f"{path.relative_to(root)},{path.parent.name},{path.parts[-3]}" for path in root.rglob("*.png")]
+    (root / "table.csv").write_text("\n".join(["image,label,split", *lines]))
+    for name in ("imagefolder", "csv"):
+        splits = load_splits(name, str(root))
+        assert splits.classes == ["0", "2", "9", "10"]
+        assert {(i.split("/")[1], label) for i, label in zip(splits.test.ids, splits.test.labels)} == {("0", 0), ("2", 1), ("9", 2), ("10", 3)}
+    make_folder(root, tiles, {"train": {"02": 1}})
+    fails("imagefolder", str(root), match="train writes one class as '02' and as '2': write it in one way")
+
+
+def test_imagefolder_in_two_unicode_forms(tmp_path, tiles):
+    """A Mac writes the umlaut as two characters: one class, whichever form train, test and checkpoint have."""
+    one, two = "N\u00e4vus", "Na\u0308vus"
+    root = make_folder(tmp_path, tiles, {"train": {one: 12, "Other": 8}, "test": {two: 3, "Other": 2}})
+    splits = load_splits("imagefolder", str(root))
+    assert splits.classes == [one, "Other"] and splits.test.labels.tolist() == [0, 0, 0, 1, 1]
+    outside = load_splits("imagefolder", str(root), splits=("test",), classes=["Other", two])
+    assert outside.test.labels.tolist() == [1, 1, 1, 0, 0]
+    make_folder(root, tiles, {f"train/{two}": {".": 4}})
+    more = load_splits("imagefolder", str(root))
+    assert [*more.train.labels, *more.val.labels].count(0) == 16 and more.classes == splits.classes
+
+
 def test_imagefolder_alone(tmp_path, tiles):
     """A single split, as for an outside test set; val without a folder is made from train."""
     root = make_folder(tmp_path, tiles, {"train": {"cat": 12, "dog": 8}, "test": {"dog": 3}})
@@ -505,10 +703,10 @@ def test_imagefolder_nested_hidden_and_linked(tmp_path, tiles):
 
 
 def test_imagefolder_with_a_name_that_is_no_utf8(tmp_path, tiles):
-    root = make_folder(tmp_path, tiles, {"train": {"cat": 10}, "test": {"cat": 2}})
+    root = make_folder(tmp_path, tiles, {"train": {"cat": 10, "dog": 10}, "test": {"cat": 2}})
     os.rename(root / "train/cat/000.png", os.path.join(os.fsencode(root), b"train/cat/caf\xe9.png"))
     splits = load_splits("imagefolder", str(root))
-    assert len(splits.describe()["sha256"]["train"]) == 64 and len(set(splits.train.keys.tolist())) == 9
+    assert len(splits.describe()["sha256"]["train"]) == 64 and len(set(splits.train.keys.tolist())) == 18
 
 
 def test_imagefolder_errors(tmp_path, tiles):
@@ -522,9 +720,9 @@ def test_imagefolder_errors(tmp_path, tiles):
     make_folder(tmp_path, tiles, {"test": {"cat": 2, "dog": 2}})
     fails("imagefolder", str(tmp_path), match="test has class folders that train/ has not: dog")
     (tmp_path / "train" / "dog").mkdir()
-    fails("imagefolder", str(tmp_path), match=r"train/dog has no images \(.jpg")
+    fails("imagefolder", str(tmp_path), match=r"train/dog holds no images \(.jpg, .jpeg, .*.pgm\)$")
     (tmp_path / "train" / "dog" / "readme.txt").write_text("no image")
-    fails("imagefolder", str(tmp_path), match="train/dog has no images")
+    fails("imagefolder", str(tmp_path), match="train/dog holds no images .*, only 1 other files, the first is .*dog/readme.txt")
     Image.fromarray(tiles[0]).save(tmp_path / "train" / "dog" / "1.png")
     fails("imagefolder", str(tmp_path), val_split=0.01, match="--val-split 0.01 of 7 images leaves train or val empty")
     assert len(load_splits("imagefolder", str(tmp_path)).val) == 1

@@ -1,5 +1,6 @@
 """Two processes take the steps of one, judge every image once, stop together and leave one run."""
 
+import datetime
 import json
 import os
 import signal
@@ -7,12 +8,13 @@ import socket
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SMALL, script_environment, succeed
-from test_resume import lines_in, same
+from test_resume import lines_in, locker, same
 
 FEATURE = ["--method", "feature", "--student-layer", "layer2", "--teacher-layer", "layer3"]
 
@@ -118,6 +120,77 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
     assert (plain - weighted).abs().max() > 1e-3  # the projector learned, and the class weights mattered
 
 
+# ------------------------------------------------------------------------------------------- what differs between ranks
+
+
+def differing(folder):
+    """On each of two processes: BatchNorm that has seen other images, a loss that is NaN on one, dropout's random numbers."""
+    from common.augment import normalize
+    from common.cli import RunFolder
+    from common.data import load_splits
+    from common.evaluation import predict
+    from common.loader import Loader
+    from common.models import build_model
+    from common.optimizer import NonFiniteLoss, Schedule, Updater
+    from common.training import Interrupts, Precision, Preprocess, Recorder, select_device
+
+    device = select_device("cpu")
+    rank, precision = torch.distributed.get_rank(), Precision("off", device)
+    torch.manual_seed(0)
+    model = build_model("resnet8", 10, 8).eval()
+    model.backbone.bn1.running_mean += 0.5 * rank
+    val = load_splits("digits").val.subset(np.arange(40))
+    pixels = torch.stack([val[i]["image"] for i in range(40)]) / 255
+    with torch.no_grad():
+        own = model({"image": normalize(pixels, *torch.full((2, 3), 0.5))})["logits"]  # (40, 10)
+    found = predict(model, Loader(val, 8, device), Preprocess(8, [0.5] * 3, [0.5] * 3), precision)["label"]
+    updater = Updater(model, torch.optim.SGD(model.parameters(), 0.1), Schedule("constant", 0.1, 9, 1), precision)
+    updater(sum(p.sum() for p in model.parameters()) * (float("nan") if rank else 1.0))
+    try:
+        updater.check_finite()
+        message = ""
+    except NonFiniteLoss as error:
+        message = str(error)
+    dropped = []
+    for resume in (False, True, True):
+        model = build_model("resnet8", 10, 8)
+        updater = Updater(model, torch.optim.SGD(model.parameters(), 0.1), Schedule("constant", 0.1, 9, 1), precision)
+        recorder = Recorder(RunFolder(f"{folder}/run", resume, not resume), updater, Interrupts(), epochs=9, metric="accuracy", patience=0,
+                            save_every=0, content={"classes": [], "preprocess": {}, "flags": {}})  # fmt: skip
+        torch.manual_seed(0)
+        recorder.open(SimpleNamespace(resume=resume, seed=0))
+        dropped.append(torch.rand(8))
+        if not resume:
+            recorder.save()
+    return {"own": own, "found": torch.from_numpy(found), "message": message, "dropped": torch.stack(dropped)}
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("differing")
+    codes, _, errors = ends(start(2, "tests/test_distributed.py", folder / "rank", folder))
+    assert codes == [0, 0], errors
+    return [torch.load(f"{folder / 'rank'}.{rank}", weights_only=True) for rank in range(2)]
+
+
+def test_batch_norm_of_rank_0_is_what_is_judged(two_ranks):
+    a, b = two_ranks
+    assert (a["own"] - b["own"]).abs().max() > 0.01
+    for found in (a["found"], b["found"]):
+        torch.testing.assert_close(found, a["own"], rtol=1e-4, atol=1e-4)
+
+
+def test_a_loss_that_is_not_finite_on_one_process_stops_both(two_ranks):
+    assert all(found["message"].startswith("the loss of step 1 is not finite") for found in two_ranks)
+
+
+def test_dropout_masks_differ_between_processes(two_ranks):
+    a, b = (found["dropped"] for found in two_ranks)
+    assert not torch.equal(a[0], b[0])
+    for own in (a, b):
+        assert torch.equal(own[1], own[2]) and not torch.equal(own[0], own[1])  # it goes on where it was saved
+
+
 # ------------------------------------------------------------------------------------------------------------ scripts
 
 
@@ -149,8 +222,10 @@ def test_every_image_is_judged_once(vit, tmp_path):
     succeed("evaluate.py", folder / "two" / "best.pth", "--device", "cpu", "--batch-size", 32, "--output", tmp_path / "e")
     ours, theirs = (np.load(f / "predictions_test.npz") for f in (folder / "two", tmp_path / "e"))
     assert len(set(ours["ids"])) == 719
+    said = two("evaluate.py", folder / "two" / "best.pth", "--device", "cpu", "--batch-size", 32, "--output", tmp_path / "f")
+    assert said.count("evaluation.json") == 1  # one of them writes
     for key in ("ids", "labels", "logits"):
-        assert np.array_equal(ours[key], theirs[key]), key
+        assert np.array_equal(ours[key], theirs[key]) and np.array_equal(np.load(tmp_path / "f" / "predictions_test.npz")[key], theirs[key]), key
 
 
 @pytest.fixture(scope="module")
@@ -261,8 +336,52 @@ def test_the_environment_names_the_process(monkeypatch):
     assert environment() == Processes(6, 7, 0, 1)
     monkeypatch.setenv("SLURM_NODEID", "1")
     assert environment().local_size == 3
+    monkeypatch.setenv("SLURM_STEP_ID", "")
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "")
+    assert environment() == Processes(0, 1, 0, 1)  # empty is not set
+
+
+def test_a_process_alone_says_whom_it_awaits_and_gives_up(monkeypatch):
+    """RANK and WORLD_SIZE left by a launcher: nobody else will come."""
+    from common import distributed
+    from common.cli import UserError
+    from common.training import select_device
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for name, value in {"RANK": 1, "WORLD_SIZE": 3, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(distributed, "MEETING", datetime.timedelta(seconds=0.5))
+    monkeypatch.setattr(distributed, "_alone", False)
+    with pytest.raises(UserError) as caught:
+        select_device("cpu")
+    for words in ("process 1 waits for the others of 3 (WORLD_SIZE=3)", f"127.0.0.1:{port}", "in vain", "env -u RANK"):
+        assert words in str(caught.value)
+    assert distributed.first_to_fail()  # it speaks, though it is not rank 0
+
+
+def test_a_second_run_on_the_folder_of_two_processes(distilled, locked):
+    """Both are refused in one line, whatever the flags."""
+    folder, flags = distilled
+    before = (folder / "latest.pth").read_bytes()
+    locked(folder)
+    codes, _, errors = ends(start(2, "distill.py", *flags, "--output", folder, "--overwrite"))
+    assert codes == [2, 2] and errors.startswith(f"error: another run is writing {folder}") and len(errors.splitlines()) == 1, errors
+    assert (folder / "latest.pth").read_bytes() == before
+
+
+@pytest.fixture
+def locked():
+    others = []
+    yield lambda folder: others.append(locker(folder)[0])
+    for other in others:
+        other.kill()
+        other.wait()
 
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
-    torch.save([train_20_steps(*setting) for setting in SETTINGS], f"{sys.argv[1]}.{os.environ.get('RANK', 0)}")
+    done = differing(sys.argv[2]) if sys.argv[2:] else [train_20_steps(*setting) for setting in SETTINGS]
+    torch.save(done, f"{sys.argv[1]}.{os.environ.get('RANK', 0)}")

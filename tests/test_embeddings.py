@@ -1,7 +1,10 @@
 """extract_embeddings.py and the store: what is stored is what the teacher says of the view that can be made again."""
 
+import errno
+import importlib
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -12,13 +15,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, run_script, script_environment, succeed
+from test_scripts import here  # noqa: F401
 
+from common import cli
 from common.augment import Augmenter, Policy
 from common.cli import UserError
 from common.data import load_splits
 from common.embeddings import Store, StoredTeacher, Writer, difference, merge, shard_rows, split_folder
 from common.evaluation import live_teacher
 from common.loader import Loader
+from common.models import build_model
+from common.teacher import open_stores
 from common.training import Precision, load_checkpoint, load_model
 
 NAMES = ("embeddings", "logits", "tokens", "ids", "labels")
@@ -37,6 +44,36 @@ def assert_equal_stores(a, b):
         for name in NAMES:
             x, y = (np.load(split_folder(folder, split) + f"/{name}.npy", allow_pickle=False) for folder in (a, b))
             assert x.dtype == y.dtype and np.array_equal(x, y), (split, name)
+
+
+@pytest.fixture
+def file_limit():
+    """file_limit(bytes): no file may grow larger, as with a quota."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_quota_is_found_before_the_first_image(tmp_path, file_limit):
+    ids, meta = [f"{i:04d}" for i in range(1000)], {"seed": 0}
+    file_limit(500_000)
+    with pytest.raises(UserError) as error:
+        Writer(tmp_path, meta, ids, np.zeros(1000), {"embeddings": (1, 512)})
+    assert str(error.value) == f"cannot write {tmp_path}/embeddings.npy.part, which takes 1.0 MB: File too large"
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["ids.npy", "labels.npy"]  # nothing that looks begun
+    file_limit(10_000)
+    with pytest.raises(OSError) as error:
+        Writer(tmp_path / "ids", meta, ids, np.zeros(1000), {"embeddings": (1, 1)})
+    assert error.value.errno == errno.EFBIG and not list((tmp_path / "ids").iterdir())
+
+
+def test_space_is_taken_at_once(tmp_path):
+    """Else a full disk would be a bus error in the middle."""
+    writer = Writer(tmp_path, {"seed": 0}, list("abcd"), np.zeros(4), {"embeddings": (1, 100_000)})
+    assert os.stat(tmp_path / "embeddings.npy.part").st_blocks * 512 >= 4 * 100_000 * 2
+    writer.write([0, 1, 2, 3], {"embeddings": np.ones((4, 1, 100_000))})
+    writer.finish()
+    assert (np.load(tmp_path / "embeddings.npy") == 1).all()
 
 
 # ------------------------------------------------------------------------------------------------------------- content
@@ -210,13 +247,21 @@ def test_damaged_stores(tmp_path):
         ("embeddings.npy", lambda p: p.write_bytes(p.read_bytes()[:-8]), "truncated"),
         ("embeddings.npy", lambda p: p.unlink(), "missing"),
         ("embeddings.npy", lambda p: np.save(p, np.zeros((5, 2, 4), np.float16)), r"meta.json says"),
-        ("ids.npy", lambda p: np.save(p, np.array(["a"])), "1 ids"),
+        ("embeddings.npy", lambda p: p.write_bytes(b""), "truncated"),
+        ("ids.npy", lambda p: np.save(p, np.array(["a"])), r"ids <U1 \(1,\)"),
+        ("ids.npy", lambda p: np.save(p, np.array("a")), r"ids <U1 \(\)"),
+        ("labels.npy", lambda p: np.save(p, np.array(["a"] * 6)), r"labels <U1 \(6,\)"),
         ("labels.npy", lambda p: np.save(p, np.array([{}], dtype=object), allow_pickle=True), "damaged"),
         ("meta.json", lambda p: p.write_text("{"), "no JSON"),
         ("meta.json", lambda p: p.write_text('{"format": 9}'), "format"),
+        ("meta.json", lambda p: p.write_text(p.read_text().replace('"policy"', '"police"')), "meta.json lacks policy"),
     ):
         with pytest.raises(UserError, match=words):
             Store(damaged(name, change))
+    part = small_writer(tmp_path / "p").path("embeddings") + ".part"
+    open(part, "wb").close()
+    with pytest.raises(UserError, match="embeddings.npy.part is truncated or damaged"):
+        small_writer(tmp_path / "p")
     nan = np.arange(48, dtype=np.float16).reshape(6, 2, 4)
     nan[3, 1, 2] = np.nan
     store = Store(damaged("embeddings.npy", lambda p: np.save(p, nan)))
@@ -364,6 +409,94 @@ def test_embedding_distillation_stops_and_resumes_exactly(extracted, tmp_path):
     assert stop_when(process, lambda: lines_in(tmp_path / "run" / "log.txt", "epoch 1/3:"), signal.SIGTERM)[0] == 143
     succeed("distill.py", "--resume", tmp_path / "run")
     same(*(torch.load(tmp_path / name / "latest.pth", weights_only=True) for name in ("run", "whole")))
+
+
+def test_an_extraction_of_other_images_does_not_go_on(tmp_path):
+    """The same settings, as many images, other ids: neither an unfinished store nor a whole one is taken for its own."""
+    writer = small_writer(tmp_path / "s")
+    writer.write([0, 1], {"embeddings": np.ones((2, 2, 4))})
+    arguments = ({"seed": 0, "policy": Policy().to_dict(), "num_views": 2}, [f"other{i}" for i in range(6)], np.arange(6), {"embeddings": (2, 4)})
+    with pytest.raises(UserError, match="other images"):
+        Writer(str(tmp_path / "s"), *arguments)
+    small_store(tmp_path / "t")
+    with pytest.raises(UserError, match="other images"):
+        Writer(str(tmp_path / "t"), *arguments)
+    assert list(Store(str(tmp_path / "t")).ids) == [f"id{i}" for i in range(6)]
+
+
+def test_the_student_is_shown_the_views_of_the_store_s_seed(here, tmp_path):  # noqa: F811
+    """A student that is the teacher, and does not learn, has the teacher's distances, up to float16, on those views alone."""
+    flags = ["--resolution", 8, "--weights", "w.pth", "--device", "cpu", "--model", "vit_6_192"]
+    torch.save(build_model("vit_6_192", 10, 8).backbone.state_dict(), tmp_path / "w.pth")
+    assert here("extract_embeddings.py", *flags, "--num-views", 2, "--seed", 5, "--rotation", 90, "--brightness", 0.9)[0] == 0
+    losses = {}
+    for seed in (5, 6):
+        for meta in (tmp_path / "embeddings").glob("*/meta.json"):
+            meta.write_text(json.dumps({**json.loads(meta.read_text()), "seed": seed}))
+        code, _, errors = here("distill.py", *flags, "--teacher-embeddings", "embeddings", "--method", "rkd", "--ce-weight", 0, "--rkd-angle-weight", 0,
+                               "--rkd-distance-weight", 1, "--lr", 1e-12, "--limit-train", 128, "--epochs", 2, "--output", f"run{seed}")  # fmt: skip
+        assert code == 0, errors
+        losses[seed] = json.loads((tmp_path / f"run{seed}/metrics.json").read_text())[-1]["train_rkd_distance"]
+    assert losses[5] < 1e-5 < 1e-3 < losses[6], losses
+
+
+FLAGS = {"val_split": 0.3, "split_seed": 7, "folds": None, "fold": None, "decode_size": 256, "window": None, "dataset": "digits", "data_root": None}
+
+
+@pytest.mark.parametrize("given, words", [
+    ([], None), (["--split-seed", 7, "--val-split", 0.3], None),
+    (["--split-seed", 0], "--split-seed 0: t.pth was trained with 7"),
+    (["--val-split", 0.1], "--val-split 0.1: t.pth was trained with 0.3"),
+    (["--folds", 3, "--fold", 0], "--folds 3: t.pth was trained with none"),
+    (["--dataset", "cifar10", "--split-seed", 0], None), (["--data-root", "elsewhere", "--split-seed", 1], None),
+])  # fmt: skip
+@pytest.mark.parametrize("script", ["distill", "extract_embeddings"])
+def test_the_division_is_the_teacher_s(monkeypatch, script, given, words):
+    """What was val for the teacher stays val, whatever the flags' own defaults; another division of its data is refused."""
+    module = importlib.import_module(script)
+    args = module.build_parser().parse_args([str(flag) for flag in ["--checkpoint", "t.pth"] * (script != "distill") + given])
+    monkeypatch.setattr("extract_embeddings.load_checkpoint", lambda path: {"flags": FLAGS, "kind": "image"})
+
+    def settle():
+        return module.settle(args) if script != "distill" else module.take_dataset_from({"flags": FLAGS}, "t.pth", args, True)
+
+    if words:
+        with pytest.raises(UserError, match=words):
+            settle()
+    else:
+        settle()
+        own = "--dataset" in given
+        expected = {"--dataset": (None, 0, 512), "--data-root": (0.3, 1, 256)}.get((given or ["-"])[0], (0.3, 7, 256))
+        assert (args.val_split, args.split_seed, args.decode_size) == expected and args.dataset == ("cifar10" if own else "digits")
+
+
+def test_the_default_share_of_val_is_no_other_division():
+    args = importlib.import_module("distill").build_parser().parse_args(["--val-split", "0.25"])
+    importlib.import_module("distill").take_dataset_from({"flags": {**FLAGS, "val_split": None}}, "t.pth", args, True)
+    assert args.val_split == 0.25, "that of digits"
+
+
+@pytest.mark.parametrize("given, words", [
+    ([], None), (["--folds", 3, "--fold", 2], None),
+    (["--fold", 0], "--fold 0: the embeddings were made with 2"),
+    (["--split-seed", 0], "--split-seed 0: the embeddings were made with 3"),
+    (["--decode-size", 512], "--decode-size 512: the embeddings were made with 256"),
+    (["--rotation", 0], "--rotation and --teacher-embeddings"),
+])  # fmt: skip
+def test_zero_beside_a_store_is_a_flag_that_was_given(tmp_path, given, words):
+    meta = {**dict.fromkeys(cli.STORED_FLAGS), "dataset": "digits", "folds": 3, "fold": 2, "split_seed": 3, "decode_size": 256,
+            "seed": 0, "policy": Policy().to_dict(), "num_views": 2}  # fmt: skip
+    for split in ("train", "val", "test"):
+        writer = Writer(split_folder(tmp_path, split), {**meta, "split": split, "sha256": split}, ["a"], np.zeros(1), {"embeddings": (2, 4)})
+        writer.write([0], {"embeddings": np.ones((1, 2, 4))})
+        writer.finish()
+    args = importlib.import_module("distill").build_parser().parse_args(["--teacher-embeddings", str(tmp_path), *map(str, given)])
+    if words:
+        with pytest.raises(UserError, match=words):
+            open_stores(args)
+    else:
+        assert set(open_stores(args)) == {"train", "val", "test"}
+        assert (args.folds, args.fold, args.split_seed, args.decode_size) == (3, 2, 3, 256)
 
 
 def test_stores_that_do_not_fit_the_run(extracted, tmp_path):

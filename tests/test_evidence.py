@@ -217,13 +217,14 @@ def test_a_task_named_label_among_several_is_read(tmp_path):
     """write_predictions leaves that one's arrays without a suffix."""
     from types import SimpleNamespace
 
+    from common.data import Splits
     from common.evaluation import write_predictions
 
     rng, classes = np.random.default_rng(0), {"organ": ["a", "b"], "label": ["x", "y", "z"], "side": ["left", "right"]}
     targets = {task: rng.integers(len(names), size=5) for task, names in classes.items()}
     logits = {task: rng.normal(size=(5, len(names))).astype(np.float32) for task, names in classes.items()}
     dataset = SimpleNamespace(ids=[f"i{i}" for i in range(5)], groups=None, targets=targets)
-    write_predictions(str(tmp_path), "test", dataset, logits, classes)
+    write_predictions(str(tmp_path), "test", dataset, logits, Splits("toy", "natural", classes, None, None, None))
     found = evidence.read_predictions(tmp_path / "predictions_test.npz")
     assert found.classes == classes
     for task in classes:
@@ -247,10 +248,11 @@ def test_intervals_of_results_are_of_whole_groups():
     """results.json's interval of ten equal images a lesion is that of the lesions: about 1.96 * sqrt(p (1 - p) / 100) on either side."""
     from types import SimpleNamespace
 
+    from common.data import Splits
     from common.evaluation import uncertainty
 
     right = np.repeat(np.random.default_rng(1).random(100) < 0.7, 10)
     logits, labels = np.stack([right, ~right], 1).astype(np.float32), np.zeros(1000, int)
     dataset = SimpleNamespace(targets={"label": labels}, groups=np.repeat([f"lesion {i}" for i in range(100)], 10))
-    low, high = uncertainty({"label": logits}, dataset, ["x", "y"])["intervals"]["accuracy"]
+    low, high = uncertainty({"label": logits}, dataset, Splits("toy", "natural", ["x", "y"], None, None, None))["intervals"]["accuracy"]
     assert high - low == pytest.approx(2 * 1.96 * math.sqrt(right.mean() * (1 - right.mean()) / 100), rel=0.15)

@@ -9,6 +9,7 @@ import torch
 from conftest import unpack
 from PIL import Image
 
+from common.data import load_splits
 from common.image_text import DataError, as_text, read_image_text, read_jsonl, read_medpix, token_batch, tokenize
 from common.splitting import limit, split_off
 
@@ -161,7 +162,7 @@ def test_medpix_missing_images(medpix, capsys):
     ("dev", json.dumps(description("MPX5_c", "MPX5", "CT", "Foot", "x")), "unknown Location Category, the first is 'Foot'"),
     ("dev", json.dumps({**description("MPX5_c", "MPX5", "CT", "Head", "x"), "Type": None}), "line 2: 'Type' must be a name"),
     ("dev", json.dumps({"image": "MPX4_b", "U_id": "MPX4"}), "line 2 has no 'Description': it has image, U_id"),
-    ("train", json.dumps(description("MPX1_a", "MPX1", "CT", "Head", "x")), "id stands there already, the first is 'MPX1_a'"),
+    ("train", json.dumps(description("MPX1_a", "MPX1", "CT", "Head", "x")), "1 rows whose image an earlier row has, the first is 'MPX1_a'"),
     ("dev", json.dumps(description("MPX5_c", "MPX1", "CT", "Head", "x")), "the group 'MPX1' is in train and in val"),
     ("dev", json.dumps({**description("MPX5_c", "MPX4", "CT", "Head", "x"), "Description": "x"}), "line 2: 'Description' is no JSON object"),
 ])  # fmt: skip
@@ -252,7 +253,6 @@ def test_bad_folders_with_jsonl(folder):
         ("val", {"image": "e.png", "text": "", "organ": None}, "val.jsonl line 1: 'organ' must be a name, not null"),
         ("test", {"image": "gone.png", "text": "", "organ": "liver"}, "1 rows of"),
         ("test", {"image": "f.png", "text": "", "organ": "liver", "group": "p1"}, "the group 'p1' is in train and in test"),
-        ("train", {"image": "a.png", "text": "", "organ": "liver"}, "the task 'organ' has one class only"),
     ]:
         kept = (folder / f"{split}.jsonl").read_text()
         write_jsonl(folder / f"{split}.jsonl", [row])
@@ -262,6 +262,39 @@ def test_bad_folders_with_jsonl(folder):
     assert "has no lines" in refused()
     (folder / "test.jsonl").unlink()
     assert "cannot read" in refused() and "test.jsonl" in refused()
+
+
+def test_classes_that_official_splits_lack(folder, capsys):
+    splits = load_splits("image_text", str(folder), tasks=["organ", "grade"])
+    assert len(splits.val) == len(splits.test) == 1
+    assert capsys.readouterr().out.splitlines() == [
+        f"note: {text} (1 images): its metrics are of the other classes" for text in
+        ("val has no image of organ 'heart'", "test has no image of organ 'liver'", "val has no image of grade '10'", "test has no image of grade '9'")
+    ]  # fmt: skip
+    for split in ("train", "val", "test"):
+        (folder / f"{split}.jsonl").write_text((folder / f"{split}.jsonl").read_text().replace("heart", "liver"))
+    with pytest.raises(DataError, match="--dataset image_text has one organ class only, 'liver'"):
+        load_splits("image_text", str(folder), tasks=["organ"])
+
+
+def test_jsonl_as_people_write_it(folder):
+    """A byte order mark, back slashes, no group, a label that is missing or written in two ways."""
+    rows = [{"image": ".\\b\\c.png", "text": "t", "organ": "liver", "group": None}, {"image": "./d.png", "text": "u", "organ": "heart", "group": float("nan")},
+            {"image": "images/a.png", "text": "v", "organ": "heart", "group": ""}]  # fmt: skip
+    (folder / "a.png").rename(folder / "images" / "a.png")
+    write_jsonl(folder / "train.jsonl", rows)
+    (folder / "train.jsonl").write_bytes(b"\xef\xbb\xbf" + (folder / "train.jsonl").read_bytes())
+    train = read_image_text(folder, tasks=["organ"])[0]["train"]
+    assert train.groups.tolist() == train.ids == [row["image"] for row in rows] and train.labels.tolist() == [1, 0, 0]
+    assert [os.path.relpath(path, folder) for path in train.paths] == ["images/b/c.png", "images/d.png", "images/a.png"]
+    for change, wanted in [
+        ({"organ": float("nan")}, "line 2: 'organ' must be a name, not NaN"), ({"organ": "nan"}, "line 2: 'organ' must be a name, not \"nan\""),
+        ({"organ": " "}, "line 2: 'organ' must be a name"), ({"image": "b/c.png"}, "1 rows whose image an earlier row has, the first is 'b/c.png'"),
+    ]:  # fmt: skip
+        write_jsonl(folder / "train.jsonl", [rows[0], {**rows[1], **change}, rows[2]])
+        assert wanted in refusal(read_image_text, folder, tasks=["organ"])
+    write_jsonl(folder / "train.jsonl", [{**row, "organ": organ} for row, organ in zip(rows, (1, 2, 1.0))])
+    assert "train.jsonl writes one class as '1' and as '1.0'" in refusal(read_image_text, folder, tasks=["organ"])
 
 
 def test_jsonl_lines_and_texts(tmp_path):

@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
+from common import cli
 from common import loader as loader_module
 from common.augment import hash_id
 from common.data import load_splits
@@ -211,7 +212,22 @@ def test_choose_cache(equal, monkeypatch):
     assert choose_cache(equal, "auto", cpu) == "ram"
     monkeypatch.setattr(loader_module, "available_memory", lambda: 4 * needed - 8)
     assert choose_cache(equal, "auto", cpu) == "off" and Loader(equal, 5, "cpu", workers=0).cache is None
-    assert choose_cache(load_splits("digits").val, "auto", cpu) == "ram"  # is in memory already
+    digits = load_splits("digits").val  # decoded and grey: cached as three channels they take three times as much again
+    for spare, kind in ((-8, "off"), (8, "ram")):
+        monkeypatch.setattr(loader_module, "available_memory", lambda spare=spare: 4 * 3 * digits.images.nbytes + spare)
+        assert choose_cache(digits, "auto", cpu) == kind
+
+
+def test_processes_of_a_node_share_its_memory_and_its_cores(equal, monkeypatch):
+    """Of 4 here (and 4 on another node) each may take a quarter of what one alone would."""
+    needed = N * 32 * 32 * 3
+    for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(loader_module, "available_cpus", lambda: 12)
+    for free, cache in ((4 * 4 * needed + 8, "ram"), (4 * 4 * needed - 8, "off")):
+        monkeypatch.setattr(loader_module, "available_memory", lambda free=free: free)
+        assert choose_cache(equal, "auto", torch.device("cpu")) == cache
+    assert Loader(equal, 5, "cpu", cache="off").workers == 3
 
 
 def test_cache_holds_each_image_once(unequal):
@@ -263,6 +279,41 @@ def test_a_broken_image_is_one_line(tmp_path, tiles, cache, workers):
     text = str(caught.value)
     assert dataset.paths[17] in text and "--on-bad-image skip" in text and "\n" not in text and "Traceback" not in text
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("cache", ["auto", "ram", "off"])
+def test_a_pipe_is_no_image(tmp_path, tiles, cache):
+    """To open one would wait for its other end, perhaps for ever."""
+    dataset = dataset_of(tmp_path, tiles, False)
+    os.remove(dataset.paths[3])
+    os.mkfifo(dataset.paths[3])
+    with pytest.raises(DataError, match="03.png is not a regular file.*--on-bad-image skip"):
+        list(Loader(dataset, 5, "cpu", cache=cache, workers=0).batches())
+
+
+def test_too_little_shared_memory_is_one_line(equal, monkeypatch):
+    """The worker that cannot hand its batch over says so; the batch would be awaited for ever."""
+    def full(tensor):
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)  # the worker is forked
+    with pytest.raises(DataError, match="/dev/shm is too small.*--workers 0.*--shm-size") as caught:
+        list(Loader(equal, 5, "cpu", cache="off", workers=1).batches())
+    assert "--on-bad-image" not in str(caught.value)
+    assert len(list(Loader(equal, 5, "cpu", cache="off", workers=0).batches())) == 5
+
+
+def test_a_worker_that_is_killed_is_one_line(equal, monkeypatch, capsys):
+    def main(args):
+        loader = Loader(equal, 1, "cpu", cache="off", workers=1)
+        for _ in loader.batches():
+            loader._workers._iterator._workers[0].kill()
+
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    with pytest.raises(SystemExit) as stop:
+        cli.run_script(main, lambda: cli.Parser("trains"))
+    errors = capsys.readouterr().err
+    assert stop.value.code == 1 and errors.startswith("error: a process that decodes images was killed") and len(errors.splitlines()) == 1
 
 
 def test_a_broken_image_found_when_choosing_a_cache(tmp_path, tiles):

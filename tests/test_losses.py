@@ -14,12 +14,14 @@ from common.losses import (
     LossError,
     class_weights,
     cross_entropy,
+    decoupled_kl,
     embedding_loss,
     feature_cosine,
     feature_mse,
     method_weights,
     orthogonal,
     same_size,
+    task_accuracy,
     temperature_kl,
 )  # fmt: skip
 from common.models import build_model
@@ -420,19 +422,64 @@ def test_weighted_cross_entropy(smoothing):
     assert abs(sum(alone) / 3 - whole) > 0.01  # what a mean of weighted means would be
 
 
+@pytest.mark.parametrize("weights", [None, torch.tensor([0.3, 5.0, 1.0])])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_an_image_without_a_label_does_not_count(weights, smoothing):
+    """torch's mean over the labelled rows alone, also as the mean over equal parts of a batch, some without any label."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(12, 3, generator=generator).requires_grad_()
+    labels = torch.tensor([0, -1, 1, 1, -1, -1, -1, -1, -1, 2, -1, 0])
+    kept = labels >= 0
+    expected = torch.nn.functional.cross_entropy(logits[kept], labels[kept], weights, label_smoothing=smoothing)
+    assert torch.allclose(cross_entropy(logits, labels, smoothing, weights), expected)
+    parts = [cross_entropy(logits[i : i + 4], labels[i : i + 4], smoothing, weights, labels) for i in (0, 4, 8)]
+    assert torch.allclose(sum(parts) / 3, expected) and parts[1] == 0
+    (gradient,) = torch.autograd.grad(cross_entropy(logits, labels, smoothing, weights), logits)
+    assert gradient[~kept].eq(0).all() and gradient[kept].ne(0).all()
+    (gradient,) = torch.autograd.grad(cross_entropy(logits, torch.full((12,), -1), smoothing, weights), logits)
+    assert gradient.eq(0).all()  # and not NaN, where no image has a label
+
+
+def test_what_needs_a_class_without_labels():
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 4, 5, generator=generator)
+    labels, of_teacher = torch.tensor([1, -1, 3, -1]), teacher.argmax(1)
+    filled = torch.tensor([1, of_teacher[1], 3, of_teacher[3]])
+    assert decoupled_kl(student, teacher, labels) == decoupled_kl(student, teacher, filled)
+    student[0, 1] = student[2, 0] = 9  # one right, one wrong of the two that have labels
+    assert task_accuracy({"logits": student}, {"label": labels}) == 0.5
+    assert task_accuracy({"logits": student}, {"label": torch.full((4,), -1)}).isnan()
+    counts = class_weights("balanced", torch.tensor([0, 1, -1, 1, 1, -1]), 2)
+    assert torch.allclose(counts, torch.tensor([4 / 2 / 1, 4 / 2 / 3]))
+
+
 # --------------------------------------------------------------------------------------------------------- embeddings
 
 
 def test_embedding_loss_by_hand():
-    """Squared error summed over dimensions, both terms averaged over the batch."""
+    """Squared error averaged over dimensions, both terms over the batch; a lambda_feat of the width makes it the sum."""
     s, t = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[0.0, 1.0], [0.0, 4.0]])
-    assert embedding_loss(s, t, 1, 0) == pytest.approx((2 + 4) / 2)
+    assert embedding_loss(s, t, 1, 0) == pytest.approx((2 + 4) / 4)
+    assert embedding_loss(s, t, 2, 0) == pytest.approx((2 + 4) / 2)
     assert embedding_loss(s, t, 0, 1) == pytest.approx((1 + 0) / 2)
-    assert embedding_loss(s, t, 0.5, 3) == pytest.approx(0.5 * 3 + 3 * 0.5)
+    assert embedding_loss(s, t, 0.5, 3) == pytest.approx(0.5 * 1.5 + 3 * 0.5)
     s, t = rand(B, C, grad=True), rand(B, C, seed=1)
     assert torch.autograd.gradcheck(lambda x: embedding_loss(x, t, 0.7, 1.3), s)
     half = embedding_loss(s.detach().half(), t.half())
     assert half.dtype == torch.float32
+
+
+@pytest.mark.parametrize("width", [16, 1280])
+@pytest.mark.parametrize("term", ["embedding", "cls", "patch", "projection", "contrastive", "mmd", "rkd_distance", "rkd_angle"])
+def test_no_term_drowns_the_labels_of_wide_teachers(term, width):
+    """On embeddings of unit deviation a term times its method's weight is some times the cross-entropy, at any width."""
+    weight = max(weights.get(term, 0) for weights in METHODS.values())
+    student = {"logits": rand(B, C), "embedding": rand(B, 32).float(), "tokens": rand(B, 4, 32).float()}
+    teacher = {"embedding": rand(B, width, seed=1).float(), "tokens": rand(B, 4, width, seed=1).float()}
+    criterion = DistillationLoss({term: weight})
+    criterion.build(student, teacher)
+    bound = 150 if term == "projection" else 10  # 100 is published, as a mean: the same at any width
+    assert 0.01 < criterion(student, teacher, LABELS).item() < bound
 
 
 @pytest.mark.parametrize("rows, columns", [(3, 8), (8, 3), (5, 5)])

@@ -1,14 +1,17 @@
 """Metrics against scikit-learn and against numbers worked out by hand."""
 
+import itertools
 import json
 import math
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from sklearn import metrics as sk
 
-from common.evaluation import is_chance_level
+from common.cli import UserError
+from common.evaluation import chance_auc
 from common.metrics import (
     CLASSIFICATION,
     FIDELITY,
@@ -23,8 +26,9 @@ from common.metrics import (
     log_softmax,
     partial_auc,
     ranking,
-    weighted,
+    weighing,
 )  # fmt: skip
+from common.teacher import check_teacher, judge_teacher
 
 
 def make(samples=400, classes=12, seed=0, scale=2.0):
@@ -227,6 +231,8 @@ def test_kl_is_from_teacher_to_student():
     assert fidelity(teacher, student)["teacher_kl"] == pytest.approx((0.5 * math.log(5 / 9) + 0.5 * math.log(5)) / 2)
     far = fidelity(np.array([[1e4, 0.0]]), np.array([[0.0, 1e4]]))
     assert far == {"agreement": 0.0, "teacher_kl": 1e4}
+    never = fidelity(np.array([[0.0, 0.0, 0.0]]), np.array([[0.0, 0.0, -math.inf]]))
+    assert never["teacher_kl"] == pytest.approx(math.log(3 / 2))  # ln 3 - ln 2: the class that cannot be costs nothing
 
 
 # --------------------------------------------------------------------------------------------------------------- better
@@ -252,24 +258,51 @@ def test_the_lists_of_metrics_are_complete():
     assert LOWER_IS_BETTER < {*CLASSIFICATION, *FIDELITY, "distillation_loss"}  # the last is the run's own
 
 
-def test_chance_level():
-    ten, two = np.arange(1000) % 10, np.arange(100) % 2
-    assert is_chance_level(0.1, 10, ten) and is_chance_level(0.1189, 10, ten) and is_chance_level(0.0, 10, ten)
-    assert not is_chance_level(0.1191, 10, ten) and not is_chance_level(0.9, 10, ten)  # 0.1 + 2 sqrt(0.09 / 1000)
-    assert is_chance_level(0.5, 2, two) and not is_chance_level(0.61, 2, two)
-    labels = np.array([0] * 93 + [1] * 7)
-    majority = classification(logits_of(np.zeros(100, int), 2), labels)
-    assert majority["accuracy"] == 0.93
-    assert is_chance_level(majority["balanced_accuracy"], 2, labels), "93 % accuracy by saying no is chance"
+@pytest.mark.parametrize("counts", [(930, 7), (20, 20, 20), (400, 60, 6)])
+def test_guesses_stay_below_the_auc_of_chance(counts):
+    """Two standard deviations: of two classes 2.3 % of guesses pass, of more, whose scores do not depend on each other, fewer."""
+    labels = np.repeat(np.arange(len(counts)), counts)
+    rng = np.random.default_rng(0)
+    aucs = []
+    for c, n in list(enumerate(counts))[len(counts) == 2 :]:
+        ranks = rng.random((2000, len(labels))).argsort(1).argsort(1) + 1
+        aucs.append((ranks[:, labels == c].sum(1) - n * (n + 1) / 2) / (n * (len(labels) - n)))
+    above = np.mean(np.mean(aucs, 0) > chance_auc(labels))
+    assert (0.012 if len(counts) == 2 else 0) <= above < 0.035
 
 
-def test_few_positives_widen_the_margin_of_chance():
-    """Guessing on 930 against 7: balanced accuracies above the margin are as rare as two standard deviations say."""
-    labels = np.array([0] * 930 + [1] * 7)
-    guesses = np.random.default_rng(0).integers(2, size=(4000, 937))
-    reached = (np.mean(guesses[:, :930] == 0, axis=1) + np.mean(guesses[:, 930:] == 1, axis=1)) / 2
-    above = np.mean([not is_chance_level(value, 2, labels) for value in reached])
-    assert 0.005 < above < 0.04
+def test_the_auc_of_chance_by_all_orders():
+    """Two against three: the variance over all ten ways to order them; one class alone says nothing."""
+    aucs = [np.mean([[i > j for j in range(5) if j not in ones] for i in ones]) for ones in itertools.combinations(range(5), 2)]
+    assert len(aucs) == 10 and np.mean(aucs) == pytest.approx(0.5)
+    assert chance_auc(np.array([0, 1, 0, 1, 0])) == pytest.approx(0.5 + 2 * np.std(aucs))
+    assert chance_auc(np.ones(9, int)) == math.inf
+
+
+def test_a_teacher_is_judged_by_its_ranking():
+    """Under imbalance it names one class alone, balanced accuracy 0.5, and still ranks: AUC 0.75 is accepted, 0.5 refused."""
+    labels = np.array([0] * 380 + [1] * 20)
+    positive = np.where(labels == 1, np.tile([1.0, 3.0], 200), np.arange(400) / 400 * 2)  # half of the positives above all negatives
+    found = classification(np.stack([np.full(400, 9.0), positive], 1), labels)
+    assert found["balanced_accuracy"] == 0.5 and found["auc"] == pytest.approx(sk.roc_auc_score(labels, positive))
+    assert f"in organ AUC {found['auc']:.4f}" in check_teacher(found["auc"], labels, False, "in organ ")
+    for auc in (0.5, 0.1, None):
+        with pytest.raises(UserError, match="in organ no better than chance") as caught:
+            check_teacher(auc, labels, False, "in organ ")
+        assert auc is None or f"AUC {auc:.4f}, guessing gives up to 0.63" in str(caught.value)
+        assert check_teacher(auc, labels, True)
+    assert "too few" in check_teacher(1.0, np.array([0, 0, 1]), False), "perfect, but guessing does it in one of three"
+
+
+def test_each_task_of_a_teacher_is_judged():
+    rng, labels = np.random.default_rng(0), np.arange(200) % 2
+    logits = {"organ": np.stack([1.0 - labels, labels], 1), "sign": rng.normal(size=(200, 2))}
+    splits = SimpleNamespace(val=SimpleNamespace(targets=dict.fromkeys(logits, labels)))
+    source = SimpleNamespace(title="teacher", described={}, model=None)
+    with pytest.raises(UserError, match="in sign no better than chance"):
+        judge_teacher(source, logits, splits, None, SimpleNamespace(allow_weak_teacher=False))
+    text = judge_teacher(source, {**logits, "sign": logits["organ"]}, splits, None, SimpleNamespace(allow_weak_teacher=False))
+    assert "in organ AUC 1.0000" in text and "in sign AUC 1.0000" in text
 
 
 # --------------------------------------------------------------------------------------------------------- imbalance
@@ -338,6 +371,26 @@ def test_ranking_against_scikit_learn():
     logits, labels = make(classes=4)
     expected = [sk.average_precision_score(labels == c, softmax(logits)[:, c]) for c in range(4)]
     assert ranking(logits, labels)["average_precision"] == pytest.approx(np.mean(expected))
+
+
+def test_the_positive_class_may_be_the_first():
+    """Cancer before normal in the alphabet: what is asked of cancer, by scikit-learn on its own margin and share."""
+    logits, labels = two_classes()
+    cancer, margin = labels == 0, logits[:, 0] - logits[:, 1]
+    got, other = classification(logits, labels, positive=0), classification(logits, labels)
+    assert got["average_precision"] == pytest.approx(sk.average_precision_score(cancer, margin)) and got["average_precision"] > other["average_precision"] + 0.1
+    assert got["pauc"] == pytest.approx(official_pauc(cancer.astype(int), margin), abs=1e-12)
+    t = np.sort(margin[~cancer])[int(np.ceil(0.9 * (~cancer).sum())) - 1]
+    assert got["sensitivity_at_90_specificity"] == pytest.approx(np.mean(margin[cancer] > t))
+    assert got["auc"] == pytest.approx(other["auc"]) and got["accuracy"] == other["accuracy"]
+    swapped = classification(logits[:, ::-1], 1 - labels)
+    assert got == pytest.approx(swapped, abs=1e-12)
+    names = ("average_precision", "pauc")
+    once = weighing(logits, labels, names, positive=0)(np.ones((len(labels), 1), np.int32))
+    intervals = bootstrap(logits, labels, repeats=50, names=names, positive=0)
+    for name in names:
+        assert once[name][0] == pytest.approx(got[name], abs=1e-12)
+        assert intervals[name][0] < got[name] < intervals[name][1]
 
 
 def test_ranking_of_one_class_is_undefined():
@@ -413,7 +466,7 @@ def test_weights_are_the_resamples(case):
         expected.append(got)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = weighted(logits, labels, weights, RESAMPLED)
+        found = weighing(logits, labels, RESAMPLED)(weights)
         intervals = bootstrap(logits, labels, groups, repeats=40, names=RESAMPLED)
     for name in RESAMPLED:
         values = np.array([row[name] for row in expected], float)  # None is NaN

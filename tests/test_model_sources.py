@@ -1,13 +1,21 @@
 """Where models come from: Hugging Face folders, timm, hub and foreign weights; other resolutions.  No network."""
 
+import argparse
+import ast
+import contextlib
 import json
 import shutil
 
 import pytest
 import torch
+from conftest import ROOT, shared_archive
 from test_models import SWIN, forward, images, no_network, refusal  # noqa: F401
 
-from common.models import build_model, load_weights
+from common.cli import UserError
+from common.data import DATASETS
+from common.models import ModelError, build_model, load_weights
+from common.multimodal import _load
+from common.training import Preprocess, load_checkpoint, need_head, start_weights
 
 # --------------------------------------------------------------------------------------------------------- Hugging Face
 
@@ -69,6 +77,55 @@ def test_hugging_face_models_are_rebuilt_without_a_hub(hub_folder, tmp_path, nam
     assert forward(rebuilt, images(64))["logits"].shape == (2, 5), "positions follow the image's size"
 
 
+CUSTOM_CODE = """
+from pathlib import Path
+Path("{marker}").touch()
+from transformers import PretrainedConfig, ViTModel
+class Own(PretrainedConfig):
+    model_type = "own"
+class OwnModel(ViTModel):
+    pass
+"""
+
+
+@pytest.mark.parametrize("known", [True, False])  # whether transformers has a model of this type too
+@pytest.mark.parametrize("kind, pretrained", [("image", True), ("image", False), ("text", True), ("text", False)])
+def test_code_of_a_hugging_face_folder_never_runs(hub_folder, tmp_path, monkeypatch, kind, pretrained, known):
+    """A folder whose config names classes of its own, as of a hub's repository: it is refused or taken without them, and nobody is asked."""
+    folder = tmp_path / "model"
+    shutil.copytree(hub_folder / ("vit" if kind == "image" else "bert"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "own.Own", "AutoModel": "own.OwnModel", "AutoTokenizer": ["own.Own", None]}
+    config["model_type"] = config["model_type"] if known else "own"
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text(CUSTOM_CODE.replace("{marker}", str(tmp_path / "ran")))
+    monkeypatch.setattr("builtins.input", lambda *args: pytest.fail("it asks on the terminal"))
+    with contextlib.suppress(ModelError):
+        if kind == "image":
+            build_model(f"hf:{folder}", 5, 32, pretrained=pretrained)
+        else:
+            _load(str(folder), str(folder), pretrained)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_nothing_is_loaded_that_could_run_code():
+    """In no file of the project, by the arguments themselves: pickles, code of a hub's repository, torch.hub, eval."""
+    wanted = {"from_pretrained": ("trust_remote_code", False), "from_config": ("trust_remote_code", False)}
+    seen = []
+    for file in [*ROOT.glob("*.py"), *ROOT.glob("common/*.py"), *ROOT.glob("slurm/*.py")]:
+        for call in (node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)):
+            function = ast.unparse(call.func)
+            given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+            assert function not in ("eval", "exec", "pickle.load", "pickle.loads", "torch.hub.load", "joblib.load"), (file, function)
+            name, value = wanted.get(function.split(".")[-1], (None, None))
+            if function in ("torch.load", "np.load"):
+                name, value = ("weights_only", True) if function == "torch.load" else ("allow_pickle", False)
+            if name:
+                seen.append(function)
+                assert given.get(name) == str(value), f"{file}:{call.lineno}: {function} without {name}={value}"
+    assert {"torch.load", "np.load", "AutoModel.from_pretrained", "AutoModel.from_config", "AutoTokenizer.from_pretrained"} <= set(seen)
+
+
 def test_hugging_face_weights_and_normalization(hub_folder):
     """Of a folder with weights in bfloat16: kept, in float32, with the mean and std that its processor names."""
     stored = torch.load(hub_folder / "vit" / "original.pth", weights_only=True)
@@ -83,6 +140,47 @@ def test_hugging_face_weights_and_normalization(hub_folder):
     assert fresh.mean is None
     assert not torch.equal(fresh.backbone.body.embeddings.cls_token, model.backbone.body.embeddings.cls_token)
     assert build_model(f"hf:{hub_folder / 'resnet'}", 5, 32, pretrained=True).mean is None
+
+
+def test_a_processor_that_does_not_normalize(hub_folder, tmp_path):
+    """do_normalize false: pixels of 0 to 1 as they are, neither the mean that it names nor the dataset's."""
+    shutil.copytree(hub_folder / "vit", tmp_path / "vit")
+    path = tmp_path / "vit" / "preprocessor_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "do_normalize": False}))
+    model = build_model(f"hf:{tmp_path / 'vit'}", 5, 32, pretrained=True)
+    pixels = torch.rand(2, 3, 4, 4)
+    assert torch.equal(Preprocess.of_new(model, 4, "digits", DATASETS["digits"])(pixels), pixels)
+
+
+def test_what_is_assumed_without_a_processor_is_said(hub_folder):
+    model = build_model(f"hf:{hub_folder / 'resnet'}", 5, 32, pretrained=True)
+    said = str(Preprocess.of_new(model, 32, "digits", DATASETS["digits"]))
+    assert said.startswith("mean 0.305 0.305 0.305, std 0.376 0.376 0.376, of digits, assumed") and "resnet" in said
+    assert "assumed" not in str(Preprocess.of_new(build_model("resnet8", 5, 32), 32, "digits", DATASETS["digits"]))
+
+
+@pytest.mark.parametrize("name, kept", [("vit", True), ("resnet", True), ("convnext", False)])
+def test_the_head_of_a_fine_tuned_classifier(tmp_path, name, kept):
+    """Kept where its classes are as many and it reads what ours reads (ConvNeXt's reads a norm between): the same logits."""
+    import transformers
+
+    torch.manual_seed(0)
+    configs = {**hugging_face_configs(), "convnext": transformers.ConvNextConfig(depths=[1, 1], hidden_sizes=[8, 16], num_stages=2)}
+    configs[name].num_labels = 5
+    whole = transformers.AutoModelForImageClassification.from_config(configs[name]).eval()
+    for m in whole.modules():
+        if isinstance(m, torch.nn.LayerNorm):
+            torch.nn.init.normal_(m.weight)
+    whole.save_pretrained(tmp_path / name)
+    model = build_model(f"hf:{tmp_path / name}", 5, 32, pretrained=True)
+    with torch.no_grad():
+        theirs = whole(pixel_values=images()).logits
+    same = torch.allclose(forward(model, images())["logits"], theirs, atol=1e-5)
+    assert same == kept and model.known_classes == (5 if kept else 0)
+    assert ("new head" in start_weights(model)) != kept
+    other = build_model(f"hf:{tmp_path / name}", 4, 32, pretrained=True)
+    assert other.known_classes == 5 and "with a new head of 4 classes: theirs has 5" in start_weights(other)
+    assert forward(other, images())["logits"].abs().max() < 0.5
 
 
 @pytest.mark.parametrize("name, prefix", [("vit", 1), ("deit", 2), ("registers", 5), ("swin", 0), ("resnet", 0)])
@@ -219,11 +317,11 @@ def test_foreign_weights(name):
         return {prefix + key: value for key, value in bare.items()}
 
     states = [bare, {"state_dict": bare, "epoch": 3}, {"model": bare}, {"model": source.state_dict(), "epoch": 1}]
-    states += [prefixed(p) for p in ("module.", "_orig_mod.", "module._orig_mod.", "module.backbone.")]
+    states += [prefixed(p) for p in ("module.", "_orig_mod.", "module._orig_mod.", "module.backbone.", "_orig_mod.module.", "module.module.")]
     for state in states:
         model = build_model(name, 4, 32)
         assert not same_state(model, source)
-        assert load_weights(model, state, "x.pth") is True
+        assert load_weights(model, state, "x.pth").startswith("x.pth") and model.known_classes == 4
         assert same_state(model, source)
 
 
@@ -232,13 +330,119 @@ def test_foreign_weights(name):
 )
 def test_a_head_of_other_classes_stays_new(name, head):
     source, model = build_model(name, 4, 32), build_model(name, 7, 32)
-    before = {key: value.clone() for key, value in model.backbone.state_dict().items()}
     states = [source.backbone.state_dict()]
     states.append({key: value for key, value in states[0].items() if not key.startswith(head)})  # a body without head
     for state in states:
-        assert load_weights(model, state, "x.pth") is False
+        load_weights(model, state, "x.pth")
+        assert model.known_classes == (4 if any(key.startswith(head) for key in state) else 0)
         for key, value in model.backbone.state_dict().items():
-            assert torch.equal(value, before[key] if key.startswith(head) else source.backbone.state_dict()[key]), key
+            if key.startswith(head):  # new and small: logits near 0, whatever the architecture's own start
+                assert value.shape[0] == 7 and value.abs().max() <= 0.06 and (value.std() > 0.005) == key.endswith("weight"), key
+            else:
+                assert torch.equal(value, source.backbone.state_dict()[key]), key
+
+
+def raised(state, by):
+    return {key: value + by if value.is_floating_point() else value for key, value in state.items()}
+
+
+def test_what_a_file_holds_is_said_and_taken():
+    """Several state dicts, a backbone beside other parts, both: which one was taken is told by its values."""
+    source = build_model("resnet8", 4, 32)
+    bare = source.backbone.state_dict()
+    average, other = raised(bare, 1), raised(bare, 2)
+
+    def below(prefix, state, **more):
+        return {**{prefix + key: value for key, value in state.items()}, **more}
+
+    extra = {"dino_head.mlp.weight": torch.zeros(3, 3), "loss.center": torch.zeros(1)}
+    for state, taken, words in [
+        ({"state_dict": bare, "state_dict_ema": average, "optimizer": {"state": {0: {"step": torch.zeros(1)}}}}, average, "(state_dict_ema, not state_dict)"),
+        ({"model": bare, "model_ema": average}, average, "(model_ema, not model)"),
+        ({"student": other, "teacher": bare}, bare, "(teacher, not student)"),
+        ({"net": bare, "epoch": 3}, bare, "(net)"),
+        ({"model": {"ema": average, "state_dict": bare}}, average, "(model.ema, not model.state_dict)"),
+        ({"student": below("module.backbone.", other), "teacher": below("backbone.", bare, **extra)}, bare,
+         "(teacher, not student; backbone.*; left out: dino_head.*, loss.*)"),
+        (below("module.encoder_q.", bare, queue=torch.zeros(2, 2)), bare, "(module.encoder_q.*; left out: queue.*)"),
+        ({"model": below("net.", bare), "other": raised(build_model("vit_6_192", 4, 32).backbone.state_dict(), 0)}, bare, "(model; net.*)"),
+    ]:  # fmt: skip
+        model = build_model("resnet8", 4, 32)
+        assert load_weights(model, state, "x.pth") == f"x.pth {words}"
+        assert all(torch.equal(value, taken[name]) for name, value in model.backbone.state_dict().items()), words
+    both = {"model": {**below("student.backbone.", bare), **below("teacher.backbone.", other)}, "optimizer": {}}
+    assert "several parts that fit resnet8, student.backbone.*, teacher.backbone.*" in refusal(load_weights, model, both, "x.pth")
+    wrong = {"model": below("encoder.", build_model("vit_6_192", 4, 32).backbone.state_dict()), "epoch": 3}
+    text = refusal(load_weights, model, wrong, "x.pth")
+    assert "its names begin with encoder., encoder.patch_embed., encoder.blocks." in text and text.endswith("; its keys: model, epoch")
+
+
+def test_blocks_in_chunks_as_dinov2_saves_them():
+    source, model = (build_model("timm:test_vit", 0, 32) for _ in range(2))
+    state = {f"backbone.{name.replace('blocks.', 'blocks.0.')}": value for name, value in source.backbone.state_dict().items()}
+    load_weights(model, {"teacher": {**state, "dino_head.weight": torch.zeros(1)}}, "x.pth")
+    assert same_state(model, source)
+
+
+def test_files_of_other_scripts(tmp_path):
+    """A Namespace beside the weights is let through; what is no weights file is said in one line, without escape codes."""
+    import numpy as np
+    from safetensors.torch import save_file
+
+    bare = build_model("resnet8", 4, 32).backbone.state_dict()
+    torch.save({"state_dict": bare, "args": argparse.Namespace(lr=0.1, more=argparse.Namespace(a=[1]))}, tmp_path / "namespace.pth")
+    save_file(bare, tmp_path / "renamed.bin")
+    for name in ("namespace.pth", "renamed.bin"):
+        model = build_model("resnet8", 4, 32)
+        assert name in start_weights(model, str(tmp_path / name))
+        assert all(torch.equal(value, bare[key]) for key, value in model.backbone.state_dict().items())
+    torch.save(build_model("resnet8", 4, 32), tmp_path / "whole.pth")
+    torch.save({"model": bare, "best": np.float64(0.5)}, tmp_path / "numpy.pth")
+    whole = (tmp_path / "namespace.pth").read_bytes()
+    (tmp_path / "cut.pth").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "renamed.bin").read_bytes()[:1000])
+    (tmp_path / "empty.pth").write_bytes(b"")
+    (tmp_path / "page.pth").write_text("<!DOCTYPE html>\n<html>404</html>")
+    (tmp_path / "lfs.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    for name, words in (("whole.pth", "ImageModel"), ("numpy.pth", "scalar"), ("cut.pth", "damaged"), ("cut.safetensors", "damaged"), ("empty.pth", "empty"),
+                        ("page.pth", "<!DOCTYPE"), ("lfs.safetensors", "git-lfs"), ("absent.pth", "no such file")):  # fmt: skip
+        for load in (load_checkpoint, lambda path: start_weights(model, path, flag="--teacher-weights")):
+            with pytest.raises(UserError) as caught:
+                load(str(tmp_path / name))
+            text = str(caught.value)
+            assert name in text and words in text and text.isprintable(), text
+        assert text.startswith("--teacher-weights ")
+
+
+def test_weights_bring_their_normalization(tmp_path):
+    """As with --pretrained, by the architecture's name alone; a checkpoint of ours brings its own."""
+    import timm
+
+    name = "timm:vit_tiny_patch16_224"
+    model = build_model(name, 4, 32)
+    assert model.mean is None, "random weights expect nothing"
+    torch.save(timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=4).state_dict(), tmp_path / "x.pth")
+    start_weights(model, str(tmp_path / "x.pth"))
+    assert str(Preprocess.of_new(model, 32, "digits", DATASETS["digits"])) == f"mean 0.5 0.5 0.5, std 0.5 0.5 0.5, of the weights of {name}"
+    checkpoint = {"kind": "image", "model": model.state_dict(), "model_args": model.build_args, "classes": list("abcd"),
+                  "flags": {"dataset": "digits", "data_root": None},
+                  "preprocess": {"resolution": 32, "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}}  # fmt: skip
+    torch.save(checkpoint, tmp_path / "own.pth")
+    for given in ({"weights": str(tmp_path / "own.pth")}, {"init_checkpoint": str(tmp_path / "own.pth")}):
+        model = build_model(name, 4, 32)
+        start_weights(model, **given)
+        assert (model.mean, model.std) == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
+
+
+@pytest.mark.parametrize("size", [0, 2])
+def test_real_imagenet_weights(size):
+    """tf_efficientnet_lite expects mean and std 0.5; its ImageNet head does not fit seven classes."""
+    model = build_model(f"tf_efficientnet_lite{size}", 7, 64)
+    note = start_weights(model, str(shared_archive(f"tf_efficientnet_lite{size}.safetensors")))
+    assert note.endswith("with a new head of 7 classes: theirs has 1000") and (model.mean, model.std) == ([0.5] * 3, [0.5] * 3)
+    assert forward(model, images(64))["logits"].abs().max() < 1, "timm's own start gives up to 10"
+    with pytest.raises(UserError, match="a head of 1000 classes, the data have 7"):
+        need_head(model, list("abcdefg"), "x.safetensors")
 
 
 def test_wrong_weights_are_refused():
@@ -246,13 +450,13 @@ def test_wrong_weights_are_refused():
     model, good = build_model("resnet8", 4, 32), build_model("resnet8", 4, 32).backbone.state_dict()
     missing = {key: value for key, value in good.items() if key != "layer2.0.bn1.running_var"}
     for state, word in [
-        (missing, "layer2.0.bn1.running_var"),
+        (missing, "lacks layer2.0.bn1.running_var"),
         ({**good, "layer9.weight": torch.zeros(1)}, "layer9.weight"),
         ({**good, "conv1.weight": torch.zeros(64, 3, 7, 7)}, "conv1.weight"),
         (build_model("resnet18", 4, 32).backbone.state_dict(), "layer1.1"),
         (build_model("vit_6_192", 4, 32).backbone.state_dict(), "resnet8"),
         ({}, "no state dict"),
-        ({"epoch": 3}, "no state dict"),
+        ({"epoch": 3}, "no state dict of tensors; its keys: epoch"),
         ({"model": {}}, "no state dict"),
         ({0: torch.zeros(2)}, "no state dict"),
     ]:
@@ -266,7 +470,7 @@ def test_timm_weights_for_another_resolution():
     """A file fetched by hand fits as hub weights do: timm resamples the positions."""
     source, model = build_model("timm:vit_tiny_patch16_224", 4, 64), build_model("timm:vit_tiny_patch16_224", 4, 32)
     state = source.backbone.state_dict()
-    assert load_weights(model, dict(state), "x.pth") is True
+    load_weights(model, dict(state), "x.pth")
     own = model.backbone.state_dict()
     assert own["pos_embed"].shape == (1, 5, 192) and torch.equal(own["pos_embed"][:, 0], state["pos_embed"][:, 0])
     assert all(torch.equal(own[key], state[key]) for key in own if key != "pos_embed")

@@ -199,6 +199,21 @@ def test_attention_block_equals_torchs():
             torch.testing.assert_close(block(x, source, valid), wanted)
 
 
+@pytest.mark.parametrize("layers", [1, 2])
+def test_both_sides_of_cross_attention_see_what_the_other_was(layers):
+    """Each layer's two blocks read the layer's input: none reads what the other made of it."""
+    torch.manual_seed(0)
+    fusion = FUSIONS["cross_attention"](64, layers)
+    sides, mask = (torch.randn(3, 5, 64), torch.randn(3, 4, 64)), torch.ones(3, 4, dtype=torch.bool)
+    image, text = sides
+    for i in range(layers):
+        before = image.clone(), text.clone()
+        image = fusion.image[i](before[0], before[1], mask)
+        text = fusion.text[i](before[1], before[0])
+    expected = F.linear(torch.cat([image[:, 0], text[:, 0]], 1), fusion.project.weight, fusion.project.bias)
+    torch.testing.assert_close(fusion(*sides, mask), expected)
+
+
 def test_gate_mixes_the_two_sides():
     """h = z tanh(W_v v) + (1 - z) tanh(W_t t): at an open and at a closed gate one side alone is left."""
     gated, image, text = Gated(8, 1), torch.randn(4, 8), torch.randn(4, 8)

@@ -15,8 +15,9 @@ from common.cli import UserError
 from common.evaluation import live_teacher
 from common.losses import DistillationLoss, method_weights
 from common.models import build_model
-from common.optimizer import CHECK_EVERY, NonFiniteLoss, Schedule, Updater, make_optimizer
+from common.optimizer import CHECK_EVERY, NonFiniteLoss, Schedule, Updater, make_optimizer, make_updater
 from common.training import Precision, Preprocess
+from distill import build_parser, settle
 
 CPU = torch.device("cpu")
 OFF = Precision("off", CPU)
@@ -58,9 +59,12 @@ TINY_HF_VIT = {"model_type": "vit", "hidden_size": 32, "num_hidden_layers": 1, "
         ("resnet8", {}, ["conv1.weight", "layer2.0.shortcut.0.weight", "fc.weight"], []),
         ("vit_6_192", {}, ["patch_embed.weight", "blocks.3.qkv.weight", "head.weight"], ["cls_token", "pos_embed"]),
         ("timm:test_vit", {}, ["patch_embed.proj.weight", "blocks.0.attn.qkv.weight"], ["cls_token", "pos_embed"]),
+        ("timm:test_vit2", {}, ["blocks.0.attn.qkv.weight"], ["reg_token", "pos_embed"]),
         ("timm:test_convnext", {}, ["stem.0.weight"], []),
         ("hf:tiny", {"hf_config": TINY_HF_VIT}, ["body.embeddings.patch_embeddings.projection.weight", "head.weight"],
          ["body.embeddings.cls_token", "body.embeddings.position_embeddings"]),
+        ("hf:tiny", {"hf_config": {**TINY_HF_VIT, "model_type": "dinov2_with_registers", "num_register_tokens": 4}}, ["head.weight"],
+         [f"body.embeddings.{name}" for name in ("cls_token", "mask_token", "register_tokens", "position_embeddings")]),
     ],
 )  # fmt: skip
 def test_no_decay_on_norms_biases_tokens_and_positions(name, options, weights, positions):
@@ -98,6 +102,17 @@ def test_defaults_and_groups():
         assert decays(optimizer, net)["0.weight"] == decay and decays(optimizer, net)["6.bias"] == 0
     for group in make_optimizer("sgd", [net], 0.3, 0.0, 0.8, True).param_groups:
         assert (group["lr"], group["momentum"], group["nesterov"], group["weight_decay"]) == (0.3, 0.8, True, 0)
+
+
+def test_the_projectors_decay_is_the_flag_s():
+    args = build_parser().parse_args(["--method", "feature", "--projector-weight-decay", "0.3", "--weight-decay", "0.2"])
+    settle(args)
+    net, projectors = small_net(), DistillationLoss({"feature": 1.0})
+    maps = {"features": {"a": torch.zeros(2, 3, 2, 2)}}
+    projectors.build(maps, maps)
+    optimizer = make_updater(args, net, OFF, 5, projectors).optimizer
+    assert decays(optimizer, projectors) == {"projectors.0.weight": 0.3, "projectors.0.bias": 0}
+    assert set(decays(optimizer, net).values()) == {0, 0.2}
 
 
 def test_projectors_have_a_decay_of_their_own():
@@ -458,3 +473,50 @@ def test_the_teacher_has_its_own_resolution_and_normalization():
         torch.testing.assert_close(seen, normalize(pixels, shift, scale))
         by_hand = torch.stack([(pixels[:, c] - shift[c]) / scale[c] for c in range(3)], 1)
         torch.testing.assert_close(seen, by_hand)
+
+
+# ------------------------------------------------------------------------------------------------------ from the flags
+
+
+def by_flags(*flags, steps=10):
+    """(net, Updater) that a training script makes of these flags."""
+    from train_student import build_parser
+
+    args = build_parser().parse_args(["--optimizer", "sgd", "--lr", "0.4", "--weight-decay", "0", "--momentum", "0", *flags])
+    net = small_net()
+    return net, make_updater(args, net, OFF, steps)
+
+
+def test_flags_of_the_schedule_reach_it():
+    _, updater = by_flags("--schedule", "multistep", "--milestones", "2", "--gamma", "0.3", "--epochs", "9")
+    assert [updater.schedule(step) for step in (19, 20)] == pytest.approx([0.4, 0.12])
+    for patience in (1, 3):
+        _, updater = by_flags("--schedule", "plateau", "--plateau-patience", str(patience), "--gamma", "0.3")
+        rates = []
+        for value in (0.5, 0.4, 0.4, 0.4):  # the first is the best
+            updater.schedule.end_epoch("accuracy", value)
+            rates.append(updater.schedule(0))
+        expected = {1: [0.4, 0.12, 0.036, 0.0108], 3: [0.4, 0.4, 0.4, 0.12]}[patience]
+        assert rates == pytest.approx(expected), patience
+
+
+def test_clip_grad_bounds_the_step():
+    """Plain SGD moves by rate times gradient, whose norm is cut to 0.001."""
+    moved = {}
+    for clip in ("0", "0.001"):
+        net, updater = by_flags("--schedule", "constant", "--clip-grad", clip)
+        before = [p.detach().clone() for p in net.parameters()]
+        updater(loss_of(net, 0))
+        moved[clip] = math.sqrt(sum(float((p.detach() - b).square().sum()) for p, b in zip(net.parameters(), before)))
+    assert moved["0.001"] == pytest.approx(0.4 * 0.001, rel=1e-3) and moved["0"] > 0.01
+
+
+def test_the_average_is_of_steps_not_of_their_parts():
+    """Each step in two parts: after two steps of weights w1, w2 it is w1 / 2 + w2 / 2 (it starts as a copy of w1)."""
+    net, updater = by_flags("--schedule", "constant", "--ema", "0.5", "--accumulation-steps", "2")
+    seen = []
+    for step in range(4):
+        updater(loss_of(net, step))
+        seen.append([p.detach().clone() for p in net.parameters()])
+    for average, w1, w2 in zip(updater.evaluated_model.parameters(), seen[1], seen[3]):
+        torch.testing.assert_close(average, (w1 + w2) / 2)

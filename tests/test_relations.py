@@ -1,6 +1,7 @@
 """Losses that compare the images of a batch and those of several tasks or sides, against loops in float64."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from common.losses import (
     task_logits,
     task_mean,
 )
+from distill import build_parser, make_loss, settle
 
 LOSSES = {"contrastive": contrastive, "rkd_distance": rkd_distance, "rkd_angle": rkd_angle, "mmd": mmd}
 NAMES = list(LOSSES)
@@ -43,7 +45,7 @@ def with_gradient(loss, student, teacher):
     return value.detach(), torch.zeros_like(student) if student.grad is None else student.grad
 
 
-# --------------------- formulas: loops over single numbers (0-d tensors, for autograd), pairs of equal rows left out
+# --------------------------------------------- formulas: loops over single numbers (0-d tensors, for autograd)
 
 
 def dot(a, b):
@@ -71,8 +73,8 @@ def rkd_distance_by_hand(student, teacher):
     relations = []
     for rows in (list(student), list(teacher)):
         table = [[distance(a, b) for b in rows] for a in rows]
-        positive = [d for row in table for d in row if d > 0]
-        relations.append([d / (sum(positive) / len(positive)) if positive else d for row in table for d in row])
+        mean = sum(d for row in table for d in row) / (len(rows) * (len(rows) - 1))  # over all pairs i != j, equal rows too
+        relations.append([d / mean if mean else d for row in table for d in row])
     return sum(huber(s, t) for s, t in zip(*relations)) / len(student) ** 2
 
 
@@ -177,6 +179,19 @@ def test_contrastive_temperatures(temperature, base):
     (value, gradient), (expected, expected_gradient) = (with_gradient(f, student, teacher) for f in (loss, by_hand))
     assert value.item() == pytest.approx(expected.item(), rel=1e-12)
     assert torch.allclose(gradient, expected_gradient, rtol=1e-10, atol=1e-13)
+
+
+def test_contrastive_temperatures_of_the_flags():
+    args = build_parser().parse_args(["--method", "crd", "--ce-weight", "0", "--crd-temperature", "0.5", "--crd-base-temperature", "0.2"])
+    weights, _ = settle(args)
+    student, teacher = ({"embedding": x.float()} for x in samples("none", seed=8))
+    source = SimpleNamespace(choose_view=lambda batch: batch, targets=lambda batch: teacher)
+    train = SimpleNamespace(batches=lambda: iter([student]))
+    criterion = make_loss(args, weights, torch.nn.Identity(), source, train, lambda batch: batch, None).eval()
+    with torch.no_grad():
+        projected = criterion.side("embedding", student["embedding"])
+        expected = contrastive_by_hand(projected, teacher["embedding"], temperature=0.5, base_temperature=0.2)
+        assert criterion(student, teacher, None).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_distances_of_close_rows_keep_their_digits():
@@ -291,6 +306,16 @@ def test_rkd_by_a_triangle():
     assert rkd_distance(student, teacher).item() == pytest.approx(2 * (0.5 * 0.25**2 + 0 + 0.5 * 0.25**2) / 9, rel=1e-5)
     cosines = [(0 - 0.5), (0.6 - 0.5), (0.8 - 0.5)]  # each twice; j = k is 1 on both sides
     assert rkd_angle(student, teacher).item() == pytest.approx(2 * sum(0.5 * c**2 for c in cosines) / 27, rel=1e-5)
+
+
+def test_rkd_distance_counts_equal_rows():
+    """Two of three rows equal: distances 0, 5, 5 with mean 10 / 3 are 0, 1.5, 1.5; 1, 2, sqrt(5) are divided by their mean."""
+    student, teacher = torch.tensor([[0.0, 0], [0, 0], [3, 4]], requires_grad=True), torch.tensor([[0.0, 0], [1, 0], [0, 2]])
+    mean = (1 + 2 + math.sqrt(5)) / 3
+    errors = (0 - 1 / mean, 1.5 - 2 / mean, 1.5 - math.sqrt(5) / mean)
+    value = rkd_distance(student, teacher)
+    assert value.item() == pytest.approx(2 * sum(0.5 * e**2 for e in errors) / 9, rel=1e-5) == pytest.approx(0.05573, abs=5e-6)
+    assert torch.autograd.grad(value, student)[0].isfinite().all()
 
 
 def test_contrastive_finds_the_own_image():

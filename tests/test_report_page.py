@@ -6,6 +6,7 @@ import html
 import io
 import json
 import re
+import shlex
 import shutil
 import subprocess
 
@@ -14,6 +15,8 @@ import pytest
 import scipy.stats
 from conftest import SMALL, run_script, succeed
 from PIL import Image
+
+from common import comparison
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -127,8 +130,28 @@ def test_the_page_holds_everything(study):
 def test_selection_names_the_command_again(study):
     cwd, report, done, page = study
     command = report["selected"]["command"]
-    best = json.loads((cwd / report["selected"]["ranked"][0]["runs"][0] / "config.json").read_text())
-    assert command == f"python {best['environment']['command']}" and f"again: {command}" in done.stdout and report["selected"]["metric"] in page
+    path = report["selected"]["ranked"][0]["runs"][0]
+    best = json.loads((cwd / path / "config.json").read_text())
+    assert f"again: {command}" in done.stdout and report["selected"]["metric"] in page
+    recorded = shlex.split(best["environment"]["command"])
+    place = recorded.index("--output")
+    expected = ["python", *recorded[:place], *recorded[place + 2 :], "--output", f"{path}_again"]
+    assert shlex.split(command) == expected and recorded[0] in ("train_student.py", "train_teacher.py", "distill.py")
+    assert not (cwd / expected[-1]).exists()  # or it would be refused
+
+
+@pytest.mark.parametrize("command, words", [
+    ("/tmp/kd-0-7/code/train_student.py --data-root '/my images' --output 'runs/a b' --seed 3", ["--data-root", "/my images", "--seed", "3"]),
+    ("/tmp/kd-0-7/code/train_student.py --seed 3 --output='runs/a b'", ["--seed", "3", "--output=runs/a b"]),  # the last one counts
+    ("/tmp/kd-0-7/code/train_student.py --workers 2 --resume 'runs/a b'", ["--config", "runs/a b/config.json"]),
+    ("/tmp/kd-0-7/code/train_student.py --resume='runs/a b'", ["--config", "runs/a b/config.json"]),
+    (None, ["--config", "runs/a b/config.json"]),
+])  # fmt: skip
+def test_the_command_again_is_one_for_the_shell(command, words):
+    """A job's copy of the script is gone, paths may have spaces, and the run that is repeated stays."""
+    run = {"path": "runs/a b", "results": {"script": "train_student.py", "environment": {"command": command, "processes": 1}}}
+    again = comparison.how_to_repeat(run)["command"]
+    assert shlex.split(again) == ["python", "train_student.py", *words, "--output", "runs/a b_again"]
 
 
 def test_gallery_shows_images_on_which_the_students_differ(study):

@@ -58,6 +58,14 @@ def test_records_of_a_plain_job():
     assert job("evaluate", "x.pth")["A"] == ["x.pth", "--output", "runs/evaluate"] and "R" not in job("evaluate", "x.pth")
 
 
+def test_a_report_goes_without_runs_that_failed(folder, capsys):
+    touch(folder / "runs" / "a" / "config.json")
+    found = job("report.py", "runs/a", "runs/b", "--output", "runs/report")
+    assert found["A"] == ["runs/a", "--output", "runs/report"] and found["L"] == ["runs/a"]
+    assert capsys.readouterr().err == "note: the report goes without what is missing: runs/b\n"
+    assert job("report.py", "runs/b")["A"] == ["runs/b", "--output", "report"]  # none is there: the script says so
+
+
 def test_existing_relative_paths_are_staged(folder):
     touch(folder / "w" / "a.pth")
     touch(folder / "flags.json", '{"init_checkpoint": "w/b.pth", "lr": 0.5}')

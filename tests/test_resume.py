@@ -1,14 +1,23 @@
 """A run that was stopped and resumed equals one that was not, bit for bit, whatever stopped it and wherever."""
 
+import gc
 import json
+import os
+import shlex
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT, SMALL, run_script, script_environment, succeed
+
+from common import training
+from common.cli import RunFolder, UserError, stops
+from common.optimizer import Schedule, Updater
+from common.training import Interrupted, Interrupts, Precision, Recorder
 
 # all that has state of its own: projectors, EMA, AdamW's moments, warm-up, clipping, plateau
 DISTILL = [
@@ -95,7 +104,7 @@ def test_stopped_in_the_middle_of_an_epoch(tmp_path, teacher, uninterrupted, num
     assert not (run / "results.json").exists()
     succeed("distill.py", "--resume", run)
     assert_same_run(run, uninterrupted)
-    assert not [f.name for f in run.iterdir() if f.name.startswith(".")] or code < 0  # no half files after a signal
+    assert not [f.name for f in run.iterdir() if f.name.startswith(".")]  # no half files, even of a writer that was killed
 
 
 def test_stopped_twice_and_a_second_time_after_resuming(tmp_path, teacher, uninterrupted):
@@ -164,3 +173,184 @@ def test_a_run_without_feature_layers_resumes_too(teacher, tmp_path):
     succeed("distill.py", *SMALL, "--epochs", 1, "--teacher-checkpoint", teacher / "best.pth", "--output", tmp_path / "run")
     succeed("distill.py", "--resume", tmp_path / "run", "--epochs", 2)
     assert len(rows(tmp_path / "run")) == 2
+
+
+# --------------------------------------------------------------------------------------- the recorder and the run folder
+
+DATA = {"name": "d", "classes": ["cat", "dog"], "sizes": {"train": 8, "val": 4}, "sha256": {"train": "a", "val": "b"}}
+
+
+class Tiny(torch.nn.Linear):
+    name, kind, build_args = "tiny", "image", {}
+
+
+def recorder(folder, resume=False, epochs=9, patience=0, data=DATA):
+    model = Tiny(2, 2)
+    updater = Updater(model, torch.optim.SGD(model.parameters(), 0.1), Schedule("constant", 0.1, 9, 1), Precision("off", torch.device("cpu")))
+    made = Recorder(RunFolder(str(folder), resume, not resume), updater, Interrupts(), epochs=epochs, metric="accuracy", patience=patience,
+                    save_every=0, content={"flags": {"dataset": "d", "data_root": None}, "classes": [], "preprocess": {}, **({"data": data} if data else {})})  # fmt: skip
+    made.open(SimpleNamespace(resume=resume, seed=0))
+    return made
+
+
+def run_epochs(made, values):
+    """Epochs that were run, with these accuracies on val."""
+    done = []
+    for epoch in made.epochs():
+        made.images, made.train_means, made.train_seconds, made.epoch_started = 0, {}, 1, time.time()
+        made.end_epoch({"accuracy": values[epoch - 1]})
+        done.append(epoch)
+    return done
+
+
+def test_patience_is_a_number_of_epochs_without_gain(tmp_path):
+    """The best is epoch 2: with a patience of 3 epochs 3, 4 and 5 are waited for, and a resumed run stays stopped."""
+    assert run_epochs(recorder(tmp_path, patience=3), [0.5, 0.6, 0.6, 0.5, 0.59, 0.9, 0.9]) == [1, 2, 3, 4, 5]
+    again = recorder(tmp_path, True, patience=3)
+    assert again.stopped_early and run_epochs(again, [1.0] * 9) == []
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"classes": ["dog", "cat"]}, ["order", "['dog', 'cat']", "['cat', 'dog']"]),
+    ({"classes": ["ape", "cat", "dog"]}, ["have besides 'ape'"]),
+    ({"classes": ["dog", "zebra"]}, ["lack 'cat'", "have besides 'zebra'"]),
+    ({"sizes": {"train": 7, "val": 4}, "sha256": {"train": "c", "val": "b"}}, ["train had 8 images, it has 7"]),
+    ({"sha256": {"train": "a", "val": "c"}}, ["val had other images or labels (4 as now)"]),
+])  # fmt: skip
+def test_a_resumed_run_refuses_other_data(tmp_path, change, words):
+    run_epochs(recorder(tmp_path, epochs=2), [0.5, 0.6])
+    before = (tmp_path / "latest.pth").read_bytes()
+    with pytest.raises(UserError) as caught:
+        recorder(tmp_path, True, data={**DATA, **change})
+    assert all(word in str(caught.value) for word in [str(tmp_path), *words]), str(caught.value)
+    assert (tmp_path / "latest.pth").read_bytes() == before and len(rows(tmp_path)) == 2
+    assert run_epochs(recorder(tmp_path, True, epochs=3), [0.5] * 3) == [3]  # the same data go on
+
+
+def test_a_checkpoint_that_does_not_know_its_data_resumes(tmp_path):
+    run_epochs(recorder(tmp_path, epochs=1, data=None), [0.5])
+    assert run_epochs(recorder(tmp_path, True, epochs=2), [0.5] * 2) == [2]
+
+
+def test_epochs_may_not_shrink_below_what_is_done(tmp_path):
+    run_epochs(recorder(tmp_path, epochs=3), [0.5] * 3)
+    with pytest.raises(UserError, match="--epochs 2 .* 3 epochs of .* are done"):
+        recorder(tmp_path, True, epochs=2)
+    half = recorder(tmp_path, True, epochs=4)
+    half.step = 1  # stopped in epoch 4
+    half.save()
+    with pytest.raises(UserError, match="--epochs 3 .* 4 epochs"):
+        recorder(tmp_path, True, epochs=3)
+    assert run_epochs(recorder(tmp_path, True, epochs=4), [0.5] * 4) == [4]
+
+
+LOCKING = "import fcntl, sys\nfile = open(sys.argv[1], 'a')\nfcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)\nprint('held', flush=True)\nsys.stdin.read()"
+
+
+def locker(folder):
+    """Another process that locks a run folder's log.txt, if it can."""
+    code = [sys.executable, "-c", LOCKING, str(folder / "log.txt")]
+    process = subprocess.Popen(code, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    return process, process.stdout.readline()
+
+
+def test_a_run_folder_is_one_run_s(tmp_path, monkeypatch):
+    monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
+    run_epochs(recorder(tmp_path, epochs=1), [0.5])
+    before = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
+    other, held = locker(tmp_path)
+    assert held == "held\n"
+    for resume in (True, False):  # or --overwrite
+        with pytest.raises(UserError, match=f"another run is writing {tmp_path}"):
+            recorder(tmp_path, resume)
+    assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == before
+    other.kill()  # a lock dies with its process
+    other.wait()
+    (tmp_path / ".latest.pth.0123abcd").write_text("of a writer that was killed")
+    gc.collect()  # a process that closes the file elsewhere loses its lock
+    running = recorder(tmp_path, True)
+    run_epochs(running, [0.5] * 9)
+    assert locker(tmp_path)[1] == "" and not (tmp_path / ".latest.pth.0123abcd").exists()
+    del running
+
+
+def test_a_run_that_came_and_went_meanwhile_is_not_replaced(tmp_path):
+    waiting = RunFolder(str(tmp_path / "run"))
+    run_epochs(recorder(tmp_path / "run", epochs=1), [0.5])
+    with pytest.raises(UserError, match="holds a run"):
+        waiting.lock()
+    assert len(rows(tmp_path / "run")) == 1
+
+
+def test_files_have_the_user_s_umask(tmp_path):
+    before = os.umask(0o027)
+    try:
+        run_epochs(recorder(tmp_path / "run", epochs=1), [0.5])
+    finally:
+        os.umask(before)
+    assert {oct(f.stat().st_mode & 0o777) for f in (tmp_path / "run").iterdir()} == {"0o640"}
+
+
+# --------------------------------------------------------------------------------------------------------------- signals
+
+WAITING = """
+import os, signal, sys
+import torch.distributed as dist
+from common import cli
+
+def main(args):
+    store = dist.TCPStore("127.0.0.1", 0, 1, True)
+    os.write(write, b"x")
+    store.wait(["what nobody sets"])  # in C, where Python's handlers do not run
+
+for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    read, write = os.pipe()
+    pid = os.fork()
+    if not pid:
+        sys.argv = ["waiting.py"]
+        cli.run_script(main, lambda: cli.Parser("waits"))
+    os.read(read, 1)
+    os.kill(pid, number)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+def test_signals_are_heard_while_a_script_waits_for_another_process():
+    done = subprocess.run([sys.executable, "-c", WAITING], cwd=ROOT, capture_output=True, text=True, timeout=120, env=script_environment())
+    assert done.stdout.split() == ["143", "75", "130"]
+    assert [line for line in done.stderr.splitlines() if line.startswith("interrupted by")] == [
+        f"interrupted by {name}" for name in ("SIGTERM", "SIGUSR1", "SIGINT")]  # fmt: skip
+
+
+def test_a_signal_in_the_loop_waits_for_the_step_but_not_for_ever(monkeypatch):
+    ended, interrupts, stuck = [], Interrupts(), Interrupts()
+    monkeypatch.setattr(stops, "end", ended.append)
+    interrupts.begin()
+    try:
+        stops.defer(signal.SIGTERM)
+        with pytest.raises(Interrupted, match="SIGTERM") as caught:
+            interrupts.check()  # the step ended: it is saved
+        assert caught.value.exit_code == 143 and not ended
+        stuck.begin()
+        stops.defer(signal.SIGUSR1)
+        deadline = time.time() + 60
+        while not ended and time.time() < deadline:
+            time.sleep(0.1)
+        assert ended == [signal.SIGUSR1]
+        stops.defer(signal.SIGINT)
+        stops.defer(signal.SIGINT)  # a second Ctrl-C
+        assert ended[1] == signal.SIGINT
+        stuck.end()  # of the loop: what came too late for its last check
+        assert stops.defer is None and ended[2] == signal.SIGINT
+    finally:
+        stops.defer, interrupts.saving, stuck.saving = None, True, True  # their timers do nothing now
+
+
+def test_the_command_that_continues_can_be_pasted():
+    """A run folder with spaces, in the line of an interrupted script."""
+    recorder = training.Recorder.__new__(training.Recorder)
+    vars(recorder).update(epoch=2, epochs_wanted=1, step=3, stopped_early=False, run=SimpleNamespace(folder="my runs/a"))
+    with pytest.raises(training.Interrupted) as stop, recorder.saving_when_interrupted():
+        raise training.Interrupted("interrupted by SIGTERM", 143)
+    words = shlex.split(str(stop.value))
+    assert words[words.index("--resume") : words.index("--resume") + 3] == ["--resume", "my runs/a", "continues"]

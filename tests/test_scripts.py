@@ -2,20 +2,28 @@
 
 import ast
 import csv
+import errno
+import io
 import json
+import math
 import os
+import pickle
 import re
-import runpy
 import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SMALL, run_script, succeed
 from PIL import Image
+
+import extract_embeddings
+import train_student
+from common import cli, training
 
 TRAINING = ("train_teacher.py", "train_student.py", "distill.py")
 RUN_FILES = {
@@ -28,39 +36,26 @@ def read(path):
     return json.loads(path.read_text())
 
 
-@pytest.fixture
-def here(monkeypatch, capsys, tmp_path):
-    """Run a whole script in this process, in an empty folder: (exit code, stdout, stderr)."""
-    handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("DATA_ROOT", raising=False)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-    def run(name, *args):
-        monkeypatch.setattr(sys, "argv", [name, *map(str, args)])
-        with pytest.raises(SystemExit) as stop:
-            runpy.run_path(str(ROOT / name), run_name="__main__")
-        return stop.value.code, *capsys.readouterr()
-
-    yield run
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
-@pytest.fixture
-def refused(here):
-    """The script must exit 2 with one line on stderr that holds all of these words."""
-
-    def check(name, *args, words=()):
-        code, _, errors = here(name, *args)
-        assert code == 2 and errors.startswith("error: ") and len(errors.splitlines()) == 1, (code, errors)
-        for word in words:
-            assert str(word) in errors, errors
-
-    return check
-
-
 # -------------------------------------------------------------------------------------------------------- main job
+
+
+def test_few_labels_many_images(here, refused, teacher):
+    """distill.py shows all images and takes the labels that train_student.py --limit-train has; on digits 100 by default."""
+    flags = ["--dataset", "digits", "--epochs", 1, "--batch-size", 64, "--device", "cpu"]
+    taught = [*flags, "--teacher-checkpoint", teacher / "best.pth"]
+    assert here("train_student.py", *flags, "--output", "alone")[0] == 0
+    code, log, _ = here("distill.py", *taught, "--output", "taught")
+    alone, kd = (read(Path(name, "results.json")) for name in ("alone", "taught"))
+    assert code == 0 and "808 train (100 with labels)" in log
+    assert kd["dataset"]["labelled"] == {"train": 100, "sha256": alone["dataset"]["sha256"]["train"]}
+    assert kd["dataset"]["sizes"]["train"] == 808 and alone["dataset"]["sizes"]["train"] == 100
+    row = read(Path("taught/metrics.json"))[0]
+    assert all(math.isfinite(row[f"train_{name}"]) for name in ("loss", "ce", "kl", "accuracy"))
+    assert here("distill.py", *taught, "--limit-labels", 0, "--method", "dkd", "--output", "all")[0] == 0
+    assert "labelled" not in read(Path("all/results.json"))["dataset"]
+    refused("distill.py", *taught, "--sampler", "balanced", words=["--sampler balanced", "--limit-labels 100"])
+    refused("distill.py", *taught, "--method", "tokens", "--limit-labels", 9, words=["--limit-labels", "needs labels"])
+    refused("distill.py", *taught, "--limit-train", 200, "--limit-labels", 201, words=["--limit-labels 201", "200"])
 
 
 def test_the_stages_one_after_the_other(tmp_path, teacher):
@@ -193,6 +188,8 @@ def test_config_file_and_command_line(tmp_path, here):
     assert here("train_student.py", "--config", "c.json", "--lr", 0.02)[0] == 0
     flags = read(tmp_path / "runs/student/config.json")["flags"]
     assert flags["lr"] == 0.02 and flags["epochs"] == 1 and flags["nesterov"] is True
+    config = tmp_path / "runs/student/config.json"
+    config.write_bytes(b"\xef\xbb\xbf" + config.read_bytes())  # the byte order mark of a Windows editor
     assert here("train_student.py", "--config", "runs/student/config.json", "--output", "again")[0] == 0
     assert read(tmp_path / "again/results.json")["test"] == read(tmp_path / "runs/student/results.json")["test"]
 
@@ -245,10 +242,29 @@ def test_bad_config(tmp_path, refused, content, words):
     (["--config", "no.json"], ["no.json"]),
     (["--output", "/proc/run"], ["/proc/run"]),
     (["--unheard-of"], ["--unheard-of"]),
+    (["--learning-rate", 0.1], ["--learning-rate", "did you mean --lr?"]),
+    (["--batchsize=3"], ["--batchsize=3", "did you mean --batch-size?"]),
 ])  # fmt: skip
 def test_bad_flags_of_a_training_script(tmp_path, refused, args, words):
     refused("train_student.py", *args, words=words)
     assert not (tmp_path / "runs").exists()  # nothing half made
+
+
+def test_samples_that_cannot_be_written_are_refused_before_data(tmp_path, monkeypatch):
+    """The run folder itself may be made later; a point of a sweep has its own."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "grid.json").write_text('[{"name": "a", "lr": 0.1}]')
+    parser, point = train_student.build_parser(), ["--sweep", "grid.json", "--sweep-index", "0"]
+    for path in ("no/x.png", "file/x.png", "folder.png", "runs/student/deeper/x.png"):
+        with pytest.raises(cli.UserError, match=f"--save-samples {path}: "):
+            cli.parse_flags(parser, ["--save-samples", path])
+    for flags in (["x.png"], ["runs/student/x.png"], ["runs/b/x.png", "--output", "runs/b/"], ["runs/student/a/x.png", *point]):
+        assert cli.parse_flags(parser, ["--save-samples", *flags]).save_samples == flags[0]
+    with pytest.raises(cli.UserError):
+        cli.parse_flags(parser, ["--save-samples", "runs/student/b/x.png", *point])
+    assert "--save-samples" not in extract_embeddings.build_parser()._option_string_actions  # it would draw nothing
 
 
 @pytest.mark.parametrize("args, words", [
@@ -309,7 +325,12 @@ def test_bad_checkpoints(tmp_path, teacher, refused):
     content = torch.load(teacher / "best.pth", weights_only=True)
     torch.save({**content, "model_args": {**content["model_args"], "name": "resnet8"}}, tmp_path / "other.pth")
     torch.save({**content, "model_args": {**content["model_args"], "num_classes": 7}}, tmp_path / "seven.pth")
-    for name in ("cut", "empty", "text", "hostile", "foreign", "other", "seven", "absent"):
+    (tmp_path / "pickled.pth").write_bytes(pickle.dumps({"model": object}))
+    for name, part in (("model", [1]), ("model_args", {"nonsense": 1}), ("preprocess", {"resolution": 8}), ("classes", 5), ("flags", {}), ("flags", None)):
+        torch.save({**content, name: part}, tmp_path / "part.pth")
+        with pytest.raises(cli.UserError, match="part.pth"):
+            training.load_model(training.load_checkpoint(tmp_path / "part.pth"), path="part.pth")
+    for name in ("cut", "empty", "text", "pickled", "hostile", "foreign", "other", "seven", "absent"):
         refused("evaluate.py", f"{name}.pth", words=[f"{name}.pth"])
         refused("distill.py", "--teacher-checkpoint", f"{name}.pth", words=[f"{name}.pth"])
     assert not (tmp_path / "hacked").exists()
@@ -324,10 +345,11 @@ def test_evaluate_refuses_a_run_folder_as_output(teacher, refused):
 def test_a_weak_teacher_is_refused(tmp_path, teacher, refused, here):
     """Right file, wrong weights: a teacher at chance level must not teach unnoticed."""
     content = torch.load(teacher / "best.pth", weights_only=True)
+    torch.manual_seed(0)  # a random head on random features ranks some classes by luck
     content["model"] = {k: torch.randn_like(v) if v.ndim > 1 else v for k, v in content["model"].items()}
     torch.save(content, tmp_path / "weak.pth")
     flags = [*SMALL, "--epochs", 1, "--teacher-checkpoint", "weak.pth"]
-    refused("distill.py", *flags, words=["chance", "--allow-weak-teacher"])
+    refused("distill.py", *flags, words=["chance", "AUC", "--allow-weak-teacher"])
     assert not (tmp_path / "runs").exists()
     assert here("distill.py", *flags, "--allow-weak-teacher")[0] == 0
 
@@ -389,10 +411,44 @@ def test_full_and_read_only_disk(small_disk):
     assert "Read-only" in done.stderr and str(small_disk) in done.stderr
 
 
+@pytest.mark.parametrize("number", [errno.EFBIG, errno.ENOSPC, errno.EDQUOT])
+def test_limits_of_the_disk_are_one_line(monkeypatch, capsys, number):
+    def main(args):
+        raise OSError(number, os.strerror(number), "embeddings.npy")
+
+    monkeypatch.setattr(sys, "argv", ["x.py"])
+    with pytest.raises(SystemExit) as stop:
+        cli.run_script(main, lambda: cli.Parser("writes"))
+    assert stop.value.code == 2 and capsys.readouterr().err == f"error: {os.strerror(number)}: embeddings.npy\n"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_any_name_can_be_printed(monkeypatch, encoding):
+    """A file's name that is not UTF-8 (of an old share), or a class's in another alphabet."""
+    out = io.BytesIO()
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(out, encoding=encoding))
+    monkeypatch.setattr(sys, "argv", ["x.py"])
+    with pytest.raises(SystemExit) as stop:
+        cli.run_script(lambda args: print("skipped: N\udce4vus.png"), lambda: cli.Parser("prints"))
+    sys.stdout.flush()
+    assert stop.value.code == 0 and out.getvalue() == b"skipped: N\\udce4vus.png\n"
+
+
+def test_main_can_run_several_times_in_one_process(tmp_path, here):
+    """The lock is let go, signals have their handlers again, no process group is left."""
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
+    for flags in ([], ["--overwrite"], ["--overwrite"]):
+        assert here("train_student.py", *SMALL, "--limit-train", 64, "--epochs", 1, *flags)[0] == 0
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)] == before
+    assert signal.set_wakeup_fd(-1) == -1 and cli.stops.defer is None and not torch.distributed.is_initialized()
+
+
 def test_overwrite_loses_nothing_when_the_input_is_bad(tmp_path, refused, here):
     assert here("train_student.py", *SMALL, "--epochs", 1)[0] == 0
     before = (tmp_path / "runs/student/best.pth").read_bytes()
-    for flags in (["--model", "resnet9"], ["--limit-train", 10**6], ["--weights", "no.pth"]):
+    for flags in (["--model", "resnet9"], ["--limit-train", 10**6], ["--weights", "no.pth"], ["--batch-size", 1],
+                  ["--accumulation-steps", 32], ["--batch-size", 1, "--dry-run"]):  # fmt: skip
         refused("train_student.py", *SMALL, "--overwrite", *flags)
     assert (tmp_path / "runs/student/best.pth").read_bytes() == before
 
@@ -429,10 +485,8 @@ def test_a_file_that_copies_out_alone(tmp_path, name):
     assert done.returncode == 0, done.stderr
 
 
-def test_a_teacher_of_another_split_is_noted(teacher, here):
-    flags = [*SMALL, "--epochs", 1, "--teacher-checkpoint", teacher / "best.pth"]
-    assert "--split-seed (0)" in here("distill.py", *flags, "--split-seed", 1, "--output", "a")[1]
-    assert "note:" not in here("distill.py", *flags, "--output", "b")[1]
+def test_another_split_than_the_teacher_s_is_refused(teacher, refused):
+    refused("distill.py", *SMALL, "--teacher-checkpoint", teacher / "best.pth", "--split-seed", 1, words=["--split-seed 1", "trained with 0", teacher])
 
 
 # ------------------------------------------------------------------------------------------------------------- shape

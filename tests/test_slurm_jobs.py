@@ -82,8 +82,12 @@ def here(project, script, *args, env=None):
 
 def processes(slurm, job):  # noqa: F811
     """Pids of a job's script, by its path in the stage: job numbers alone are the same in every Slurm of this machine."""
-    script = re.compile(rf"{re.escape(str(slurm.folder))}/[^\0]*-{job}/code/train_student\.py\0")
-    found = []
+    return running(rf"{re.escape(str(slurm.folder))}/[^\0]*-{job}/code/train_student\.py\0")
+
+
+def running(pattern):
+    """Pids of the processes whose command has a match of this pattern."""
+    script, found = re.compile(pattern), []
     for entry in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             if script.search(entry.read_text()):
@@ -149,6 +153,24 @@ def test_without_slurm(project, uninterrupted, tmp_path):
     assert_same_run(project / "runs" / "here", uninterrupted)
     again = here(project, "train_student.sbatch", *LONG, "--output", "runs/here")
     assert again.returncode == 2 and "error: runs/here holds a run" in again.stderr and len(again.stderr.splitlines()) == 1
+
+
+def test_sigkill_of_the_batch_file_ends_its_training(project, uninterrupted, tmp_path):
+    """Only bash is killed: its script stops, what it saves comes back, the stage goes, and the run can be resumed."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("SLURM") and k not in OURS}
+    environment.update({k: v for k, v in OURS.items() if v is not None}, TMPDIR=str(tmp_path), SYNC_MINUTES="10")
+    command, run = ["bash", "slurm/train_student.sbatch", *LONG, "--output", "runs/left alone"], project / "runs" / "left alone"
+    with open(tmp_path / "said", "w") as said:
+        shell = subprocess.Popen(command, cwd=project, env=environment, stdout=said, stderr=said)
+        until(lambda: "epoch 1/3:" in (tmp_path / "said").read_text(), "epoch 1")
+        os.kill(shell.pid, signal.SIGKILL)
+        assert shell.wait() == -signal.SIGKILL
+    until(lambda: not running(f"{tmp_path}/kd-"), "the training ends", 30)
+    until(lambda: not list(tmp_path.glob("kd-*")), "the stage goes", 30)
+    assert "epoch 3/3" not in (tmp_path / "said").read_text()
+    done = run_script("train_student.py", "--resume", run.relative_to(project), cwd=project, root=project)
+    assert done.returncode == 0, done.stderr
+    assert_same_run(run, uninterrupted)
 
 
 def test_data_come_from_a_tar(slurm, project, submit, tmp_path):  # noqa: F811
@@ -230,8 +252,8 @@ def test_scancel_brings_the_results_back(slurm, project, submit):  # noqa: F811
     job, run = start_long(slurm, submit, project, "cancelled", SYNC_MINUTES=0.01)
     slurm.run("scancel", job, check=True)
     slurm.wait(job, ["CANCELLED"])
-    until(lambda: not processes(slurm, job), "ended")
-    assert "interrupted by SIGTERM" in slurm.log(job)
+    until(lambda: "\nexit code: " in slurm.log(job), "the batch file's last line, when all is copied")
+    assert not processes(slurm, job) and "interrupted by SIGTERM" in slurm.log(job)
     stopped = torch.load(run / "latest.pth", weights_only=True)
     assert f"in epoch {stopped['epoch']} after step {stopped['step']}" in slurm.log(job) and stopped["step"] > 0
     assert not hidden(run) and not hidden(project / "runs")
@@ -258,6 +280,32 @@ def test_sigkill_leaves_what_was_synced(slurm, project, submit, uninterrupted, w
     done = run_script("train_student.py", "--resume", run.relative_to(project), cwd=project, root=project)
     assert done.returncode == 0, done.stderr
     assert_same_run(run, uninterrupted)
+
+
+# A run folder of version 1 in both places, then newer ones in the stage
+TWO_VERSIONS = """
+. slurm/env.sh
+STAGE=$1/stage WHERE=$1 OUT=run JOB=1 MARK= REPLACED=() version=2
+write() { for name in metrics.json best.pth latest.pth; do echo "$1" > "$STAGE/work/run/$name"; done; }
+show() { (cd "$WHERE/run" && paste -d ' ' metrics.json best.pth latest.pth); }
+mkdir -p "$STAGE/work/run"
+write 1
+sync_back
+write 2
+"""
+KILLED_BETWEEN = 'mv() { command mv "$@"; show; }'  # what is there after each rename
+WRITES_MEANWHILE = 'cp() { write $((version++)); command cp "$@"; }'  # a newer version before each copy
+
+
+@pytest.mark.parametrize("what, lines", [(KILLED_BETWEEN, 4), (WRITES_MEANWHILE, 1)])
+def test_what_is_copied_back_fits_together_at_any_time(project, tmp_path, what, lines):
+    """No checkpoint is newer than the metrics beside it, and latest.pth, from which a run resumes, not newer than best.pth."""
+    command = ["bash", "-euc", f"{TWO_VERSIONS}\n{what}\nsync_back\nshow", "bash", tmp_path]
+    done = subprocess.run(command, cwd=project, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    seen = [[int(version) for version in line.split()] for line in done.stdout.splitlines()]
+    assert len(seen) == lines and min(seen[-1]) >= 2, done.stdout
+    assert all(metrics >= best >= latest for metrics, best, latest in seen), seen
 
 
 # ---------------------------------------------------------------------------------------------------------- bad input
@@ -397,7 +445,7 @@ def test_bad_sweeps_are_refused_before_the_queue(slurm, project):  # noqa: F811
 
 
 def test_lab_submits_what_it_needs(slurm, project):  # noqa: F811
-    """Six runs and a report, each after what it needs; a job that fails takes those after it along."""
+    """Six runs and a report, each after what it needs; a job that fails takes those that need it along, but not the report."""
     lab = ["bash", "slurm/lab.sh", "--comment=lab", "--runs", "runs/lab", "--dataset", "imagefolder", "--data-root", "common"]
     done = slurm.run(*lab, "--lr", "-1", cwd=project, env=OURS)
     assert done.returncode == 2 and "argument --lr" in done.stderr and len(done.stderr.splitlines()) == 1 and not done.stdout
@@ -406,7 +454,7 @@ def test_lab_submits_what_it_needs(slurm, project):  # noqa: F811
     ids = dict(re.findall(r"^(\w+): job (\d+)", done.stdout, re.M))
     assert list(ids) == ["cnn_teacher", "vit_teacher", "cnn_student", "vit_student", "cnn_distill", "vit_distill", "report"]
     jobs = {name: slurm.jobs(job)[0] for name, job in ids.items()}
-    after = {name: set(re.findall(r"afterok:(\d+)", job["Dependency"])) for name, job in jobs.items()}
+    after = {name: set(re.findall(rf"after{'any' if name == 'report' else 'ok'}:(\d+)", job["Dependency"])) for name, job in jobs.items()}
     assert after == {**dict.fromkeys(ids, set()), "cnn_distill": {ids["cnn_teacher"]}, "vit_distill": {ids["vit_teacher"]},
                      "report": {job for name, job in ids.items() if name != "report"}}  # fmt: skip
     assert jobs["vit_distill"]["Comment"] == "lab" and jobs["vit_distill"]["JobName"] == "vit_distill"
@@ -414,7 +462,32 @@ def test_lab_submits_what_it_needs(slurm, project):  # noqa: F811
     assert "run_stage distill.py" in command
     for name, job in ids.items():
         state = slurm.wait(job)[0]["JobState"]
-        assert state == ("CANCELLED" if name in ("cnn_distill", "vit_distill", "report") else "FAILED"), name
+        assert state == ("CANCELLED" if name in ("cnn_distill", "vit_distill") else "FAILED"), name
+    assert "error: " in slurm.log(ids["report"])  # there is nothing to report on
+
+
+def test_lab_runs_what_is_not_finished(tmp_path):
+    """The batch files are stand-ins: a failed run keeps back those that need it alone, and the same command then runs these."""
+    shutil.copytree(ROOT / "slurm", tmp_path / "slurm", ignore=shutil.ignore_patterns("site.sh"))
+    for file in (tmp_path / "slurm").glob("*.sbatch"):
+        file.write_text('[ "${!#}" != "$FAILS" ] || exit 1\nmkdir -p "${!#}"\necho "{}" > "${!#}/results.json"\n')
+
+    def lab(*flags, fails="none"):
+        done = here(tmp_path, "lab.sh", *flags, "--runs", "my runs", "--dataset", "digits", env={"PYTHON": shutil.which("true"), "FAILS": fails})
+        return done, re.findall(r"^--- (\w+)$", done.stdout, re.M)
+
+    done, started = lab("--local", fails="my runs/cnn_teacher")
+    assert done.returncode == 1 and done.stderr == "error: failed, or not started after one that did: cnn_teacher cnn_distill\n"
+    assert started == ["cnn_teacher", "vit_teacher", "cnn_student", "vit_student", "vit_distill", "report"]
+    dry, _ = lab("--dry-run")
+    assert re.findall(r"(?:--output|# after) (.*)$", dry.stdout, re.M) == [
+        "my\\ runs/cnn_teacher", "my\\ runs/cnn_distill   # after cnn_teacher", "my\\ runs/report   # after cnn_teacher cnn_distill"]  # fmt: skip
+    done, started = lab("--local")
+    assert done.returncode == 0 and started == ["cnn_teacher", "cnn_distill", "report"], done.stderr
+    assert done.stdout.count(": finished, in my runs/") == 4
+    assert lab("--local")[1] == ["report"]
+    done = here(tmp_path, "lab.sh", "--local", "--runs", "my runs", "--dataset", "digits", "--overwrite", env={"PYTHON": shutil.which("true")})
+    assert done.stdout.count("--- ") == 7
 
 
 def test_lab_without_slurm(project):
@@ -426,7 +499,18 @@ def test_lab_without_slurm(project):
     assert all(report[family][f"student_accuracy_{kind}_kd"] for family in ("cnn", "vit") for kind in ("with", "without"))
 
 
-# -------------------------------------------------------------------------------------------------------- several nodes
+# ----------------------------------------------------------------------------------- several GPUs, several nodes
+
+
+def test_a_process_for_each_gpu(slurm, project):  # noqa: F811
+    """submit_best_gpu.sh --gpus 2 trains with two processes."""
+    done = slurm.run("bash", "slurm/submit_best_gpu.sh", "--parsable", "--gpus", "2", "slurm/train_student.sbatch", *QUICK,
+                     "--output", "runs/gpus", cwd=project, env=OURS)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    job = done.stdout.strip()
+    slurm.wait(job)
+    assert slurm.exit_code(job) == 0, slurm.log(job)
+    assert json.loads((project / "runs" / "gpus" / "results.json").read_text())["processes"] == 2
 
 
 def test_two_nodes(slurm, project, submit):  # noqa: F811

@@ -142,6 +142,24 @@ def test_scattered_devices_are_counted(submit):
     assert "nothing is free" in submit("--dry-run", "--gpus=3", "job.sbatch", env=prefer).stderr
 
 
+def test_a_task_for_each_gpu(submit):
+    """One process drives one GPU: what the job itself sees; flags or a file that name the tasks win."""
+
+    def tasks(*flags, lines="--gres=gpu:1"):
+        (submit.folder / "own.sbatch").write_text(f'#!/bin/bash\n#SBATCH {lines}\necho "tasks: ${{SLURM_NTASKS:-1}}"\n')
+        job, _ = submit.job(*flags, file="own.sbatch")
+        submit.lab.wait(job["JobId"], "COMPLETED", 20)
+        return submit.lab.log(job["JobId"])
+
+    assert tasks() == "tasks: 1\n"
+    assert tasks("--gpus=4") == "tasks: 4\n"
+    assert tasks(lines="--gres=gpu:2") == "tasks: 2\n"
+    for flags in (["--ntasks=1"], ["-n1"], ["--ntasks-per-node=1"]):
+        assert tasks("--gpus=2", *flags) == "tasks: 1\n", flags
+    for own in ("--ntasks=1", "-n 1", "--ntasks-per-node 1"):
+        assert tasks(lines=f"--gres=gpu:2 {own}") == "tasks: 1\n", own
+
+
 def test_preference(submit):
     assert gres(submit.job(env={"GPU_PREFERENCE": "V100 a100"})[0]) == "gpu:v100:1"
     submit.lab.cancel_all()
@@ -254,9 +272,10 @@ def test_requests_in_the_file(submit):
         (submit.folder / "own.sbatch").write_text(f"#!/bin/bash\n{lines}\nsleep 1\n")
         return submit("--dry-run", "own.sbatch").stdout
 
-    assert file("#SBATCH --gres=gpu:v100:2") == "sbatch --partition=gpu --gres=gpu:a100:2 own.sbatch\n"
-    assert file("#SBATCH -p untyped --gpus 2") == "sbatch --partition=untyped --gres=gpu:2 --constraint=l40s own.sbatch\n"
+    assert file("#SBATCH --gres=gpu:v100:2") == "sbatch --partition=gpu --gres=gpu:a100:2 --ntasks-per-node=2 own.sbatch\n"
+    assert file("#SBATCH -p untyped --gpus 2") == "sbatch --partition=untyped --gres=gpu:2 --constraint=l40s --ntasks-per-node=2 own.sbatch\n"
     assert file('#SBATCH --constraint="gpu40g" --gres=gpu') == "sbatch --partition=gpu --gres=gpu:a100:1 --constraint=gpu40g own.sbatch\n"
+    assert file("#SBATCH --gres=gpu:2 --time=00:05:00 --ntasks=1") == "sbatch --partition=gpu --gres=gpu:a100:2 own.sbatch\n"
 
 
 def test_no_gpu_wanted(submit):

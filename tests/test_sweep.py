@@ -1,8 +1,11 @@
-"""--sweep: the points of a grid, their names and flags, and what a grid cannot say."""
+"""--sweep: the points of a grid, their names and flags, and what a grid cannot say; --seeds: a run for each."""
 
 import json
+import os
+from pathlib import Path
 
 import pytest
+import torch
 from conftest import SMALL, run_script, succeed
 
 import train_student
@@ -67,7 +70,7 @@ def test_the_name_stands_in_any_value(flags):
     """A sweep of students follows a sweep of teachers."""
     grid = [{"name": "a", "lr": 0.1, "weights": "w/{name}.pth"}]
     args = flags(grid, 0, "--init-checkpoint", "runs/teacher/{name}/best.pth", "--output", "runs/{name}")
-    assert (args.init_checkpoint, args.weights, args.output) == ("runs/teacher/a/best.pth", "w/a.pth", "runs/a/a")
+    assert (args.init_checkpoint, args.weights, args.output) == (os.path.abspath("runs/teacher/a/best.pth"), os.path.abspath("w/a.pth"), "runs/a/a")
 
 
 def test_names_fit_for_folders(flags):
@@ -123,3 +126,34 @@ def test_a_point_is_run_and_its_config_repeats_it(tmp_path):
     assert json.loads((tmp_path / "again/results.json").read_text())["test"] == results["test"]
     done = run_script("train_student.py", "--sweep", "grid.json", "--sweep-index", 2, cwd=tmp_path)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+
+
+def test_seeds_are_ordinary_runs(here):
+    """Of several seeds in one process, each leaves what a run of that seed alone leaves, and tells how to repeat it."""
+    flags = [*SMALL, "--limit-train", 64, "--epochs", 1]
+    assert here("train_student.py", *flags, "--seeds", 3, 1, "--output", "both")[0] == 0
+    assert here("train_student.py", *flags, "--seed", 1, "--output", "one")[0] == 0
+    weights = [torch.load(f"{folder}/best.pth", weights_only=True)["model"] for folder in ("both_3", "both_1", "one")]
+    assert all(torch.equal(weights[1][name], value) for name, value in weights[2].items())
+    assert not all(torch.equal(weights[0][name], value) for name, value in weights[2].items())
+    told = json.loads(Path("both_1/results.json").read_text())
+    assert told["flags"]["seed"] == 1 and "seeds" not in told["flags"]
+    assert told["environment"]["command"].endswith("--seed 1 --output both_1") and "--seeds" not in told["environment"]["command"]
+
+
+def test_seeds_go_to_folders_beside_each_other(parser):
+    argv = ["--seeds", "0", "7", "--lr", "0.1", "--output=x/y/", "--nesterov"]
+    assert cli.expand_seeds(parser, argv) == [["--lr", "0.1", "--nesterov", "--seed", s, "--output", f"x/y_{s}"] for s in ("0", "7")]
+    assert cli.expand_seeds(parser, ["--lr", "0.1"]) == [["--lr", "0.1"]]
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--seeds", 0, 1, "--seed", 2], ["--seed ", "--seeds"]),
+    (["--seeds", 0, 1, "--resume", "run"], ["--resume", "--seeds"]),
+    (["--seeds", 0, 1, 0], ["--seeds 0 1 0", "twice"]),
+    (["--seeds", 0, "x"], ["--seeds", "'x'"]),
+    (["--seeds", 0, 1, "--lr", -1], ["--lr"]),  # before the first run
+])
+def test_bad_seeds(refused, argv, words):
+    refused("train_student.py", *SMALL, *argv, words=words)
+    assert not os.listdir()

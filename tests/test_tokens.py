@@ -244,8 +244,8 @@ def test_unlabelled_images(tmp_path):
 
 def test_the_list_of_files_is_kept_while_no_folder_changes(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    folder, walks, walk = tree(tmp_path / "images", 9), [], os.walk
-    monkeypatch.setattr(images_module.os, "walk", lambda *args, **options: walks.append(1) or walk(*args, **options))
+    folder, walks, walk = tree(tmp_path / "images", 9), [], images_module.images_below
+    monkeypatch.setattr(images_module, "images_below", lambda *args: walks.append(1) or walk(*args))
     first = listed_images(str(folder))
     assert len(first) == 9 and not (tmp_path / "cache").exists(), "just written: a file may follow within the same tick"
     for path in [folder, *folder.rglob("*")]:
