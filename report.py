@@ -7,13 +7,13 @@
     python report.py runs/sweep --select val_loss                # name the best point of a sweep, chosen on val
     python report.py runs --reevaluate --device cpu              # load every checkpoint, test it again and measure its cost
 
-A group is the seeds of one distilled student: same test set, classes, training data, teacher file, student, method
+A group is the seeds, or the folds, of one distilled student: same test set, classes, training data, teacher file, student, method
 and flags. Beside it stand its teacher, found by the SHA-256 of its checkpoint, and its baseline: the same student on
-the same data without a teacher. What is missing is named and left empty. Of several tasks --metric takes each task's figures,
+the same labels without a teacher. What is missing is named and left empty. Of several tasks --metric takes each task's figures,
 as location_accuracy, or their mean, accuracy. The entries cnn and vit hold students that read images alone.
 
 The gain over the baseline has a 95 % interval by a paired bootstrap of the test predictions, whole lesions, patients or cases where the
-dataset has such groups, one over seeds by Student's t, and McNemar's exact test; a gain is called one where neither interval holds 0.
+dataset has such groups, and one over seeds or folds by Student's t; a gain is called one where neither interval holds 0.
 
 Needs from common: augment.py, charts.py, cli.py, comparison.py, data.py, dermatology.py, distributed.py, evidence.py, figures.py, images.py,
 metrics.py, page.py, splitting.py, tables.py; with --reevaluate also evaluation.py, loader.py, models.py, training.py.
@@ -22,23 +22,31 @@ Packages: torch, numpy, pillow, matplotlib, scikit-learn, jinja2 (it comes with 
 """
 
 import base64
+import importlib
 import io
 import sys
 from pathlib import Path
 
 from common import cli, comparison
 from common.charts import draw_report
-from common.comparison import KINDS, label, number
+from common.comparison import KINDS, label, number, repeat_name
 from common.evidence import align, disagreements, read_predictions, weigh
-from common.page import answers, comparison_table, csv_text, html, markdown, ranking, summarize
+from common.page import comparison_tables, csv_text, headline, html, markdown, ranking, summarize, table
 
 
 def build_parser():
     parser = cli.Parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUNS", help="run folders, or folders searched for them")
     parser.add_argument("--output", default="report", help="folder for report.html, .md, .json, .csv and figures")
-    parser.add_argument("--metric", default="accuracy", help="test metric of table and bars; cnn and vit always hold accuracy")
-    parser.add_argument("--select", metavar="val_METRIC", help="rank the settings by this val metric and name the best; as val_loss")
+    parser.add_argument(
+        "--metric", default="accuracy", help="test metric of tables and verdicts; cnn and vit always hold accuracy"
+    )
+    parser.add_argument(
+        "--select",
+        metavar="val_METRIC",
+        help="rank the settings by this val metric and name the best; as val_loss; by default "
+        "the settings of one student, where there are several, by the metric that chose their epochs",
+    )
     parser.add_argument("--mode", choices=("max", "min"), help="of --select; by default min for losses, else max")
     parser.add_argument("--method", help="only a group of this method fills the entries cnn and vit; by default any")
     parser.add_argument("--dataset", help="only a group on this dataset fills the entries cnn and vit; by default any")
@@ -48,6 +56,17 @@ def build_parser():
     parser.add_argument("--device", default="auto", help="of --reevaluate: auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--batch-size", type=cli.POSITIVE, default=256, help="of --reevaluate: images a step")
     return parser
+
+
+def script_defaults(role):
+    """{flag: default} of the script of a role, for runs that are older than a flag; {} where the script or a package of it is not here."""
+    try:
+        script = importlib.import_module(
+            {"teacher": "train_teacher", "student": "train_student", "distill": "distill"}[role]
+        )
+    except ImportError:
+        return {}
+    return vars(script.build_parser().parse_args([]))
 
 
 def reevaluate(runs, args):
@@ -77,7 +96,7 @@ def reevaluate(runs, args):
 
 def family_entry(groups, family, args, notes):
     """The three mean accuracies of the one group with a student of this family, or None."""
-    chosen = [group for group in groups if group["family"] == family and args.dataset in (None, group["dataset"])
+    chosen = [group for group in groups if group["family"] == family and not group["label_free"] and args.dataset in (None, group["dataset"])
               and args.method in (None, group["method"])]  # fmt: skip
     chosen = [group for group in chosen if group["method"]] or chosen  # a lone baseline yields to a distilled group
     if len(chosen) > 1:
@@ -92,7 +111,7 @@ def load_predictions(members, missing, read):
 
     read: {path: Predictions or None} of runs met before.
     """
-    first, found = None, ({}, {}, {})
+    first, found = {}, ({}, {}, {})  # first: of each test set, as folds have several
     for part, runs in zip(found, members):
         for run in runs:
             try:
@@ -107,8 +126,9 @@ def load_predictions(members, missing, read):
                         raise ValueError(f"their accuracy is {accuracy:.4f}, that of results.json {recorded:.4f}")
                     read[run["path"]] = predictions
                 if read[run["path"]] is not None:
-                    part[run["seed"]] = align(read[run["path"]], first or read[run["path"]])
-                    first = first or part[run["seed"]]
+                    images = run["results"]["dataset"]["sha256"]["test"]
+                    part[run["seed"]] = align(read[run["path"]], first.get(images, read[run["path"]]))
+                    first.setdefault(images, part[run["seed"]])
             except (OSError, ValueError, TypeError, KeyError, EOFError) as error:
                 missing.append(f"{file} cannot be used, so {run['path']} has no interval, calibration or gallery: {error}")
     return found
@@ -118,7 +138,7 @@ def open_test_set(run, opened, notes):
     """The dataset of a run's test split, or None with a note where it is not here.  opened: {fingerprint: dataset} of those met before."""
     from common.data import load_splits
 
-    flags, key = run["results"]["flags"], run["id"]["test"]
+    flags, key = run["results"]["flags"], run["results"]["dataset"]["sha256"]["test"]
     if key not in opened:
         opened[key] = None
         options = {name: value for name, value in cli.split_flags(flags).items() if name not in ("limit_train", "limit_labels", "include_list", "extra_train")}
@@ -154,11 +174,12 @@ def gallery(members, predictions, most, opened, notes):
     """Test images on which the students of one seed differ, with the answers of all: a list of dicts for the page."""
     (teacher, before, after), items = predictions, []
     seeds = [seed for seed in after if seed in before]
-    dataset = open_test_set(members[2][0], opened, notes) if seeds and most else None
+    shown = [run for run in members[2] if run["seed"] in seeds[:1]]
+    dataset = open_test_set(shown[0], opened, notes) if shown and most else None
     if dataset is None:
         return items
     rows, texts = {sample: row for row, sample in enumerate(dataset.ids)}, getattr(dataset, "texts", None)
-    answering = {**({"teacher": next(iter(teacher.values()))} if teacher else {}), "without KD": before[seeds[0]], "with KD": after[seeds[0]]}
+    answering = {**({"teacher": teacher[seeds[0]]} if seeds[0] in teacher else {}), "without KD": before[seeds[0]], "with KD": after[seeds[0]]}
     for task, classes in after[seeds[0]].classes.items():
         for row in disagreements(before[seeds[0]], after[seeds[0]], task, most // len(after[seeds[0]].classes)):
             sample = str(after[seeds[0]].ids[row])
@@ -170,7 +191,7 @@ def gallery(members, predictions, most, opened, notes):
             found = {kind: of.probabilities(task)[row] for kind, of in answering.items()}
             true = int(after[seeds[0]].targets[task][row])
             text = texts[rows[sample]] if texts is not None else ""
-            items.append({"id": sample, "task": task if len(answering["with KD"].classes) > 1 else "", "true": classes[true], "seed": seeds[0],
+            items.append({"id": sample, "task": task if len(answering["with KD"].classes) > 1 else "", "true": classes[true], "seed": repeat_name(seeds[0]),
                           "image": picture, "text": text[:160] + "…" * (len(text) > 160),
                           "answers": [{"kind": kind, "name": classes[p.argmax()], "probability": float(p.max()), "right": int(p.argmax()) == true}
                                       for kind, p in found.items()]})  # fmt: skip
@@ -180,15 +201,18 @@ def gallery(members, predictions, most, opened, notes):
 def examine(members, groups, args, missing, notes):
     """Adds cost and evidence to each group.  Returns two lists, an entry a group: {kind: [Predictions]}, and the gallery's items."""
     read, opened, galleries = {}, {}, []
-    predictions = [load_predictions(some, missing, read) for some in members]
+    predictions = [({}, {}, {}) if group["label_free"] else load_predictions(some, missing, read) for some, group in zip(members, groups)]
     absent = [path for path, found in read.items() if found is None and not Path(path, "predictions_test.npz").exists()]
     if absent:
         missing.append(f"no predictions_test.npz, and so no interval, calibration or gallery: {', '.join(absent)}")
-    for some, group, (teacher, before, after) in zip(members, groups, predictions):
+    for some, group, (teachers, before, after) in zip(members, groups, predictions):
+        by_file = {teacher["results"].get("checkpoint_sha256"): teachers.get(teacher["seed"]) for teacher in some[0]}
+        taught = {run["seed"]: by_file.get(run["results"]["teacher"].get("sha256")) for run in some[2]}
+        taught = {seed: found for seed, found in taught.items() if found}
         group["cost"] = comparison.group_cost(some)
-        group["evidence"] = weigh(next(iter(teacher.values()), None), before, after, args.metric, max(map(len, some[1:])))
+        group["evidence"] = weigh(taught, before, after, args.metric, max(map(len, some[1:])))
         group["notes"] += comparison.cost_notes(some)
-        galleries.append(gallery(some, (teacher, before, after), args.gallery, opened, notes))
+        galleries.append(gallery(some, (taught, before, after), args.gallery, opened, notes))
     return [{kind: [*of.values()] for kind, of in zip(KINDS, some) if of} for some in predictions], galleries
 
 
@@ -203,18 +227,18 @@ def write(output, report, runs, galleries, metric):
 
 def main(args):
     output = Path(args.output)
-    runs, missing = comparison.read_runs(comparison.find_run_folders(args.runs))
+    runs, missing = comparison.read_runs(comparison.find_run_folders(args.runs), script_defaults)
     known = {key for run in runs for key in run["results"]["test"] if number(run["results"]["test"][key]) is not None}
-    if args.metric not in known:
+    if args.metric not in known and not all(comparison.is_label_free(run["results"]) for run in runs):
         raise cli.UserError(f"--metric {args.metric} stands in no run; there are: {', '.join(sorted(known))}")
     if output.exists() and not output.is_dir():
         raise cli.UserError(f"--output {output} is a file: give a folder")
-    selected = comparison.select(runs, args.select, args.mode) if args.select else []
+    selected = comparison.select(runs, args.select, args.mode)
     output.mkdir(parents=True, exist_ok=True)
     notes = reevaluate(runs, args) if args.reevaluate else []
     print("".join(f"warning: {note}\n" for note in notes), end="", file=sys.stderr)
     found = comparison.collect(runs, missing)
-    groups = [comparison.describe(members, own, found, args.metric) for members, own in found]
+    groups = [comparison.describe(members, own, found, args.metric, runs) for members, own in found]
     for flag, name in (("method", args.method), ("dataset", args.dataset)):
         if name and name not in [group[flag] for group in groups]:
             missing.append(f"no group has the {flag} {name}")
@@ -223,17 +247,17 @@ def main(args):
     predictions, galleries = examine(members, groups, args, missing, notes)
     figures = draw_report(output, args.metric, members, groups, predictions, runs, missing)
     if selected:
-        best = next(run for run in runs if run["path"] == selected[0]["runs"][0])
-        selected = {"ranked": selected, "metric": args.select, "command": comparison.how_to_repeat(best)["command"]}
+        best = [run for run in runs if run["path"] in selected["ranked"][0]["runs"]]
+        selected.update(test=comparison.stats(best, args.metric, [])[0], command=comparison.how_to_repeat(best[0])["command"])
     report = {"runs": [{**summarize(run), "cost": comparison.run_cost(run)} for run in runs], "groups": groups, "missing": missing,
-              "notes": notes, **entries, "figures": figures, "selected": selected or None}  # fmt: skip
+              "notes": notes, **entries, "figures": figures, "selected": selected}
     write(output, report, runs, galleries, args.metric)
-    print(comparison_table(groups, args.metric))
-    print("".join(f"{sentence}\n" for sentence in answers(groups)), end="")
+    print("\n\n".join(map(table, comparison_tables(groups, args.metric))))
+    print("".join(f"{sentence}\n" for sentence in headline(groups)), end="")
     for kind, sentences in (("missing", missing), ("note", [*(note for group in groups for note in group["notes"]), *notes])):
         print("".join(f"{kind}: {sentence}\n" for sentence in sentences), end="")
     if selected:
-        print(ranking(*selected.values()))
+        print(ranking(selected, args.metric))
     print(f"report: {output / 'report.html'}")
 
 

@@ -4,31 +4,32 @@ Needs cli.py, comparison.py, evidence.py, figures.py and metrics.py of `common` 
 """
 
 import itertools
-import json
 import re
 from pathlib import Path
 
 import numpy as np
 
 from common import figures
-from common.comparison import KEYS, KINDS, NOT_PERCENT, cell, label, number
+from common.comparison import KEYS, KINDS, NOT_PERCENT, label, title
 from common.evidence import reliability
 
 MARKERS = "osD^vPX*<>h"  # eleven to twelve colours: 132 pairs
 COLOURS = ("#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999933", "#882255", "#44AA99", "#332288", "#661100", "#6699CC", "#AA4499", "#117733")
 
 
-def read(file, missing):
-    """The rows of metrics.json or a confusion matrix (C, C); None, and a sentence, where the file cannot be read."""
+def read_confusion(file, missing):
+    """A confusion matrix (C, C); None, and a sentence, where the file cannot be read."""
     try:
-        if file.suffix == ".json":
-            return [row for row in json.loads(file.read_text(encoding="utf-8")) if number(row["epoch"]) is not None]
         counts = np.load(file, allow_pickle=False)
         if counts.ndim != 2 or len(set(counts.shape)) != 1 or not counts.size:
             raise ValueError(f"its shape is {counts.shape}")
         return counts
-    except (OSError, ValueError, TypeError, KeyError, EOFError) as error:
+    except (OSError, ValueError, EOFError) as error:
         missing.append(f"no figure of {file}: {error}")
+
+
+def percent(metric):
+    return 1 if metric.endswith(NOT_PERCENT) else 100
 
 
 class Charts:
@@ -36,8 +37,8 @@ class Charts:
 
     def __init__(self, folder, metric, missing):
         self.folder, self.metric, self.missing, self.titles = folder, metric, missing, {}
-        self.scale = 1 if metric.endswith(NOT_PERCENT) else 100
-        self.axis = f"test {metric}" + (" (%)" if self.scale == 100 else "")
+        self.scale = percent(metric)
+        self.axis = f"test {metric} (%)" if self.scale == 100 else f"test {title(metric)}"
 
     def add(self, draw, name, title, *content):
         name = re.sub(r"[^\w.-]+", "-", name)
@@ -53,19 +54,10 @@ class Charts:
         draw_all(*content)
         return [name for name in self.titles if name not in before]
 
-    def bars(self, groups):
-        rows = []
-        for group in groups:
-            part = group if self.metric == "accuracy" else group[self.metric]
-            found = [part[key.format(self.metric)] for key in KEYS]
-            rows.append((label(group), [(kind["mean"] and self.scale * kind["mean"], kind["std"] and self.scale * kind["std"],
-                                         "missing" if kind["mean"] is None else cell(kind["mean"], self.metric, kind["std"])) for kind in found]))  # fmt: skip
-        self.add(figures.draw_bars, self.metric, f"Test {self.metric}", rows, KINDS, self.axis, self.scale == 100)
-
     def costs(self, groups):
         """One figure a dataset: teachers, baselines and each method against multiply-adds, or parameters where those are not known."""
         for dataset in dict.fromkeys(group["dataset"] for group in groups):
-            own = [group for group in groups if group["dataset"] == dataset]
+            own = [group for group in groups if group["dataset"] == dataset and not group["label_free"]]
             known = all(cost["multiply_adds"] for group in own for cost in group["cost"].values())
             key, name = ("multiply_adds", "multiply-adds of one image") if known else ("parameters", "parameters")
             points = {}
@@ -89,13 +81,16 @@ class Charts:
                 self.add(figures.draw_cost, f"cost-{dataset}", f"Test {self.metric} against cost, {dataset}", f"{dataset}: {self.metric} against cost",
                          drawn, name, self.axis)  # fmt: skip
 
-    def curves(self, name, title, runs):
-        """runs: [(name, colour, run)]"""
-        lines = [(kind, colour, read(Path(run["path"], "metrics.json"), self.missing) or [], run["results"]) for kind, colour, run in runs]
-        self.add(figures.draw_curves, name, f"Training curves: {title}", title, lines)
+    def curves(self, name, heading, runs):
+        """runs: [(name, colour, run)]; the last one's metric is shown."""
+        metric = runs[-1][2]["results"].get("select_metric") or "accuracy"
+        lines = [(kind, colour, run["rows"], run["results"]) for kind, colour, run in runs if run["rows"]]
+        if lines:
+            self.add(figures.draw_curves, name, f"Training curves: {heading}", heading, metric, percent(metric), lines)
 
     def group(self, index, members, group):
-        lines = [(f"{kind} ({len(some)} seeds)" if some[1:] else kind, colour, run) for (kind, colour), some in zip(KINDS.items(), members) for run in some]
+        repeats = "folds" if group["folds"] else "seeds"
+        lines = [(f"{kind} ({len(some)} {repeats})" if some[1:] else kind, colour, run) for (kind, colour), some in zip(KINDS.items(), members) for run in some]
         self.curves(f"curves-{index}", label(group), lines)
 
     def predicted(self, index, group, kinds):
@@ -104,9 +99,9 @@ class Charts:
 
         first = next(iter(kinds.values()))[0]
         for task, classes in first.classes.items():
-            title = label(group) + (f", {task}" if len(first.classes) > 1 else "")
+            heading = label(group) + (f", {task}" if len(first.classes) > 1 else "")
             drawn = [(kind, KINDS[kind], reliability(runs, task)) for kind, runs in kinds.items()]
-            self.add(figures.draw_reliability, f"reliability-{index}-{task}", f"Calibration: {title}", title, drawn)
+            self.add(figures.draw_reliability, f"reliability-{index}-{task}", f"Calibration: {heading}", heading, drawn)
             if len(classes) == 2 and len(set(first.targets[task])) == 2:
                 curves, positive = [], first.positive.get(task, 1)
                 for kind, runs in kinds.items():
@@ -115,22 +110,22 @@ class Charts:
                         fpr, tpr, _ = roc_curve(true, scores)
                         precision, recall, _ = precision_recall_curve(true, scores)
                         curves.append((kind, KINDS[kind], fpr, tpr, recall, precision))
-                self.add(figures.draw_two_class, f"curves-{index}-{task}-two-class", f"ROC and precision-recall: {title}", title, classes[positive], curves)
+                self.add(figures.draw_two_class, f"curves-{index}-{task}-two-class", f"ROC and precision-recall: {heading}", heading, classes[positive], curves)
             rows = group["evidence"].get("classes", {}).get(task, [])
             if 1 < len(rows) <= 100:
                 colours = [KINDS[kind] for kind in list(KINDS)[1:]]
-                self.add(figures.draw_class_gains, f"classes-{index}-{task}", f"Recall of each class: {title}", title, rows, colours)
+                self.add(figures.draw_class_gains, f"classes-{index}-{task}", f"Recall of each class: {heading}", heading, rows, colours)
 
     def confusion(self, index, run):
-        title = f"{run['path']}: {run['results']['role']} {run['id']['student']}"
+        heading = f"{run['path']}: {run['results']['role']} {run['id']['student']}"
         for file in sorted(Path(run["path"]).glob("confusion_test_*.npy")):
-            counts, task = read(file, self.missing), file.stem[len("confusion_test_") :]
+            counts, task = read_confusion(file, self.missing), file.stem[len("confusion_test_") :]
             if counts is not None:
-                classes, drawn = run["results"]["dataset"].get("classes") or [], title
+                classes, drawn = run["results"]["dataset"].get("classes") or [], heading
                 if isinstance(classes, dict):
-                    classes, drawn = classes.get(task, []), f"{title}, {task}"
+                    classes, drawn = classes.get(task, []), f"{heading}, {task}"
                 classes = classes if len(classes) == len(counts) else range(len(counts))
-                self.add(figures.draw_confusion, f"confusion-{index}-{task}", f"Confusion matrix, {title}, {task}", drawn, counts, classes)
+                self.add(figures.draw_confusion, f"confusion-{index}-{task}", f"Confusion matrix, {heading}, {task}", drawn, counts, classes)
 
 
 def draw_report(folder, metric, members, groups, predictions, runs, missing):
@@ -138,24 +133,24 @@ def draw_report(folder, metric, members, groups, predictions, runs, missing):
 
     members: three lists of runs a group; predictions: {kind: [Predictions]} a group.
     """
-    charts, shown, numbers = Charts(folder, metric, missing), {}, {}
-    if groups:
-        charts.bars(groups)
-        charts.costs(groups)
+    charts, shown, grouped = Charts(folder, metric, missing), {}, set()
+    charts.costs(groups)
     for index, (some, group, kinds) in enumerate(zip(members, groups, predictions), 1):
+        some = ([], *some[1:]) if group["label_free"] else some  # a teacher with labels has another metric
         group["figures"] = charts.of_group(charts.group, index, some, group)
         if kinds:
             group["figures"] += charts.of_group(charts.predicted, index, group, kinds)
         for run in (seeds[0] for seeds in some if seeds):  # confusion matrices: the first seed's, drawn once a run
             if run["path"] not in shown:
-                numbers[run["path"]] = len(numbers) + 1
-                shown[run["path"]] = charts.of_group(charts.confusion, numbers[run["path"]], run)
+                shown[run["path"]] = charts.of_group(charts.confusion, len(shown) + 1, run)
             group["figures"] += shown[run["path"]]
-    grouped = {run["path"] for some in members for seeds in some for run in seeds}
+        grouped |= {run["path"] for seeds in some for run in seeds}
     others = [run for run in runs if run["path"] not in grouped]
-    for start in range(0, len(others), 6):  # more lines in a figure could not be told apart
-        lines = [(run["path"], f"C{index}", run) for index, run in enumerate(others[start : start + 6])]
-        charts.curves(f"curves-others-{start // 6 + 1}", "Runs in no group", lines)
-    for index, run in enumerate(others, len(numbers) + 1):
+    for metric in dict.fromkeys(run["results"].get("select_metric") for run in others):
+        own = [run for run in others if run["results"].get("select_metric") == metric]
+        for start in range(0, len(own), 6):  # more lines in a figure could not be told apart
+            lines = [(run["path"], f"C{index}", run) for index, run in enumerate(own[start : start + 6])]
+            charts.curves(f"curves-others-{len(charts.titles)}", "Runs in no group", lines)
+    for index, run in enumerate(others, len(shown) + 1):
         charts.confusion(index, run)
     return charts.titles

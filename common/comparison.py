@@ -1,5 +1,7 @@
 """Which runs are repeats of one another, which is whose teacher and baseline, and what each group's figures are.
 
+Repeats differ in --seed, or in --fold of one cross-validation.
+
 Needs cli.py and metrics.py of `common` (and what these need).
 """
 
@@ -14,17 +16,17 @@ from common.metrics import better
 
 # Flags that say where and how fast a run ran, not what it learned, and those whose outcome results.json tells. Data and
 # teacher are told apart by their fingerprints, so their paths may differ from machine to machine.
-NOT_SETTINGS = {"seed", "output", "device", "workers", "overwrite", "resume", "cache", "config", "sweep", "sweep_index", "save_every",
+NOT_SETTINGS = {"seed", "seeds", "fold", "limit_train", "limit_labels", "output", "device", "workers", "overwrite", "resume", "cache", "config", "sweep", "sweep_index", "save_every",
                 "save_samples", "download", "data_root", "teacher_checkpoint", "dataset", "model", "method", "resolution",
                 "eval_dataset", "eval_data_root", "eval_every", "positive"}  # fmt: skip
-NEEDED = {"flags.seed": int, "dataset.name": str, "dataset.sha256.train": str, "dataset.sha256.test": str, "model.name": str,
-          "model.family": str, "test.accuracy": (int, float)}  # fmt: skip
+NEEDED = {"flags.seed": int, "dataset.name": str, "dataset.sha256.train": str, "dataset.sizes.train": int, "model.name": str, "model.family": str}
 OF_DISTILLED = {"method": str, "teacher.name": str}
+OF_LABELLED = {"dataset.sha256.test": str, "test.accuracy": (int, float)}
 NAMES = ("dataset", "teacher", "student", "method")
 TEST = ("test", "classes", "positive")  # must agree where two test figures are compared
-STUDENT = ("dataset", "train", *TEST, "student", "resolution")  # and these between a student and its baseline
+STUDENT = ("dataset", "labels", *TEST, "student", "resolution")  # and these between a student and its baseline
+NOT_PERCENT = ("loss", "teacher_kl", "ece", "pauc")  # metrics that are not shown in per cent
 POSITIVE = ("average_precision", "pauc", "sensitivity_at_90_specificity")  # metrics of one of two classes
-NOT_PERCENT = ("loss", "teacher_kl")  # metrics that are no share of 1
 KINDS = {"teacher": "#0072B2", "student without KD": "#E69F00", "student with KD": "#009E73"}  # Okabe-Ito colours
 KEYS = ("teacher_{}", "student_{}_without_kd", "student_{}_with_kd")  # of report.json, with the metric's name
 
@@ -50,11 +52,20 @@ def number(value):
     return value if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
+def is_label_free(results):
+    """Whether a run's student has no head, and so neither accuracy nor predictions: see distill.py --method tokens."""
+    return results.get("select_metric") == "distillation_loss" and "accuracy" not in (results.get("test") or {})
+
+
 def check(results):
     """Raises KeyError, ValueError, TypeError or AttributeError where results.json does not hold what a comparison needs."""
     if results["role"] not in ("teacher", "student", "distill"):
         raise ValueError(f"the role is {results['role']!r}, not teacher, student or distill")
-    for dotted, kind in {**NEEDED, **(OF_DISTILLED if results["role"] == "distill" else {})}.items():
+    for key in ("environment", "teacher", "val", "test", "final_val", "final_test"):
+        if not isinstance(results.get(key) or {}, dict):
+            raise ValueError(f"{key} is {results[key]!r}")
+    free = is_label_free(results)
+    for dotted, kind in {**NEEDED, **(OF_DISTILLED if results["role"] == "distill" else {}), **({} if free else OF_LABELLED)}.items():
         value = results
         for key in dotted.split("."):
             value = value[key]
@@ -64,42 +75,101 @@ def check(results):
         if not isinstance(results.get(name) or "", str):
             raise ValueError(f"{name} is {results[name]!r}")
     shlex.split((results.get("environment") or {}).get("command") or "")  # as `how_to_repeat` does
-    if not 0 <= results["test"]["accuracy"] <= 1:
+    if not free and not 0 <= results["test"]["accuracy"] <= 1:
         raise ValueError(f"the test accuracy is {results['test']['accuracy']}, not between 0 and 1")
 
 
+def trained_on(results):
+    """'100 labels and 708 images without'."""
+    dataset = results["dataset"]
+    images = dataset["sizes"]["train"]
+    labelled = (dataset.get("labelled") or {}).get("train", images) if dataset.get("classes") else 0
+    parts = [f"{labelled} labels"] * bool(labelled) + [f"{images - labelled} images without"] * (images > labelled)
+    return " and ".join(parts) + ("" if labelled else " labels")
+
+
 def identity(results):
-    """Everything in which the seeds of one group agree, flat, so that a label can show where groups differ."""
-    dataset, teacher, flags = results["dataset"], results.get("teacher") or {}, dict(results["flags"])
+    """Everything in which the repeats of one group agree, flat, so that a label can show where groups differ."""
+    dataset, teacher, flags = results["dataset"], results["teacher"], dict(results["flags"])
     if flags.get("teacher_embeddings"):
         flags["teacher_embeddings"] = Path(flags["teacher_embeddings"]).name  # a staged copy keeps only its name
-    return {"dataset": dataset["name"], "teacher": teacher.get("name"), "student": results["model"]["name"],
-            "method": results.get("method"), "resolution": results["model"].get("resolution"), "test": dataset["sha256"]["test"],
-            "train": dataset["sha256"]["train"], "classes": dataset.get("classes"),
-            "positive": ", ".join(str(name) for key, name in results["test"].items() if key.endswith("positive")), "teacher sha256": teacher.get("sha256"),
-            **{f"--{key.replace('_', '-')}": flags[key] for key in flags if key not in NOT_SETTINGS}}  # fmt: skip
+    found = {
+        "dataset": dataset["name"],
+        "teacher": teacher.get("name"),
+        "student": results["model"]["name"],
+        "method": results.get("method"),
+        "resolution": results["model"].get("resolution"),
+        "classes": dataset.get("classes"),
+        "positive": ", ".join(str(name) for key, name in (results.get("test") or {}).items() if key.endswith("positive")),
+        "trained on": trained_on(results),
+        **{split: dataset["sha256"].get(split) for split in ("test", "train")},
+        "labels": (dataset.get("labelled") or {}).get("sha256", dataset["sha256"]["train"]),
+        "teacher sha256": teacher.get("sha256"),
+    }
+    if is_fold(flags):  # each has its own images, which choose_baselines and find_teacher compare fold by fold
+        images, labels = flags.get("limit_train") or 0, flags.get("limit_labels") or flags.get("limit_train") or 0
+        found.update({"test": "a fold", "train": f"{images} of a fold", "labels": f"{labels} of a fold", "trained on": ""})
+    return {**found, **{f"--{key.replace('_', '-')}": flags[key] for key in flags if key not in NOT_SETTINGS}}
 
 
-def read_runs(folders):
-    """The usable runs, and a sentence for each of the others."""
-    runs, missing = [], []
+def is_fold(flags):
+    return None not in (flags.get("folds"), flags.get("fold"))
+
+
+def read_run(folder):
+    """The run in a folder, or None where its config.json is of another tool.  Raises ValueError in words that follow the folder's name."""
+    file = folder / "results.json"
+    try:
+        if file.is_file():
+            results = json.loads(file.read_text(encoding="utf-8"))
+            check(results)
+            results.update(test=results.get("test") or {}, teacher=results.get("teacher") or {})
+            return {"path": str(folder), "results": results, "written": file.stat().st_mtime, "id": identity(results)}
+        if "flags" not in json.loads((folder / "config.json").read_text(encoding="utf-8")):
+            return None  # a Hugging Face model's, say
+    except KeyError as error:
+        raise ValueError(f"is left out: its results.json lacks {error}") from None
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"is left out: its results.json or config.json is damaged: {error}") from None
+    raise ValueError("is unfinished: it holds config.json but no results.json")
+
+
+def read_rows(file, missing):
+    """The rows of metrics.json; none, and a sentence, where it cannot be read."""
+    try:
+        return [row for row in json.loads(file.read_text(encoding="utf-8")) if number(row["epoch"]) is not None]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        missing.append(f"no learning curve of {file}: {error}")
+        return []
+
+
+def read_runs(folders, defaults):
+    """The usable runs, and a sentence for each of the others.
+
+    defaults: role -> {flag: default} of its script, asked where only some of a role's runs have a flag: it is newer than the others.
+    """
+    runs, missing, known = [], [], {}
     for folder in folders:
-        file = folder / "results.json"
         try:
-            if file.is_file():
-                results = json.loads(file.read_text(encoding="utf-8"))
-                check(results)
-                runs.append({"path": str(folder), "results": results, "seed": results["flags"]["seed"],
-                             "written": file.stat().st_mtime, "id": identity(results)})  # fmt: skip
-            elif "flags" in json.loads((folder / "config.json").read_text(encoding="utf-8")):
-                missing.append(f"{folder} is unfinished: it holds config.json but no results.json")
-            # else a config.json of another tool, as a Hugging Face model's
-        except KeyError as error:
-            missing.append(f"{folder} is left out: its results.json lacks {error}")
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            missing.append(f"{folder} is left out: its results.json or config.json is damaged: {error}")
+            run = read_run(folder)
+        except ValueError as error:
+            missing.append(f"{folder} {error}")
+            continue
+        if run:
+            runs.append({**run, "rows": read_rows(folder / "metrics.json", missing)})
+            known.setdefault(run["results"]["role"], {}).update(run["results"]["flags"])
     if not runs:
         raise cli.UserError(f"no finished run in {len(folders)} folders: {'; '.join(missing) or 'none is a run'}")
+    for run in runs:
+        role, flags = run["results"]["role"], run["results"]["flags"]
+        newer = known[role].keys() - flags
+        if newer:
+            flags.update({key: value for key, value in defaults(role).items() if key in newer})
+        run["seed"] = f"fold {flags['fold']}, seed {flags['seed']}" if is_fold(flags) else flags["seed"]
+        run["id"] = identity(run["results"])
+    taught = gather([run for run in runs if is_fold(run["results"]["flags"]) and run["id"]["teacher sha256"]], "id")
+    for run in [run for few in taught if len({run["results"]["flags"]["fold"] for run in few}) == 1 for run in few]:
+        run["id"]["teacher sha256"] = None  # each fold has a teacher of its own
     return runs, missing
 
 
@@ -119,16 +189,26 @@ def gather(runs, key):
     return [sorted(group, key=lambda run: (run["written"], run["path"])) for group in groups.values()]
 
 
+def repeat_name(seed):
+    """'seed 1', or of a cross-validation 'fold 1, seed 0'."""
+    return seed if isinstance(seed, str) else f"seed {seed}"
+
+
 def newest_per_seed(runs, notes):
     copies = gather(runs, "seed")
-    notes += [f"seed {newest['seed']} stands more than once: {newest['path']} is the newest and is used, left out: {paths(older)}"
+    notes += [f"{repeat_name(newest['seed'])} stands more than once: {newest['path']} is the newest and is used, left out: {paths(older)}"
               for *older, newest in copies if older]  # fmt: skip
     return sorted((group[-1] for group in copies), key=lambda run: run["seed"])
 
 
+def shown(value):
+    """A flag's value; one that was not given has the default."""
+    return "default" if value is None else "/".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
 def differences(run, other):
     """Flags that both runs have, with different values: '--epochs 10 (not 30)'."""
-    return [f"{key} {value} (not {other['id'][key]})" for key, value in run["id"].items()
+    return [f"{key} {shown(value)} (not {shown(other['id'][key])})" for key, value in run["id"].items()
             if key.startswith("--") and key in other["id"] and other["id"][key] != value]  # fmt: skip
 
 
@@ -147,40 +227,73 @@ def choose_baselines(distilled, students, notes, missing):
         notes.append(f"other baselines are left out: {paths(others)}, with {how}")
     if differences(ranked[0][0], first):
         notes.append(f"the baseline has other flags than the distilled runs: {', '.join(differences(ranked[0][0], first))}")
-    baselines = newest_per_seed(ranked[0], notes)
+    baselines, twins = newest_per_seed(ranked[0], notes), {run["seed"]: run for run in distilled}
+    strangers = [run for run in baselines if not same_images(run, twins.get(run["seed"], run), ("test", "val"))]
+    if strangers:
+        missing.append(
+            f"{paths(strangers)} are left out: their folds hold other images than those of {paths(distilled)}"
+        )
+        baselines = [run for run in baselines if run not in strangers]
     seeds, others = [[run["seed"] for run in kind] for kind in (distilled, baselines)]
     if seeds != others:
         missing.append(f"seeds differ: {paths(distilled)} have {seeds}, their baselines {others}")
     return baselines
 
 
+def same_images(run, other, splits):
+    """Of two runs, or of two runs' folds."""
+    one, two = (of["results"]["dataset"]["sha256"] for of in (run, other))
+    return all(one.get(split) == two.get(split) for split in splits)
+
+
 def find_teacher(distilled, runs, notes, missing):
-    """A list of the one run whose checkpoint taught these, or of none."""
-    first, teacher, sha = distilled[0], distilled[0]["results"]["teacher"], distilled[0]["id"]["teacher sha256"]
-    found = [run for run in runs if sha and run["results"].get("checkpoint_sha256") == sha]
-    *copies, used = sorted((run for run in found if same(run, first, TEST)), key=lambda run: run["written"]) or [None]
-    if not found:
-        missing.append(f"the teacher run of {teacher['name']} ({teacher.get('checkpoint')}, sha256 {str(sha)[:12]}) is not among "
-                       f"RUNS; it taught {paths(distilled)}")  # fmt: skip
-    elif not used:
-        missing.append(f"the teacher run {paths(found)} was tested on other images, or with its classes in another order, than "
-                       f"{paths(distilled)}: its figures are left out")  # fmt: skip
-    elif not same(used, first, ("dataset", "train")):
-        notes.append("the teacher was trained on other data than the student")
-    if copies:
-        notes.append(f"the teacher's checkpoint stands more than once: {used['path']} is used, left out: {paths(copies)}")
-    return [used] if used else []
+    """The runs whose checkpoints taught these: one, or one a fold."""
+    used = {}
+    for first in distilled:
+        teacher, sha = first["results"]["teacher"], first["results"]["teacher"].get("sha256")
+        if sha in used:
+            continue
+        found = [run for run in runs if sha and run["results"].get("checkpoint_sha256") == sha]
+        fitting = [
+            run
+            for run in found
+            if is_label_free(first["results"]) or same_images(run, first, ("test",)) and same(run, first, ("classes", "positive"))
+        ]
+        *copies, used[sha] = sorted(fitting, key=lambda run: run["written"]) or [None]
+        if not found:
+            missing.append(
+                f"the teacher run of {teacher['name']} ({teacher.get('checkpoint')}, sha256 {str(sha)[:12]}) is not among "
+                f"RUNS; it taught {paths(distilled)}"
+            )
+        elif not fitting:
+            missing.append(
+                f"the teacher run {paths(found)} was tested on other images, or with its classes in another order, than "
+                f"{paths(distilled)}: its figures are left out"
+            )
+        elif (
+            not same(fitting[0], first, ("dataset",))
+            or not same_images(fitting[0], first, ("train",))
+            and same(fitting[0], first, ("trained on",))
+        ):
+            notes.append("the teacher was trained on other data than the student")
+        if copies:
+            notes.append(
+                f"the teacher's checkpoint stands more than once: {used[sha]['path']} is used, left out: {paths(copies)}"
+            )
+    return [run for run in used.values() if run]
 
 
 def collect(runs, missing):
     """One (members, notes) a group; members are three lists of runs: teacher, baselines, distilled."""
     teachers, students, taught = ([run for run in runs if run["results"]["role"] == role] for role in ("teacher", "student", "distill"))
+    alone = [run for run in students if not any(same(run, other, STUDENT) for other in taught)]
     groups = []
-    for twins in gather([*taught, *(run for run in students if not any(same(run, other, STUDENT) for other in taught))], "id"):
+    for twins in gather([*taught, *alone], "id"):
         notes = []
         kept = newest_per_seed(twins, notes)
         if twins[0]["results"]["role"] == "distill":
-            members = find_teacher(kept, runs, notes, missing), choose_baselines(kept, students, notes, missing), kept
+            baselines = [] if is_label_free(kept[0]["results"]) else choose_baselines(kept, students, notes, missing)
+            members = find_teacher(kept, runs, notes, missing), baselines, kept
         else:
             able = [run for run in teachers if same(run, kept[0], TEST)]  # of several, which would teach is not known
             members = able if len(able) == 1 else [], kept, []
@@ -190,11 +303,11 @@ def collect(runs, missing):
     return groups
 
 
-def stats(runs, metric, notes):
+def stats(runs, metric, notes, split="test"):
     """Mean, sample standard deviation, n and seeds; and the values by seed."""
-    values = {run["seed"]: number(run["results"]["test"].get(metric)) for run in runs}
+    values = {run["seed"]: number((run["results"].get(split) or {}).get(metric)) for run in runs}
     if None in values.values():
-        notes.append(f"no test {metric} in {paths(run for run in runs if values[run['seed']] is None)}")
+        notes.append(f"no {split} {metric} in {paths(run for run in runs if values[run['seed']] is None)}")
     values = {seed: value for seed, value in values.items() if value is not None}
     return {"mean": statistics.fmean(values.values()) if values else None,
             "std": statistics.stdev(values.values()) if len(values) > 1 else None,
@@ -211,7 +324,30 @@ def compare(members, metric, notes):
             "gain_paired": {"mean": statistics.fmean(pairs.values()), "seeds": list(pairs)} if pairs else None}  # fmt: skip
 
 
-def describe(members, notes, everyone, metric):
+def cautions(members, metric, runs):
+    """What a reader of the gain must know: a teacher worse than the student alone, a student alone that beats the baseline."""
+    teacher, before, after = (stats(some, metric, [])[0]["mean"] for some in members)
+    result = []
+    if teacher is not None and better(metric, before, teacher):
+        result.append(f"the teacher ({cell(teacher, metric)}) is worse than the student alone ({cell(before, metric)})")
+    if before is None or not better(metric, after, before):
+        return result
+    first, best, rivals = members[1][0], before, None
+    for twins in gather([run for run in runs if run["results"]["role"] == "student"], "id"):
+        mean = stats(twins, metric, [])[0]["mean"]
+        if same(twins[0], first, ("dataset", "labels", *TEST, "student")) and better(metric, mean, best):
+            best, rivals = mean, twins
+    if rivals:
+        how = ", ".join(differences(rivals[0], first)) or f"resolution {rivals[0]['id']['resolution']}"
+        most = f", and than the student with KD ({cell(after, metric)})" * better(metric, best, after)
+        result.append(
+            f"another student alone, with {how}, is better ({cell(best, metric)}) than this baseline ({cell(before, metric)}){most}: "
+            f"{paths(rivals)}"
+        )
+    return result
+
+
+def describe(members, notes, everyone, metric, runs):
     """One entry of report.json's groups; `variant` says in what it differs from groups of the same names."""
     teacher, baselines, distilled = members
     first, *others = ((kinds[2] or kinds[1])[0] for kinds, _ in [(members, notes), *everyone])
@@ -219,40 +355,90 @@ def describe(members, notes, everyone, metric):
     variant = []
     for key in dict.fromkeys(key for peer in peers for key in peer):
         value = first["id"].get(key)
-        if any(peer.get(key) != value for peer in peers):
-            text = "/".join(map(str, value)) if isinstance(value, list) else str(value)
+        told = key == "labels" or key == "train" and "trained on" in " ".join(variant)  # in words that a reader knows
+        if any(peer.get(key) != value for peer in peers) and not told:
+            text = shown(value)
             variant.append(f"{key} {text[:8] if len(text) == 64 else text[:24]}")  # 64: a SHA-256
-    group = {**{name: first["id"][name] for name in NAMES}, "resolution": first["id"]["resolution"], "variant": ", ".join(variant),
-             "domain": first["results"]["dataset"].get("domain"), "family": first["results"]["model"]["family"],
-             **compare(members, "accuracy", notes)}  # fmt: skip
+    free = is_label_free(first["results"])
+    group = {
+        **{name: first["id"][name] for name in NAMES},
+        "resolution": first["id"]["resolution"],
+        "variant": ", ".join(variant),
+        "domain": first["results"]["dataset"].get("domain"),
+        "family": first["results"]["model"]["family"],
+        "label_free": free,
+        **compare(members, "accuracy", [] if free else notes),
+    }
     if metric.endswith(POSITIVE) and first["id"]["positive"]:
         notes.append(f"{metric}: the positive class is {first['id']['positive']}")
     if teacher and not distilled:
         group["teacher"] = teacher[0]["id"]["student"]
     if metric != "accuracy":
-        group[metric] = compare(members, metric, notes)
+        group[metric] = compare(members, metric, [] if free else notes)
+    if free:
+        group["val_distillation_loss"] = stats(distilled, "distillation_loss", notes, "val")[0]
+        looks = {
+            of: [[row[key] for row in run["rows"] if number(row.get(key)) is not None][-1:] for run in distilled]
+            for of, key in (("teacher", "val_teacher_knn"), ("student", "val_knn"))
+        }
+        group["knn"] = {
+            of: statistics.fmean(sum(found, [])) if all(found) else None for of, found in looks.items()
+        }  # at the last epoch
+    known = {
+        key: 0
+        for some in members
+        for run in some
+        for key, value in run["results"]["test"].items()
+        if number(value) is not None
+    }
+    group["metrics"] = {key: {kind: stats(some, key, [])[0] for kind, some in zip(KINDS, members)} for key in known}
     files = {"students": [run["path"] for run in baselines], "distilled": [run["path"] for run in distilled]}
-    return {**group, "notes": notes, "runs": {"teacher": teacher[0]["path"] if teacher else None, **files}}
+    return {
+        **group,
+        "trained_on": {kind: trained_on(some[0]["results"]) for kind, some in zip(KINDS, members) if some},
+        "notes": notes,
+        "warnings": [] if free else cautions(members, metric, runs),
+        "folds": isinstance(first["seed"], str),
+        "runs": {"teacher": teacher[0]["path"] if teacher else None, **files},
+    }
 
 
 def select(runs, wanted, mode):
-    """Settings ranked by a val metric, best first: [{"runs", "value" (mean over seeds), "flags" in which they differ}]."""
-    split, _, metric = wanted.partition("_")
+    """{"metric", "ranked"}: settings ranked by a val metric, best first: [{"runs", "value" (mean over seeds), "flags" in which they differ}].
+
+    wanted: val_METRIC, of all runs; None: the runs' own, where they hold several settings of one student, else the result is None.
+    """
+    if not wanted:
+        runs = [run for run in runs if run["results"]["role"] == "distill"] or [
+            run for run in runs if run["results"]["role"] == "student"
+        ]
+        if len(gather(runs, "id")) < 2:
+            return None
+        metric = runs[0]["results"].get("select_metric")
+        alike = all(
+            same(run, runs[0], ("dataset", "train", *TEST, "student")) and run["results"].get("select_metric") == metric
+            for run in runs
+        )
+        if not alike or any(number((run["results"].get("val") or {}).get(metric)) is None for run in runs):
+            return None
+        wanted = f"val_{metric}"
+    split, _, chosen = wanted.partition("_")
     known = {key for run in runs for key in run["results"].get("val") or {}}
-    if split != "val" or metric not in known:
+    if split != "val" or chosen not in known:
         raise cli.UserError(f"--select {wanted}: choose on val, by one of {', '.join(f'val_{key}' for key in sorted(known))}")
     flags = {key: {json.dumps(run["id"].get(key)) for run in runs} for run in runs for key in run["id"]
-             if key.startswith("--") or key in (*NAMES, "resolution")}  # fmt: skip
+             if key.startswith("--") or key in (*NAMES, "resolution", "trained on")}
     ranked = []
     for twins in gather(runs, "id"):
-        values = [number((run["results"].get("val") or {}).get(metric)) for run in twins]
+        values = [number((run["results"].get("val") or {}).get(chosen)) for run in twins]
         if None not in values:
             own = {key: twins[0]["id"].get(key) for key in flags if len(flags[key]) > 1}
             ranked.append({"runs": [run["path"] for run in twins], "value": statistics.fmean(values), "flags": own})
     if not ranked:
         raise cli.UserError(f"--select {wanted}: no setting has it in all of its runs")
-    low = mode == "min" if mode else better(metric, 0, 1)
-    return sorted(ranked, key=lambda setting: setting["value"] if low else -setting["value"])
+    low = mode == "min" if mode else better(chosen, 0, 1)
+    ranked = sorted(ranked, key=lambda setting: setting["value"] if low else -setting["value"])
+    return {"metric": wanted, "ranked": ranked}
 
 
 def label(group):
@@ -303,6 +489,11 @@ def how_to_repeat(run):
     command = shlex.join([script, *words[1:], "--output", f"{path}_again"])  # words[0] may be a copy in a job's $TMPDIR
     start = "python" if count == 1 else f"torchrun --nproc-per-node {count}"
     return {"command": f"{start} {command}", "commit": environment.get("git_commit"), "versions": versions, "hardware": hardware}
+
+
+def title(metric):
+    """A metric's name, and of the partial AUC what it is of, which its value alone does not show."""
+    return metric + " (above 80 % true-positive rate; at most 0.2, chance 0.02)" * metric.endswith("pauc")
 
 
 def cell(value, metric, std=None, sign=""):

@@ -1,6 +1,6 @@
 """What the stored predictions of runs say: is a gain larger than the noise, does the student follow the teacher, where does it fail.
 
-Needs metrics.py of `common`, numpy, scipy and scikit-learn (which brings scipy).
+Needs comparison.py and metrics.py of `common` (and what these need), numpy, scipy and scikit-learn (which brings scipy).
 """
 
 import zipfile
@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from common import metrics
+from common.comparison import NOT_PERCENT, cell, repeat_name
 
 
 @dataclass
@@ -55,12 +56,16 @@ def read_predictions(file):
             found = dict(arrays)
     except zipfile.BadZipFile as error:
         raise ValueError(str(error)) from None
-    tasks = [name.removeprefix("logits_") for name in found if name.startswith("logits_")] or ["label"]
-    by_task = {key: {task: found[key if "logits" in found else f"{key}_{task}"] for task in tasks} for key in ("labels", "logits", "classes")}
+    tasks = {
+        name.removeprefix("logits_") if name != "logits" else "label": name.removeprefix("logits")
+        for name in found
+        if name.startswith("logits")
+    }
+    by_task = {key: {task: found[key + end] for task, end in tasks.items()} for key in ("labels", "logits", "classes")}
     result = Predictions(found["ids"], found.get("groups"), by_task["labels"], by_task["logits"],
                          {task: [str(name) for name in names] for task, names in by_task["classes"].items()})  # fmt: skip
     for task in tasks:
-        name = found.get("positive" if "logits" in found else f"positive_{task}")
+        name = found.get(f"positive{tasks[task]}")
         if name is not None:
             result.positive[task] = result.classes[task].index(str(name))
         if result.logits[task].shape != (len(result.ids), len(result.classes[task])) or len(result.targets[task]) != len(result.ids):
@@ -86,29 +91,45 @@ def align(predictions, like):
     return part
 
 
+def by_images(runs):
+    """Lists of positions in `runs` (Predictions) whose rows are the same images: all of them, or a list for each fold's."""
+    found = {}
+    for position, run in enumerate(runs):
+        found.setdefault(run.ids.tobytes(), []).append(position)
+    return list(found.values())
+
+
 def paired_bootstrap(before, after, metric="accuracy", repeats=2000, seed=0):
     """The gain in `metric` and its 95 % percentile interval {"gain", "interval" [low, high], "units"}, or None for a metric not known.
 
-    before, after: lists of Predictions on the same rows, one a seed; the gain is the mean over the seeds of after - before.  Each resample
-    draws the same images for all of them, whole lesions, patients or cases where there are groups (Efron and Tibshirani 1993, chapter 8).
-    It covers the choice of test images, not that of seeds.
+    before, after: lists of Predictions, each pair on the same rows, one a seed or fold; the gain is the mean of after - before.  Each
+    resample draws the same images for all pairs that have the same, whole lesions, patients or cases where there are groups (Efron and
+    Tibshirani 1993, chapter 8).  It covers the choice of test images, not that of seeds.
     """
-    first = before[0]
-    if first.value(metric) is None:
+    if before[0].value(metric) is None:
         return None
-    measures = [(a.measure(metric), b.measure(metric)) for a, b in zip(before, after, strict=True)]
-    whole = np.mean([b.value(metric) - a.value(metric) for a, b in zip(before, after)])
-    gains = np.concatenate([np.mean([b(weights) - a(weights) for a, b in measures], axis=0)
-                            for weights in metrics.resamples(len(first.ids), first.groups, repeats, seed)])  # fmt: skip
+    whole, gains, units = 0, 0, 0
+    for shift, positions in enumerate(by_images(before)):
+        measures = [(before[i].measure(metric), after[i].measure(metric)) for i in positions]
+        first = before[positions[0]]
+
+        def gain(weights):
+            return np.sum([b(weights) - a(weights) for a, b in measures], axis=0) / len(before)
+
+        whole += gain(np.ones((len(first.ids), 1), np.int32))[0]
+        gains += np.concatenate(
+            [gain(weights) for weights in metrics.resamples(len(first.ids), first.groups, repeats, seed + shift)]
+        )
+        units += len(first.ids if first.groups is None else set(first.groups))
     gains = gains[np.isfinite(gains)]  # a resample without a class has no curve of it
     if len(gains) < repeats / 2 or not np.isfinite(whole):
         return None
-    return {"gain": float(whole), "interval": [float(value) for value in np.percentile(gains, (2.5, 97.5))],
-            "units": len(first.ids if first.groups is None else set(first.groups))}  # fmt: skip
+    return {"gain": float(whole), "interval": [float(value) for value in np.percentile(gains, (2.5, 97.5))], "units": units}
 
 
 def mcnemar(before, after):
-    """Exact two-sided test of McNemar (1947): of the images that one student alone gets right, is either one's share above one half?
+    """Exact two-sided test of McNemar (1947) of two students' accuracy: of the images that one alone gets right, is either's share above
+    one half?
 
     before, after (N,) bool: what is right.  {"gained": images right in `after` alone, "lost": in `before` alone, "p": value}.
     """
@@ -128,31 +149,38 @@ def seeds_interval(gains):
     return [float(np.mean(gains) - half), float(np.mean(gains) + half)]
 
 
-def verdict(gain, images, seeds):
-    """(word, sentence) for a gain in shares of 1, its 95 % interval over test images and the one over seeds or None.
+def span(interval, metric, unit=True):
+    """'-0.40 to +1.80 points', or '-' for None."""
+    points = " points" * (unit and not metric.endswith(NOT_PERCENT))
+    return " to ".join(cell(bound, metric, sign="+") for bound in interval) + points if interval else "-"
+
+
+def verdict(gain, images, seeds, metric="accuracy", over=("test images", "seeds")):
+    """(word, sentence) for a gain in `metric`, its 95 % interval over test images and the one over seeds or None; over: their names.
 
     Words: gain, loss, "within noise".
     """
-
-    def points(interval):
-        return f"{100 * interval[0]:+.2f} to {100 * interval[1]:+.2f} points"
-
-    intervals = [(images, f"{points(images)} over test images")] + ([(seeds, f"{points(seeds)} over seeds")] if seeds else [])
+    intervals = [(images, f"{span(images, metric)} over {over[0]}")] + ([(seeds, f"{span(seeds, metric)} over {over[1]}")] if seeds else [])
     noisy = [text for interval, text in intervals if interval[0] <= 0 <= interval[1]]
     clear = [text for interval, text in intervals if not interval[0] <= 0 <= interval[1]]
     word = "gain" if gain >= 0 else "loss"
-    start = f"The {word} of {100 * abs(gain):.2f} points is"
+    start = f"The {word} of {cell(abs(gain), metric)}{'' if metric.endswith(NOT_PERCENT) else ' points'} is"
     if noisy:
         holds = f"its 95 % interval{'s' * (len(noisy) > 1)}, {' and '.join(noisy)}, hold{'s' * (len(noisy) == 1)} 0"
         return "within noise", f"{start} within noise: {holds}{f' ({clear[0]} does not)' if clear else ''}."
     if not seeds:
-        return word, f"{start} larger than the noise of the test images (95 % interval {clear[0]}); one seed says nothing of training's noise."
+        return word, f"{start} larger than the noise of the {over[0]} (95 % interval {clear[0]}); one seed says nothing of training's noise."
     return word, f"{start} larger than noise: its 95 % intervals, {' and '.join(clear)}, exclude 0."
 
 
-def mean_fidelity(students, teacher):
-    """`metrics.fidelity` of Predictions to the teacher's, mean over tasks and seeds; None where it is undefined."""
-    found = [metrics.fidelity(student.logits[task], teacher.logits[task], student.targets[task]) for student in students for task in student.logits]
+def mean_fidelity(students, teachers):
+    """`metrics.fidelity` of Predictions {seed: ...} to their teachers', mean over tasks and seeds; None where it is undefined."""
+    found = [
+        metrics.fidelity(student.logits[task], teachers[seed].logits[task], student.targets[task])
+        for seed, student in students.items()
+        if seed in teachers
+        for task in student.logits
+    ] or [{}]
     return {name: None if any(of[name] is None for of in found) else float(np.mean([of[name] for of in found])) for name in found[0]}
 
 
@@ -164,19 +192,21 @@ def reliability(runs, task, bins=15):
     counts = np.bincount(which, minlength=bins)
     with np.errstate(invalid="ignore"):
         shown = {name: np.bincount(which, values, minlength=bins) / counts for name, values in (("confidence", confidence), ("accuracy", right))}
-    return {**shown, "share": counts / counts.sum(), "ece": calibration_error(runs, task, bins)}
-
-
-def calibration_error(runs, task, bins=15):
-    """Expected calibration error of Predictions, mean over runs (seeds)."""
-    return float(np.mean([metrics.expected_calibration_error(run.probabilities(task), run.targets[task], bins) for run in runs]))
+    errors = [metrics.expected_calibration_error(run.probabilities(task), run.targets[task], bins) for run in runs]
+    return {**shown, "share": counts / counts.sum(), "ece": float(np.mean(errors))}
 
 
 def class_gains(before, after, task):
     """[{"class", "images", "before", "after"}] recalls of each class that occurs, mean over seeds."""
-    recalls = [np.mean([np.array(metrics.class_recalls(run.logits[task], run.targets[task]), float) for run in runs], axis=0)
-               for runs in (before, after)]  # fmt: skip
-    counts = np.bincount(before[0].targets[task], minlength=len(recalls[0]))
+    present = [run.targets[task] for run in (before[few[0]] for few in by_images(before))]
+    counts = np.bincount(np.concatenate(present), minlength=len(before[0].classes[task]))
+    with np.errstate(invalid="ignore"):  # a class that a fold lacks
+        recalls = [
+            np.ma.masked_invalid(
+                [np.array(metrics.class_recalls(run.logits[task], run.targets[task]), float) for run in runs]
+            ).mean(0)
+            for runs in (before, after)
+        ]
     return [{"class": name, "images": int(count), "before": float(a), "after": float(b)}
             for name, count, a, b in zip(before[0].classes[task], counts, *recalls) if count]  # fmt: skip
 
@@ -195,29 +225,35 @@ def disagreements(before, after, task, most=12):
     return [*gained[: max(most - half, most - len(lost))], *lost[: max(half, most - len(gained))]]
 
 
-def weigh(teacher, before, after, metric, runs):
+def weigh(teachers, before, after, metric, runs):
     """What the predictions of a group say, for report.json.
 
-    teacher: Predictions or None; before, after: {seed: Predictions} without and with KD, all on the same rows; runs: how many runs the
-    larger of both kinds has, with or without predictions.  Keys are absent where there is nothing to compare: gain, interval, units,
-    seeds, seeds_interval, verdict, sentence, mcnemar, grouped, classes; fidelity, calibration.
+    teachers, before, after: {seed: Predictions} of what taught, without and with KD, on the same rows where the seed is the same; runs: how
+    many runs the larger kind of student has, with or without predictions.  Keys are absent where there is nothing to compare: gain,
+    interval, units, seeds, seeds_interval, verdict, sentence, mcnemar, grouped, classes, fidelity.
     """
-    seeds = [seed for seed in after if seed in before]
-    kinds = {"teacher": [teacher] if teacher else [], "student without KD": [*before.values()], "student with KD": [*after.values()]}
-    kinds, result = {kind: some for kind, some in kinds.items() if some}, {"metric": metric}
-    paired = paired_bootstrap([before[seed] for seed in seeds], [after[seed] for seed in seeds], metric) if seeds else None
+    seeds, result = [seed for seed in after if seed in before], {"metric": metric}
+    pairs = [before[seed] for seed in seeds], [after[seed] for seed in seeds]
+    paired = paired_bootstrap(*pairs, metric) if seeds else None
+    if seeds:
+        tasks, result["grouped"] = list(after[seeds[0]].targets), after[seeds[0]].groups is not None
+        result["mcnemar"] = [
+            {"seed": seed, "task": task, **mcnemar(before[seed].right(task), after[seed].right(task))}
+            for seed in seeds
+            for task in tasks
+        ]
+        result["classes"] = {task: class_gains(*pairs, task) for task in tasks}
     if paired:
         gains = [float((after[seed].value(metric) - before[seed].value(metric))[0]) for seed in seeds]
         result.update(paired, seeds=seeds, seeds_interval=seeds_interval(gains))
-        result["verdict"], result["sentence"] = verdict(result["gain"], result["interval"], result["seeds_interval"])
+        over = (
+            "groups of test images" if result["grouped"] else "test images",
+            "folds" if isinstance(seeds[0], str) else "seeds",
+        )
+        result["verdict"], result["sentence"] = verdict(result["gain"], result["interval"], result["seeds_interval"], metric, over)
         if len(seeds) < runs:
-            which = f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
+            which = ", ".join(map(repeat_name, seeds))
             result["sentence"] = f"On {which} alone, of which both kinds have predictions: {result['sentence'][0].lower()}{result['sentence'][1:]}"
-    if seeds:
-        tasks, result["grouped"] = list(after[seeds[0]].targets), after[seeds[0]].groups is not None
-        result["mcnemar"] = [{"seed": seed, "task": task, **mcnemar(before[seed].right(task), after[seed].right(task))} for seed in seeds for task in tasks]
-        result["classes"] = {task: class_gains([before[seed] for seed in seeds], [after[seed] for seed in seeds], task) for task in tasks}
-    if teacher:
-        result["fidelity"] = {kind: mean_fidelity(some, teacher) for kind, some in kinds.items() if kind != "teacher"}
-    result["calibration"] = {kind: {task: calibration_error(some, task) for task in some[0].targets} for kind, some in kinds.items()}
+    if teachers:
+        result["fidelity"] = {kind: mean_fidelity(some, teachers) for kind, some in (("student without KD", before), ("student with KD", after)) if some}
     return result

@@ -1,6 +1,6 @@
 """The report as Markdown, CSV and one HTML page.
 
-Needs comparison.py of `common` (and what it needs), and jinja2, which comes with torch.
+Needs comparison.py and evidence.py of `common` (and what these need), pillow, and jinja2, which comes with torch.
 """
 
 import base64
@@ -8,7 +8,10 @@ import csv
 import io
 from pathlib import Path
 
-from common.comparison import KEYS, KINDS, NOT_PERCENT, cell, how_to_repeat, label, number
+from PIL import Image
+
+from common.comparison import KEYS, KINDS, NOT_PERCENT, cell, how_to_repeat, label, number, repeat_name, shown, title
+from common.evidence import span
 
 COSTS = (("parameters", "parameters"), ("weight_bytes", "weights (MB)"), ("multiply_adds", "multiply-adds"),
          ("images_per_second", "images/s"), ("latency_ms", "ms for one image"),
@@ -31,35 +34,35 @@ def cost_rows(group):
     return [[kind, *("-" if cost[key] is None else short(cost[key] * scale.get(key, 1)) for key, _ in COSTS)] for kind, cost in group["cost"].items()]
 
 
-def trust_rows(group):
-    """[[name, value of each kind]] of fidelity and calibration, as text; kinds are the columns of KINDS."""
-    evidence, rows = group.get("evidence") or {}, []
-    for key, name in FIDELITY:
-        found = {kind: of[key] for kind, of in evidence.get("fidelity", {}).items()}
-        if found:
-            rows.append([name, *(cell(found.get(kind), key) for kind in KINDS)])
-    for task in next(iter(evidence.get("calibration", {}).values()), {}):
-        name = "expected calibration error" + ("" if task == "label" else f", {task}")
-        values = [evidence["calibration"].get(kind, {}).get(task) for kind in KINDS]
-        rows.append([name, *("-" if value is None else f"{value:.3f}" for value in values)])
-    return rows
+def metric_rows(group):
+    """[[name, value of each of KINDS]] of test metrics, mean over seeds, and of fidelity, as text: the one place that prints them all."""
+    fidelity, rows = (group.get("evidence") or {}).get("fidelity", {}), []
+    for key, found in group["metrics"].items():
+        if not key.endswith(tuple(name for name, _ in FIDELITY)):
+            name = title(key) + ("" if key.endswith(NOT_PERCENT) else " (%)")
+            rows.append([name, *(cell(found[kind]["mean"], key, found[kind]["std"]) for kind in KINDS)])
+    return rows + [[name, *(cell(fidelity.get(kind, {}).get(key), key) for kind in KINDS)] for key, name in FIDELITY if fidelity]
 
 
 def mcnemar_rows(group):
     """[[seed, task, gained, lost, p]] as text."""
-    return [[str(test["seed"]), test["task"], str(test["gained"]), str(test["lost"]), f"{test['p']:.3g}"]
+    return [[repeat_name(test["seed"]), test["task"], str(test["gained"]), str(test["lost"]), f"{test['p']:.3g}"]
             for test in (group.get("evidence") or {}).get("mcnemar", [])]  # fmt: skip
 
 
-def interval(group):
-    """'-0.40 to +1.80', in points, or '-'."""
-    bounds = (group.get("evidence") or {}).get("interval")
-    return f"{100 * bounds[0]:+.2f} to {100 * bounds[1]:+.2f}" if bounds else "-"
+def headline(groups):
+    """Sentences of each distilled group: whether the gain is larger than the noise, what to be warned of, what each side saw."""
+    result = []
+    for group in groups:
+        result += [f"{label(group)}: {text}" for text in [(group.get("evidence") or {}).get("sentence")] if text]
+        result += [f"warning: {label(group)}: {text}" for text in group["warnings"]]
+        result += [f"{label(group)}: {saw(group)}"] * bool(group["method"])
+    return result
 
 
-def answers(groups):
-    """A sentence a distilled group: was the gain larger than the noise?"""
-    return [f"{label(group)}: {group['evidence']['sentence']}" for group in groups if (group.get("evidence") or {}).get("sentence")]
+def saw(group):
+    """'trained on 808 labels (teacher), 100 labels (student without KD), 100 labels and 708 images without (student with KD)'"""
+    return "trained on " + ", ".join(f"{text} ({kind})" for kind, text in group["trained_on"].items())
 
 
 def csv_text(runs):
@@ -78,37 +81,118 @@ def csv_text(runs):
     return text.getvalue()
 
 
-def comparison_table(groups, metric):
-    return table(comparison_rows(groups, metric))
-
-
 def comparison_rows(groups, metric):
-    """A head and a row a group, as text."""
-    points = "" if metric.endswith(NOT_PERCENT) else " (points)"
-    rows = [["dataset", "teacher", "student", "method", *KINDS, f"difference{points}", "seeds"]]
-    for group in groups:
-        part = group if metric == "accuracy" else group[metric]
+    """A head and a row a group that was trained with labels, as text."""
+    points, many = (
+        "" if metric.endswith(NOT_PERCENT) else " (points)",
+        "folds" if groups and all(group["folds"] for group in groups) else "seeds",
+    )
+    rows = [
+        [
+            "dataset",
+            "teacher",
+            "student",
+            "method",
+            *(kind.removeprefix("student ") for kind in KINDS),
+            f"difference{points}",
+            "95 % over test images",
+            f"95 % over {many}",
+            "verdict",
+            many,
+        ]
+    ]
+    for group in (group for group in groups if not group["label_free"]):
+        part, evidence = group if metric == "accuracy" else group[metric], group.get("evidence") or {}
         kinds = [part[key.format(metric)] for key in KEYS]
-        method = ", ".join(filter(None, (group["method"], group["variant"]))) or "-"
-        without, with_kd = kinds[1]["n"], kinds[2]["n"]
-        seeds = str(with_kd) if with_kd == without else f"{without} without, {with_kd} with"
-        rows.append([group["dataset"], group["teacher"] or "-", group["student"], method,
-                     *(cell(kind["mean"], metric, kind["std"]) for kind in kinds),
-                     cell(part["gain_paired"]["mean"] if part["gain_paired"] else part["gain"], metric, part["gain_std"], "+"), seeds])  # fmt: skip
+        rows.append(
+            [
+                *names(group),
+                *(cell(kind["mean"], metric, kind["std"]) for kind in kinds),
+                cell(
+                    part["gain_paired"]["mean"] if part["gain_paired"] else part["gain"], metric, part["gain_std"], "+"
+                ),
+                *(span(evidence.get(key), metric, False) for key in ("interval", "seeds_interval")),
+                evidence.get("verdict", "-"),
+                repeats(kinds[1]["n"], kinds[2]["n"]),
+            ]
+        )
     return rows
 
 
-def ranking_rows(selected, wanted):
-    """A head and a row a setting of `select`, as text."""
-    flags = list(selected[0]["flags"])
-    return [[wanted, "runs", *flags],
-            *([f"{s['value']:.4f}", ", ".join(s["runs"]), *(str(s["flags"][flag]) for flag in flags)] for s in selected)]  # fmt: skip
+def label_free_rows(groups):
+    """A head and a row a group that was trained without labels, as text."""
+    rows = [
+        [
+            "dataset",
+            "teacher",
+            "student",
+            "method",
+            "val distillation loss",
+            "val k-NN (%)",
+            "teacher's k-NN (%)",
+            "seeds",
+        ]
+    ]
+    for group in (group for group in groups if group["label_free"]):
+        loss, knn = group["val_distillation_loss"], group["knn"]
+        rows.append(
+            [
+                *names(group),
+                cell(loss["mean"], "loss", loss["std"]),
+                *(cell(knn[of], "knn") for of in ("student", "teacher")),
+                repeats(0, loss["n"]),
+            ]
+        )
+    return rows
 
 
-def ranking(selected, wanted, command):
+def comparison_tables(groups, metric):
+    """Both, those that have a row."""
+    return [rows for rows in (comparison_rows(groups, metric), label_free_rows(groups)) if rows[1:]]
+
+
+def names(group):
+    return [
+        group["dataset"],
+        group["teacher"] or "-",
+        group["student"],
+        ", ".join(filter(None, (group["method"], group["variant"]))) or "-",
+    ]
+
+
+def repeats(without, with_kd):
+    return (
+        str(with_kd or without)
+        if not (with_kd and without) or with_kd == without
+        else f"{without} without, {with_kd} with"
+    )
+
+
+def ranking_rows(selected, metric):
+    """A head and a row a setting of `select`, as text; the test figure of the best alone, for the choice is val's."""
+    ranked, test = selected["ranked"], selected["test"]
+    flags = list(ranked[0]["flags"])
+    return [
+        [selected["metric"], f"test {metric}", "runs", *flags],
+        *(
+            [
+                f"{s['value']:.4f}",
+                cell(test["mean"], metric, test["std"]) if s is ranked[0] else "",
+                ", ".join(s["runs"]),
+                *(shown(s["flags"][flag]) for flag in flags),
+            ]
+            for s in ranked
+        ),
+    ]
+
+
+def ranking(selected, metric):
     """The settings as a table, then the best one's name, then the command that repeats it."""
-    best = selected[0]
-    return f"{table(ranking_rows(selected, wanted))}\nbest {wanted}: {best['value']:.4f}, {', '.join(best['runs'])}\nagain: {command}"
+    best = selected["ranked"][0]
+    return (
+        f"{table(ranking_rows(selected, metric))}\nbest {selected['metric']}: {best['value']:.4f}, {', '.join(best['runs'])}\n"
+        f"again: {selected['command']}"
+    )
 
 
 def table(rows):
@@ -121,19 +205,24 @@ def table(rows):
 
 def summarize(run):
     """A run in short: results.json without flags, environment and class names."""
-    left_out = ("flags", "environment", "script", "dataset", "final_val")
+    left_out = ("flags", "environment", "script", "dataset")
     short = {key: value for key, value in run["results"].items() if key not in left_out}
     both = {f"{key}_test": run[key] for key in ("recorded", "recomputed") if key in run}
     return {"run": run["path"], "dataset": run["id"]["dataset"], "seed": run["seed"], **short, **both}
 
 
 def run_rows(runs, metric):
-    """A head and a row a run, as text; runs: of `summarize`."""
+    """A head and a row a run, as text; runs: of `summarize`.  A run without that test metric shows on val what chose its best epoch."""
     rows = [["run", "role", "method", "model", "dataset", "seed", "best epoch", "epochs", f"test {metric}", "at the last epoch"]]
     for run in runs:
-        names = [run["run"], run["role"], run.get("method") or "-", run["model"]["name"], run["dataset"], run["seed"]]
-        names += [run.get("best_epoch"), run.get("last_epoch")]
-        rows.append([*map(str, names), *(cell((run.get(part) or {}).get(metric), metric) for part in ("test", "final_test"))])
+        row = [run["run"], run["role"], run.get("method") or "-", run["model"]["name"], run["dataset"], run["seed"]]
+        row += [run.get("best_epoch"), run.get("last_epoch")]
+        own = run.get("select_metric") or metric
+        split, shown, of = (
+            ("test", metric, "") if number(run["test"].get(metric)) is not None else ("val", own, f" (val {own})")
+        )
+        values = [number((run.get(part) or {}).get(shown)) for part in (split, f"final_{split}")]
+        rows.append([*map(str, row), *("-" if value is None else cell(value, shown) + of for value in values)])
     return rows
 
 
@@ -141,16 +230,18 @@ def markdown(report, metric):
     rows = run_rows(report["runs"], metric)
     notes = [f"{label(group)}: {note}" for group in report["groups"] for note in group["notes"]] + report["notes"]
     costs = [[label(group), *row] for group in report["groups"] for row in cost_rows(group)]
-    parts = ["# Report", f"## Test {metric}" + ("" if metric.endswith(NOT_PERCENT) else " in %"), comparison_table(report["groups"], metric),
+    chosen = report["selected"] and ranking(report["selected"], metric).replace("\nbest", "\n\nbest").replace(
+        "\nagain", "\n\nagain"
+    )
+    parts = ["# Report", *(["## Selection on val", chosen] if chosen else []),
+             f"## Test {title(metric)}" + ("" if metric.endswith(NOT_PERCENT) else " in %"), *map(table, comparison_tables(report["groups"], metric)),
              "Mean ± sample standard deviation over seeds; the difference is that between runs of one seed, where both kinds have one.",
-             *(["## Gain and noise", "\n".join(f"- {sentence}" for sentence in answers(report["groups"]))] if answers(report["groups"]) else []),
+             *(["## Gain and noise", "\n".join(f"- {sentence}" for sentence in headline(report["groups"]))] if report["groups"] else []),
              *(["## Cost", table([["group", "model", *(name for _, name in COSTS)], *costs])] if costs else []),
              "## Runs", table(rows)]  # fmt: skip
-    if report["selected"]:
-        parts += ["## Selection", ranking(*report["selected"].values()).replace("\nbest", "\n\nbest").replace("\nagain", "\n\nagain")]
-    for title, sentences in (("Missing", report["missing"]), ("Notes", notes)):
-        parts += [f"## {title}", "\n".join(f"- {sentence}" for sentence in sentences)] if sentences else []
-    parts += ["## Figures", *(f"![{title}]({name})" for name, title in report["figures"].items())]
+    for heading, sentences in (("Missing", report["missing"]), ("Notes", notes)):
+        parts += [f"## {heading}", "\n".join(f"- {sentence}" for sentence in sentences)] if sentences else []
+    parts += ["## Figures", *(f"![{text}]({name})" for name, text in report["figures"].items())]
     return "\n\n".join(parts) + "\n"
 
 
@@ -170,16 +261,17 @@ TEMPLATE = """<!doctype html>
 }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--text); background: var(--page); max-width: 1080px; margin: 0 auto; padding: 1rem 1.25rem 4rem; }
 h1 { font-size: 1.7rem; margin: 1rem 0 0.2rem; } h2 { font-size: 1.3rem; margin: 2.2rem 0 0.5rem; } h3 { font-size: 1.05rem; margin: 1.4rem 0 0.4rem; }
-p, li { max-width: 75ch; } .soft { color: var(--soft); }
+p, li, summary { max-width: 75ch; overflow-wrap: break-word; } .soft { color: var(--soft); }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: 0.9rem; margin: 0.4rem 0; font-variant-numeric: tabular-nums; }
-.figures td { white-space: nowrap; } .figures td:first-child { white-space: normal; }
+.figures td { white-space: nowrap; } .figures td:first-child { white-space: normal; min-width: 7rem; }
 th, td { text-align: left; padding: 0.3rem 0.7rem; border-bottom: 1px solid var(--line); vertical-align: top; } th { font-weight: 600; }
-.verdict { font-weight: 600; white-space: nowrap; } .gain { color: var(--gain); } .loss { color: var(--loss); } .noise { color: var(--noise); }
+.verdict { font-weight: 600; white-space: nowrap; } .headline li { margin: 0.4rem 0; max-width: 90ch; } .gain { color: var(--gain); } .loss { color: var(--loss); } .noise { color: var(--noise); }
 details { border: 1px solid var(--line); border-radius: 8px; margin: 0.7rem 0; padding: 0.2rem 0.9rem; }
 summary { cursor: pointer; padding: 0.45rem 0; font-weight: 600; }
-img.figure { max-width: 100%; height: auto; display: block; margin: 0.8rem 0; background: #fff; }
-.row { display: grid; grid-template-columns: repeat(auto-fit, minmax(290px, 1fr)); gap: 0.8rem; align-items: center; }
-.gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(215px, 1fr)); gap: 0.8rem; padding: 0; list-style: none; }
+img.figure { max-width: 100%; height: auto; display: block; margin: 0.4rem 0; background: #fff; }
+.row { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 430px), 1fr)); gap: 0.8rem; align-items: start; }
+.wide { grid-column: 1 / -1; }
+.gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(145px, 1fr)); gap: 0.8rem; padding: 0; list-style: none; }
 .gallery li { border: 1px solid var(--line); border-radius: 8px; padding: 0.6rem; font-size: 0.82rem; line-height: 1.35; overflow-wrap: anywhere; }
 .gallery img { width: 100%; aspect-ratio: 1; object-fit: contain; background: var(--band); image-rendering: auto; }
 code, pre { font: 0.84rem/1.45 ui-monospace, monospace; }
@@ -187,44 +279,56 @@ pre { background: var(--band); padding: 0.6rem; overflow-x: auto; white-space: p
 </style>
 </head>
 <body>
-{% macro grid(head, rows) %}<div class="scroll"><table><thead><tr>{% for name in head %}<th>{{ name }}</th>{% endfor %}</tr></thead>
+{% macro grid(head, rows, kind="figures") %}<div class="scroll"><table class="{{ kind }}"><thead><tr>{% for name in head %}<th>{{ name }}</th>{% endfor %}</tr></thead>
 <tbody>{% for row in rows %}<tr>{% for value in row %}<td>{{ value }}</td>{% endfor %}</tr>{% endfor %}</tbody></table></div>{% endmacro %}
-{% macro figure(name) %}<img class="figure" loading="lazy" alt="{{ titles[name] }}" src="data:image/png;base64,{{ images[name] }}">{% endmacro %}
+{% macro figures(names) %}{% if names %}<div class="row">{% for name in names %}<div class="scroll{{ ' wide' if images[name].least > 400 }}"><img class="figure" loading="lazy"
+ alt="{{ report.figures[name] }}" style="min-width: {{ images[name].least }}px" src="data:image/png;base64,{{ images[name].png }}"></div>
+{% endfor %}</div>{% endif %}{% endmacro %}
 <h1>Knowledge distillation report</h1>
-<p class="soft">{{ report.runs|length }} runs, {{ groups|length }} groups. A group is the seeds of one student trained in one way; figures are of the test set,
- of the epoch chosen on val.</p>
+<p class="soft">Runs: {{ report.runs|length }}. Groups: {{ groups|length }}. A group is the seeds or folds of one student trained in one way; figures are
+ of the test set, of the epoch chosen on val.</p>
 
-<h2>What did distillation buy?</h2>
-{% for heading, some in families.items() %}<h3>{{ heading }}</h3>
-<div class="scroll"><table class="figures"><thead><tr><th>method</th><th>verdict</th><th>difference{{ points }}</th><th>95 % interval</th><th>with KD</th>
-<th>without KD</th><th>teacher</th><th>seeds</th></tr></thead><tbody>
-{% for group in some %}<tr><td>{{ group.method }}</td><td class="verdict {{ group.colour }}">{{ group.word }}</td><td>{{ group.difference }}</td>
-<td>{{ group.interval }}</td>{% for value in group.accuracies %}<td>{{ value }}</td>{% endfor %}<td>{{ group.seeds }}</td></tr>{% endfor %}
+{% if selection %}<h2>Selection on val</h2>
+<p>Best {{ report.selected.metric }}: <b>{{ selection[1][0] }}</b>, with test {{ title }} <b>{{ selection[1][1] }}</b>{{ percent }}: {{ selection[1][2] }}.
+ <span class="soft">The setting is chosen on val; to choose it by the test figures below would flatter it.</span></p>
+{{ grid(selection[0], selection[1:], "") }}<p>Again:</p><pre>{{ report.selected.command }}</pre>{% endif %}
+
+{% if families %}<h2>{{ "What did distillation buy?" if judged else "Test figures" }}</h2>
+<ul class="headline">{% for group in judged %}<li><b class="{{ verdict_of(group)[1] }}">{{ label(group) }}</b>: {{ group.evidence.sentence }}
+{% for text in group.warnings %}<br><b class="loss">Warning:</b> {{ text }}.{% endfor %}<br><span class="soft">{{ saw(group) }}</span></li>
+{% endfor %}</ul>
+{% for heading, rows in families.items() %}<h3>{{ heading }}</h3>
+<div class="scroll"><table class="figures"><thead><tr>{% for name in columns %}<th>{{ name }}</th>{% endfor %}</tr></thead><tbody>
+{% for method, verdict, cells in rows %}<tr><td>{{ method }}</td><td class="verdict {{ verdict[1] }}">{{ verdict[0] }}</td>
+{% for value in cells %}<td>{{ value }}</td>{% endfor %}</tr>{% endfor %}
 </tbody></table></div>{% endfor %}
-<p class="soft">Test {{ metric }}{{ percent }}; mean ± sample standard deviation over seeds. The interval resamples test images (whole lesions, patients
- or cases where there are such groups), the same for both students. A verdict of gain or loss needs an interval without 0 over images, and over
- seeds where there are several.
- A single seed says nothing of training's noise. {% if compared > 1 %}{{ compared }} differences are judged
- here, each as if it were the only one.{% endif %}</p>
-{% for name in overview %}{{ figure(name) }}{% endfor %}
-{% if bars %}<details><summary>The same as bars</summary>{{ figure(bars) }}</details>{% endif %}
+<p class="soft">Test {{ title }}{{ percent }}; mean ± sample standard deviation over seeds. The interval over test images resamples them (whole lesions,
+ patients or cases where there are such groups), the same for both students; the one over seeds, or folds, is Student's t of their gains. A
+ verdict of gain or loss needs both without 0. A single seed says nothing of training's noise; folds share training images, so that their
+ interval is rather too narrow. {% if judged|length > 1 %}{{ judged|length }} differences are judged here, each as if it were the only one.
+{% endif %}</p>
+{% endif %}
+{% if free[1:] %}<h2>Students without labels</h2>{{ grid(free[0], free[1:]) }}
+<p class="soft">The distillation loss is of the epoch that it chose on val; k-NN accuracy is of the last epoch, where --eval-dataset was given.</p>{% endif %}
+{{ figures(overview) }}
 
-<h2>Can I trust it?</h2>
-{% for group in groups %}
-<details{% if loop.first %} open{% endif %}><summary>{{ group.label }}</summary>
-{% if group.sentence %}<p>{{ group.sentence }}</p>{% endif %}
-{% for note in group.notes %}<p class="soft">{{ note }}</p>{% endfor %}
-{% if group.cost %}<h3>Cost</h3>{{ grid([""] + cost_names, group.cost) }}{% endif %}
-{% if group.trust %}<h3>Fidelity and calibration</h3>{{ grid([""] + kinds, group.trust) }}{% endif %}
-{% if group.mcnemar %}<h3>McNemar's test</h3>{{ grid(["seed", "task", "right with KD alone", "right without KD alone", "p, exact"], group.mcnemar) }}
-{% if group.grouped %}<p class="soft">Several images are of one lesion, patient or case; the test takes them for independent, the interval above
- does not.</p>{% endif %}{% endif %}
-{% for name in group.wide %}{{ figure(name) }}{% endfor %}
-{% if group.square %}<div class="row">{% for name in group.square %}{{ figure(name) }}{% endfor %}</div>{% endif %}
-{% if group.gallery %}<h3>Where the students differ</h3>
+<h2>{{ "Can I trust it?" if judged else "In detail" }}</h2>
+{% for group, gallery in groups %}
+<details{% if loop.first %} open{% endif %}><summary>{{ label(group) }}</summary>
+<p class="soft">{{ saw(group) }}</p>{% for note in group.notes %}<p class="soft">{{ note }}</p>{% endfor %}
+{% if group.metrics %}<h3>Test metrics{% if group.evidence.fidelity %}, fidelity to the teacher{% endif %}</h3>
+{{ grid([""] + kinds, metric_rows(group)) }}{% endif %}
+{% if group.cost %}<h3>Cost</h3>{{ grid([""] + cost_names, cost_rows(group)) }}{% endif %}
+{% if group.evidence.mcnemar %}<h3>McNemar's test of accuracy</h3>
+<p class="soft">Of the images that one of two students alone gets right: do both have the same share? It is about the accuracy of each pair of
+ runs on these test images, whatever metric the verdict is about, and not about training's noise.{% if group.evidence.grouped %} Several images
+ are of one lesion, patient or case; the test takes them for independent, the interval above does not.{% endif %}</p>
+{{ grid(["seed or fold", "task", "right with KD alone", "right without KD alone", "p, exact"], mcnemar_rows(group)) }}{% endif %}
+{{ figures(group.figures) }}
+{% if gallery %}<h3>Where the students differ</h3>
 <p class="soft">Of the images that one student alone gets right, those with the largest change in the true class's probability
- (seed {{ group.gallery[0].seed }}): the extremes, no sample of the test set.</p>
-<ul class="gallery">{% for item in group.gallery %}<li><img alt="test image {{ item.id }}" src="data:image/jpeg;base64,{{ item.image }}">
+ ({{ gallery[0].seed }}): the extremes, no sample of the test set.</p>
+<ul class="gallery">{% for item in gallery %}<li><img alt="test image {{ item.id }}" src="data:image/jpeg;base64,{{ item.image }}">
 <div class="soft">{{ item.id }}{% if item.task %}, {{ item.task }}{% endif %}</div><div>true: <b>{{ item.true }}</b></div>
 {% for answer in item.answers %}<div><span class="{{ 'gain' if answer.right else 'loss' }}">{{ '✓' if answer.right else '✗' }}</span>
  {{ answer.kind }}: {{ answer.name }} {{ '%.0f' % (100 * answer.probability) }} %</div>{% endfor %}
@@ -232,14 +336,12 @@ pre { background: var(--band); padding: 0.6rem; overflow-x: auto; white-space: p
 </details>
 {% endfor %}
 
-{% if selection %}<h2>Selection</h2>{{ grid(selection.head, selection.rows) }}
-<p>Best {{ selection.metric }}: <b>{{ selection.value }}</b>, {{ selection.runs }}. Again:</p><pre>{{ selection.command }}</pre>{% endif %}
 {% for name, sentences in lists %}{% if sentences %}<h2>{{ name }}</h2>
 <ul>{% for sentence in sentences %}<li>{{ sentence }}</li>{% endfor %}</ul>{% endif %}{% endfor %}
-{% if rest %}<h2>Runs in no group</h2>{% for name in rest %}{{ figure(name) }}{% endfor %}{% endif %}
+{% if rest %}<h2>Runs in no group</h2>{{ figures(rest) }}{% endif %}
 
 <h2>How to repeat each run</h2>
-{{ grid(run_names, run_rows) }}
+{{ grid(runs_table[0], runs_table[1:]) }}
 {% for run in repeats %}<details><summary>{{ run.path }}</summary><pre>{{ run.command }}</pre>
 <p class="soft">git commit {{ run.commit or "unknown" }}<br>
 {% for name, value in run.hardware.items() %}{{ name }}: {{ value }}{{ ", " if not loop.last }}{% endfor %}<br>
@@ -249,49 +351,42 @@ pre { background: var(--band); padding: 0.6rem; overflow-x: auto; white-space: p
 """
 
 
-def group_view(group, metric, gallery):
-    """What the template shows of a group."""
-    evidence, (*_, method, teacher, without, with_kd, difference, seeds) = group.get("evidence") or {}, comparison_rows([group], metric)[1]
-    word, colour = evidence.get("verdict", "-"), "noise"
-    if word in ("gain", "loss"):
-        word, colour = (word, word) if evidence["seeds_interval"] else (f"{word}, one seed", "noise")
-    return {"label": label(group), "method": method, "accuracies": [with_kd, without, teacher], "difference": difference, "seeds": seeds,
-            "interval": interval(group), "word": word, "colour": colour,
-            "sentence": evidence.get("sentence"), "notes": group["notes"],
-            "cost": cost_rows(group), "trust": trust_rows(group), "mcnemar": mcnemar_rows(group), "grouped": evidence.get("grouped"),
-            "wide": [name for name in group["figures"] if not name.startswith("confusion")],
-            "square": sorted((name for name in group["figures"] if name.startswith("confusion")), key=lambda name: name.split("-", 2)[2]),
-            "gallery": gallery}  # fmt: skip
+def verdict_of(group):
+    """(word, CSS class): one seed alone is no proof, and has no colour."""
+    evidence = group.get("evidence") or {}
+    word = evidence.get("verdict", "-")
+    if word not in ("gain", "loss"):
+        return word, "noise"
+    return (word, word) if evidence["seeds_interval"] else (f"{word}, one seed", "noise")
 
 
 def html(report, runs, metric, folder, galleries):
     """The whole page as text, figures within.  runs: of read_runs; folder: of the figures; galleries: a list of items a group."""
     import jinja2
 
-    groups, percent = report["groups"], not metric.endswith(NOT_PERCENT)
-    titles = report["figures"]
-    images = {name: base64.b64encode((Path(folder) / name).read_bytes()).decode() for name in titles}
+    groups, percent, images = report["groups"], not metric.endswith(NOT_PERCENT), {}
+    for name in report["figures"]:
+        png = (Path(folder) / name).read_bytes()
+        images[name] = {"png": base64.b64encode(png).decode(), "least": round(0.45 * Image.open(io.BytesIO(png)).width)}  # smaller is not readable
     placed = {name for group in groups for name in group["figures"]}
-    free = [name for name in titles if name not in placed]
-    overview = [name for name in free if name.startswith("cost-")]
-    bars = next(iter(titles)) if groups else None
-    views, families = [group_view(group, metric, gallery) for group, gallery in zip(groups, galleries)], {}
-    for group, view in zip(groups, views):
+    overview = [name for name in images if name.startswith("cost-")]
+    (head, *rows), families, free, runs_table = (
+        comparison_rows(groups, metric),
+        {},
+        label_free_rows(groups),
+        run_rows(report["runs"], metric),
+    )
+    for group, row in zip([group for group in groups if not group["label_free"]], rows):
         models = f"{group['teacher']} to {group['student']}" if group["teacher"] else f"{group['student']} alone"
-        families.setdefault(f"{group['dataset']}: {models}", []).append(view)
-    selected = report["selected"] and selection_view(*report["selected"].values())
-    head, *rows = run_rows(report["runs"], metric)
-    page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True).from_string(TEMPLATE)
+        cells = [row[7], row[8], row[9], row[6], row[5], row[4], row[11]]  # what distillation bought comes first
+        families.setdefault(f"{group['dataset']}: {models}", []).append((row[3], verdict_of(group), cells))
+    page = jinja2.Environment(autoescape=True, trim_blocks=True).from_string(TEMPLATE)
     return page.render(
-        report=report, metric=metric, percent=" in %" if percent else "", points=" (points)" if percent else "", kinds=list(KINDS),
-        groups=views, families=families, bars=bars, cost_names=[name for _, name in COSTS],
-        compared=len(answers(groups)), titles=titles, images=images, overview=overview, rest=[name for name in free if name not in (*overview, bars)],
-        selection=selected, lists=[("Missing", report["missing"]), ("Notes", report["notes"])], run_names=head, run_rows=rows,
-        repeats=[{"path": run["path"], **how_to_repeat(run)} for run in runs],
+        report=report, groups=list(zip(groups, galleries)), title=title(metric), percent=" in %" if percent else "", kinds=list(KINDS), families=families,
+        columns=["method", "verdict", head[7], head[8], head[9], "with KD", "without KD", "teacher", head[11]], cost_names=[name for _, name in COSTS],
+        judged=[group for group in groups if group.get("evidence", {}).get("sentence")], images=images, overview=overview, free=free,
+        rest=[name for name in images if name not in {*placed, *overview}], selection=report["selected"] and ranking_rows(report["selected"], metric),
+        lists=[("Missing", report["missing"]), ("Notes", report["notes"])], runs_table=runs_table,
+        repeats=[{"path": run["path"], **how_to_repeat(run)} for run in runs], label=label, saw=saw, verdict_of=verdict_of, cost_rows=cost_rows,
+        metric_rows=metric_rows, mcnemar_rows=mcnemar_rows,
     )  # fmt: skip
-
-
-def selection_view(ranked, metric, command):
-    """The settings of --select as the template shows them."""
-    head, *rows = ranking_rows(ranked, metric)
-    return {"head": head, "rows": rows, "metric": metric, "value": rows[0][0], "runs": rows[0][1], "command": command}

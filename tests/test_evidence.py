@@ -20,7 +20,7 @@ def predictions(right, groups=None, classes=3, seed=0):
     return Predictions(np.array([f"i{i}" for i in range(len(right))]), groups, {"label": labels}, {"label": logits}, {"label": names})
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def students():
     rng = np.random.default_rng(1)
     before = [predictions(rng.random(400) < 0.7, seed=9) for _ in range(3)]
@@ -211,3 +211,48 @@ def test_several_tasks_in_a_file(tmp_path):
              (("labels", run.targets["label"]), ("logits", run.logits["label"]), ("classes", np.array(run.classes["label"])))})  # fmt: skip
     found = evidence.read_predictions(tmp_path / "p.npz")
     assert list(found.targets) == ["organ", "left_or_right"] and found.groups is None
+
+
+def test_a_task_named_label_among_several_is_read(tmp_path):
+    """write_predictions leaves that one's arrays without a suffix."""
+    from types import SimpleNamespace
+
+    from common.data import Splits
+    from common.evaluation import write_predictions
+
+    rng, classes = np.random.default_rng(0), {"organ": ["a", "b"], "label": ["x", "y", "z"], "side": ["left", "right"]}
+    targets = {task: rng.integers(len(names), size=5) for task, names in classes.items()}
+    logits = {task: rng.normal(size=(5, len(names))).astype(np.float32) for task, names in classes.items()}
+    dataset = SimpleNamespace(ids=[f"i{i}" for i in range(5)], groups=None, targets=targets)
+    write_predictions(str(tmp_path), "test", dataset, logits, Splits("toy", "natural", classes, None, None, None))
+    found = evidence.read_predictions(tmp_path / "predictions_test.npz")
+    assert found.classes == classes
+    for task in classes:
+        assert (found.targets[task] == targets[task]).all() and (found.logits[task] == logits[task]).all()
+
+
+def test_folds_are_resampled_each_on_their_own(students):
+    """Three folds of other images: the mean of three independent gains has a third of their variances' sum's root."""
+    before, after = students
+    for fold, pair in enumerate(zip(before, after)):
+        for run in pair:
+            run.ids = np.array([f"fold {fold} {name}" for name in run.ids])
+    found = evidence.paired_bootstrap(before, after, repeats=4000)
+    gains = [b.right("label").astype(float) - a.right("label") for a, b in zip(before, after)]
+    half = 1.96 * math.sqrt(sum(gain.var() / 400 for gain in gains)) / 3
+    assert found["gain"] == pytest.approx(np.mean(gains)) and found["units"] == 1200
+    assert found["interval"] == pytest.approx([np.mean(gains) - half, np.mean(gains) + half], abs=0.004)
+
+
+def test_intervals_of_results_are_of_whole_groups():
+    """results.json's interval of ten equal images a lesion is that of the lesions: about 1.96 * sqrt(p (1 - p) / 100) on either side."""
+    from types import SimpleNamespace
+
+    from common.data import Splits
+    from common.evaluation import uncertainty
+
+    right = np.repeat(np.random.default_rng(1).random(100) < 0.7, 10)
+    logits, labels = np.stack([right, ~right], 1).astype(np.float32), np.zeros(1000, int)
+    dataset = SimpleNamespace(targets={"label": labels}, groups=np.repeat([f"lesion {i}" for i in range(100)], 10))
+    low, high = uncertainty({"label": logits}, dataset, Splits("toy", "natural", ["x", "y"], None, None, None))["intervals"]["accuracy"]
+    assert high - low == pytest.approx(2 * 1.96 * math.sqrt(right.mean() * (1 - right.mean()) / 100), rel=0.15)

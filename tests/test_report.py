@@ -1,8 +1,13 @@
-"""report.py on run folders with known numbers, run as a user would run it."""
+"""report.py on run folders with known numbers, called as its command line calls it."""
 
+import base64
+import contextlib
 import hashlib
+import html
+import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,11 +15,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.stats
 from PIL import Image
 
-import report as report_script
+import report
+from common import cli, figures
 
 REPO = Path(__file__).resolve().parents[1]
+PIXEL = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg==")
 CLASSES = ["cat", "dog", "a class with a rather long name"]
 
 
@@ -23,14 +31,15 @@ def sha(text):
 
 
 def write_run(folder, role, accuracy, *, seed=0, model="resnet8", family="cnn", method=None, teacher=None, dataset="toy", test_set="test",
-              train_set="train", classes=CLASSES, resolution=32, flags=None, figures=False, **more):  # fmt: skip
+              train_set="train", val_set="", images=90, labelled=None, classes=CLASSES, resolution=32, flags=None, figures=False, **more):
     """A run folder as the scripts write it; returns the SHA-256 that stands for its checkpoint."""
     folder.mkdir(parents=True)
     results = {
         "role": role, "script": f"{role}.py", "method": method,
         "flags": {"seed": seed, "epochs": 10, "lr": 0.1, "output": str(folder), "device": "cpu", **(flags or {})}, "environment": {},
-        "dataset": {"name": dataset, "domain": "natural", "classes": classes, "sizes": {"train": 90, "val": 10, "test": 30},
-                    "sha256": {"train": sha(dataset + train_set), "val": sha("val"), "test": sha(dataset + test_set)}},
+        "dataset": {"name": dataset, "domain": "natural", "classes": classes, "sizes": {"train": images, "val": 10, "test": 30},
+                    **({} if labelled is None else {"labelled": {"train": 100, "sha256": sha(dataset + labelled)}}),
+                    "sha256": {"train": sha(dataset + train_set), "val": sha("val" + val_set), "test": sha(dataset + test_set)}},
         "model": {"name": model, "family": family, "parameters": 1000, "resolution": resolution},
         "teacher": teacher and {"name": "resnet18", "family": "cnn", "checkpoint": "somewhere/best.pth", "sha256": teacher},
         "checkpoint": "best.pth", "checkpoint_sha256": sha(str(folder)), "select_metric": "accuracy", "best_epoch": 2, "last_epoch": 3,
@@ -47,12 +56,23 @@ def write_run(folder, role, accuracy, *, seed=0, model="resnet8", family="cnn", 
     return results["checkpoint_sha256"]
 
 
-def run_report(cwd, *args, script=REPO / "report.py"):
-    return subprocess.run([sys.executable, str(script), *map(str, args)], cwd=cwd, capture_output=True, text=True)
+def run_report(cwd, *args):
+    """What `python report.py ARGS` prints and exits with; in this process, which has imported torch and matplotlib already."""
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
+    before, argv = os.getcwd(), sys.argv
+    try:
+        os.chdir(cwd)
+        sys.argv = ["report.py", *map(str, args)]
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as ended:
+            cli.run_script(report.main, report.build_parser)
+    finally:
+        os.chdir(before)
+        sys.argv = argv
+    return subprocess.CompletedProcess(args, ended.value.code, *(stream.buffer.getvalue().decode() for stream in (out, err)))
 
 
-def report_of(cwd, *args, **where):
-    done = run_report(cwd, *args, **where)
+def report_of(cwd, *args, run=run_report):
+    done = run(cwd, *args)
     assert done.returncode == 0, done.stderr
     return json.loads((cwd / "report" / "report.json").read_text()), done
 
@@ -138,7 +158,7 @@ def test_table_and_last_line(study):
     cwd, _, done = study
     lines = done.stdout.splitlines()
     row = [text.strip() for text in only(matching(lines, "| toy", "response")).strip("|").split("|")]
-    assert row == ["toy", "resnet18", "resnet8", "response", "95.00", "82.00 ± 2.00", "87.00 ± 2.65", "+5.00 ± 1.00", "3"]
+    assert row == ["toy", "resnet18", "resnet8", "response", "95.00", "82.00 ± 2.00", "87.00 ± 2.65", "+5.00 ± 1.00", "-", "-", "-", "3"]
     assert lines[-1] == "report: report/report.html"
     assert "87.00 ± 2.65" in (cwd / "report" / "report.md").read_text()
 
@@ -152,7 +172,7 @@ def test_figures(study):
             assert len(np.unique(np.asarray(image.convert("L")))) > 20  # something is drawn
         assert f"({name})" in text
     names = list(report["figures"])
-    assert "accuracy.png" in names
+    assert "cost-toy.png" in names
     assert len(matching(names, "curves-")) == 3  # two groups, and the run that is in none
     assert len(matching(names, "confusion-")) == 3  # teacher, first baseline and first distilled; the others saved none
     assert {path.name for path in (cwd / "report").iterdir()} == {*names, "report.json", "report.md", "report.html", "report.csv"}
@@ -178,7 +198,7 @@ def test_other_metric(tmp_path):
     part = only(report["groups"])["macro_f1"]
     assert part["teacher_macro_f1"]["mean"] == pytest.approx(0.8)
     assert part["gain"] == pytest.approx(0.66 - 0.5)
-    assert report["cnn"]["student_accuracy_with_kd"] == 0.7 and "macro_f1.png" in report["figures"]
+    assert report["cnn"]["student_accuracy_with_kd"] == 0.7 and "Test macro_f1 against cost, toy" in report["figures"].values()
     _, done = report_of(tmp_path, "runs", "--metric", "loss")
     assert "| -0.2500 " in done.stdout  # 1.25 - 1.5, no percentage
 
@@ -311,15 +331,15 @@ def test_damaged_runs_are_named_and_the_others_reported(tmp_path):
 def test_predictions_of_another_type_are_named(tmp_path, name):
     """Strings, or one value, where numbers or a row an image should stand."""
     arrays = {"ids": np.array(["a", "b"]), "labels": np.array([0, 1]), "logits": np.eye(2, dtype=np.float32), "classes": np.array(["x", "y"])}
-    run = {"path": str(tmp_path), "seed": 0, "results": {"test": {"accuracy": 1.0}}}
+    run = {"path": str(tmp_path), "seed": 0, "results": {"test": {"accuracy": 1.0}, "dataset": {"sha256": {"test": ""}}}}
     for value in ([None] if name in ("labels", "logits") else []) + [np.array("a")]:
         np.savez(tmp_path / "predictions_test.npz", **{**arrays, name: arrays[name].astype(str) if value is None else value})
         missing = []
-        assert report_script.load_predictions(([], [], [run]), missing, {}) == ({}, {}, {})
+        assert report.load_predictions(([], [], [run]), missing, {}) == ({}, {}, {})
         assert "predictions_test.npz cannot be used" in only(missing)
     np.savez(tmp_path / "predictions_test.npz", **arrays)
     missing = []
-    assert list(report_script.load_predictions(([], [], [run]), missing, {})[2]) == [0] and not missing
+    assert list(report.load_predictions(([], [], [run]), missing, {})[2]) == [0] and not missing
 
 
 def refused(done, *words):
@@ -379,10 +399,16 @@ def test_reevaluate(tmp_path):
     write_run(tmp_path / "runs/s", "student", 0.6)
     write_run(tmp_path / "runs/d", "distill", 0.7, method="response", teacher=teacher)
     flags = ("runs", "--reevaluate", "--device", "cpu", "--batch-size", "7")
-    refused(run_report(tmp_path, *flags, script=tmp_path / "report.py"), "--reevaluate could evaluate no checkpoint")
+
+    def run(cwd, *args):
+        return subprocess.run(
+            [sys.executable, str(tmp_path / "report.py"), *args], cwd=cwd, capture_output=True, text=True
+        )
+
+    refused(run(tmp_path, *flags), "--reevaluate could evaluate no checkpoint")
     (tmp_path / "runs/s/best.pth").write_text('{"accuracy": 0.60005, "macro_f1": 0.1}')
     (tmp_path / "runs/d/best.pth").write_text('{"accuracy": 0.75}')
-    report, done = report_of(tmp_path, *flags, script=tmp_path / "report.py")
+    report, done = report_of(tmp_path, *flags, run=run)
     assert report["cnn"] == {"teacher_accuracy": 0.9, "student_accuracy_without_kd": 0.60005, "student_accuracy_with_kd": 0.75}
     run = only([run for run in report["runs"] if run["run"] == "runs/d"])
     assert run["recorded_test"]["accuracy"] == 0.7 and run["recomputed_test"] == {"accuracy": 0.75} and run["test"]["accuracy"] == 0.75
@@ -429,3 +455,454 @@ def test_hidden_folders_hold_no_runs(tmp_path):
     write_run(tmp_path / "runs" / ".student.sync.7", "student", 0.7)
     report, _ = report_of(tmp_path, "runs")
     assert [run["run"] for run in report["runs"]] == ["runs/student"]
+
+
+# ----------------------------------------------------------------------------------------------- verdicts and warnings
+
+
+def page_of(cwd):
+    """report.html without the figures' bytes."""
+    return html.unescape(re.sub(r"base64,[^\"]*", "", (cwd / "report" / "report.html").read_text()))
+
+
+def write_predicted(folder, role, right, *, groups=None, name="i", **more):
+    """A run with predictions: right (N,) bool, of three classes."""
+    sha256 = write_run(folder, role, float(np.mean(right)), **more)
+    labels = np.arange(len(right)) % 3
+    logits = np.eye(3, dtype=np.float32)[np.where(right, labels, (labels + 1) % 3)] * 5
+    found = {
+        "ids": np.array([f"{name}{i}" for i in range(len(right))]),
+        "labels": labels,
+        "logits": logits,
+        "classes": np.array(CLASSES),
+    }
+    np.savez(folder / "predictions_test.npz", **found, **({} if groups is None else {"groups": groups}))
+    return sha256
+
+
+def test_both_intervals_stand_beside_the_verdict(tmp_path):
+    """In the printed table, the headline and the page; expected by scipy's bootstrap and its t-test of the seeds' gains."""
+    rng = np.random.default_rng(0)
+    teacher, gains = write_run(tmp_path / "runs/t", "teacher", 0.95), []
+    for seed in range(3):
+        before = rng.random(600) < 0.7
+        after = before | (rng.random(600) < 0.3)
+        gains.append(after.astype(float) - before)
+        write_predicted(tmp_path / f"runs/s{seed}", "student", before, seed=seed)
+        write_predicted(tmp_path / f"runs/d{seed}", "distill", after, seed=seed, method="response", teacher=teacher)
+    report, done = report_of(tmp_path, "runs")
+    seeds = scipy.stats.ttest_1samp(np.mean(gains, axis=1), 0).confidence_interval()
+    images = scipy.stats.bootstrap(
+        (np.mean(gains, axis=0),), np.mean, n_resamples=4000, method="percentile", rng=0
+    ).confidence_interval
+    row = [text.strip() for text in only(matching(done.stdout.splitlines(), "| toy", "response")).strip("|").split("|")]
+    assert [float(text) for text in row[8].split(" to ")] == pytest.approx([100 * value for value in images], abs=0.4)
+    assert row[9] == f"{100 * seeds.low:+.2f} to {100 * seeds.high:+.2f}" and row[10] == "gain"
+    page = page_of(tmp_path)
+    headline = page[page.index("What did distillation buy?") : page.index("<table")]
+    cells = re.findall("<td[^>]*>([^<]*)</td>", page[page.index("<tbody>") : page.index("</tbody>")])
+    assert cells[1:5] == ["gain", row[7], row[8], row[9]]
+    assert (
+        f"{row[8]} points over test images and {row[9]} points over seeds, exclude 0" in headline and "gain" in headline
+    )
+    assert f"{row[8]} points over test images and {row[9]} points over seeds" in done.stdout
+    assert "McNemar's test of accuracy" in page and "not about training's noise" in page
+
+
+def test_lesions_are_resampled_whole(tmp_path):
+    """Eight equal images of each lesion: the interval of the lesions, 2.8 times as wide as one of images."""
+    rng, groups = np.random.default_rng(0), np.repeat([f"lesion{i}" for i in range(100)], 8)
+    before, after = (np.repeat(rng.random(100) < share, 8) for share in (0.6, 0.7))
+    teacher = write_run(tmp_path / "runs/t", "teacher", 0.95)
+    write_predicted(tmp_path / "runs/s", "student", before, groups=groups)
+    write_predicted(tmp_path / "runs/d", "distill", after, groups=groups, method="response", teacher=teacher)
+    report, done = report_of(tmp_path, "runs")
+    evidence = only(report["groups"])["evidence"]
+    low, high = evidence["interval"]
+    expected = 2 * 1.96 * np.std(after.astype(float) - before) / 10
+    assert high - low == pytest.approx(expected, rel=0.1) and evidence["units"] == 100
+    assert "over groups of test images" in done.stdout
+
+
+def test_a_teacher_worse_than_the_student_alone_is_in_the_headline(tmp_path):
+    teacher = write_run(tmp_path / "runs/t", "teacher", 0.61)
+    write_predicted(tmp_path / "runs/s", "student", np.arange(100) < 63)
+    write_predicted(tmp_path / "runs/d", "distill", np.arange(100) < 80, method="response", teacher=teacher)
+    _, done = report_of(tmp_path, "runs")
+    text = "the teacher (61.00) is worse than the student alone (63.00)"
+    page = page_of(tmp_path)
+    assert f"response: {text}\n" in done.stdout and page.index(text) < page.index("<table")
+    assert text in (tmp_path / "report/report.md").read_text()
+    _, done = report_of(tmp_path, "runs", "--metric", "loss")  # 1.5 for all: neither is worse
+    assert "is worse" not in done.stdout
+
+
+def test_a_gain_over_a_baseline_that_another_run_beats_says_so(tmp_path):
+    """The baseline of the distilled runs' flags is used; a student alone with another rate is better than it, and than the distilled one."""
+    teacher = write_run(tmp_path / "runs/t", "teacher", 0.95)
+    for name, right, flags in (("same", 60, {}), ("faster", 75, {"lr": 0.3}), ("slower", 50, {"lr": 0.01})):
+        write_predicted(tmp_path / f"runs/{name}", "student", np.arange(100) < right, flags=flags)
+    write_predicted(tmp_path / "runs/more", "student", np.arange(100) < 90, train_set="more images", flags={"lr": 0.3})
+    write_predicted(tmp_path / "runs/d", "distill", np.arange(100) < 70, method="response", teacher=teacher)
+    report, done = report_of(tmp_path, "runs")
+    group = only([group for group in report["groups"] if group["method"]])
+    assert group["runs"]["students"] == ["runs/same"]
+    assert group["warnings"] == [
+        "another student alone, with --lr 0.3 (not 0.1), is better (75.00) than this baseline (60.00), and than the student "
+        "with KD (70.00): runs/faster"
+    ]
+    assert group["warnings"][0] in done.stdout and group["warnings"][0] in page_of(tmp_path)
+    shutil.rmtree(tmp_path / "runs/faster")
+    report, _ = report_of(tmp_path, "runs")
+    assert only([group for group in report["groups"] if group["method"]])["warnings"] == []
+
+
+def test_what_each_side_saw_and_which_baseline_has_the_same_labels(tmp_path):
+    """A student alone on 100 images, and one with KD on 808 of which the same 100 have labels; others have other labels."""
+    teacher = write_run(tmp_path / "runs/t", "teacher", 0.95, images=808, train_set="all")
+    for name, accuracy, images in (("first 100", 0.6, 100), ("first 50", 0.5, 50), ("other 100", 0.9, 100)):
+        write_run(tmp_path / "runs" / name, "student", accuracy, train_set=name, images=images, flags={"limit_train": images})
+    write_run(
+        tmp_path / "runs/d", "distill", 0.7, method="response", teacher=teacher, train_set="100 of all", images=808,
+        labelled="first 100", flags={"limit_labels": 100, "limit_train": 0},
+    )  # fmt: skip
+    report, done = report_of(tmp_path, "runs")
+    group = only([group for group in report["groups"] if group["method"]])
+    assert group["runs"]["students"] == ["runs/first 100"] and group["warnings"] == []
+    assert not matching(group["notes"], "limit") and not matching(group["notes"], "other data")
+    words = "100 labels (student without KD), 100 labels and 708 images without (student with KD)"
+    for text in (done.stdout, page_of(tmp_path), (tmp_path / "report/report.md").read_text()):
+        assert f"trained on 808 labels (teacher), {words}" in text
+
+
+def test_weight_decay_is_a_setting(tmp_path):
+    teacher = write_run(tmp_path / "runs/t", "teacher", 0.9)
+    write_run(tmp_path / "runs/s", "student", 0.6, flags={"weight_decay": 0.0})
+    for name, decay in (("none", None), ("small", 0.0005)):
+        write_run(
+            tmp_path / f"runs/d_{name}",
+            "distill",
+            0.7,
+            method="response",
+            teacher=teacher,
+            flags={"weight_decay": decay},
+        )
+    report, _ = report_of(tmp_path, "runs")
+    groups = {group["runs"]["distilled"][0]: group for group in report["groups"]}
+    assert {name: group["variant"] for name, group in groups.items()} == {
+        "runs/d_none": "--weight-decay default",
+        "runs/d_small": "--weight-decay 0.0005",
+    }
+    assert matching(groups["runs/d_small"]["notes"], "the baseline has other flags", "--weight-decay 0.0 (not 0.0005)")
+
+
+def test_a_run_older_than_a_flag_had_its_default(tmp_path):
+    """--distillation-warmup-epochs is 0 where it is not given: an old run and a new one with 0 are seeds of one group."""
+    teacher = write_run(tmp_path / "runs/t", "teacher", 0.9)
+    for seed, flags in enumerate(({}, {"distillation_warmup_epochs": 0}, {"distillation_warmup_epochs": 3.0})):
+        write_run(
+            tmp_path / f"runs/d{seed}", "distill", 0.7, seed=seed, method="response", teacher=teacher, flags=flags
+        )
+    report, done = report_of(tmp_path, "runs")
+    found = {group["variant"]: group["runs"]["distilled"] for group in report["groups"]}
+    assert found == {
+        "--distillation-warmup-epochs 0": ["runs/d0", "runs/d1"],
+        "--distillation-warmup-epochs 3.0": ["runs/d2"],
+    }
+    assert "None" not in done.stdout
+
+
+def test_a_partial_auc_stands_with_its_maximum_and_chance(tmp_path):
+    write_run(tmp_path / "runs/s", "student", 0.6, test={"accuracy": 0.6, "pauc": 0.1576})
+    _, done = report_of(tmp_path, "runs", "--metric", "pauc")
+    assert "| 0.1576 " in done.stdout and "at most 0.2, chance 0.02" in (tmp_path / "report/report.md").read_text()
+    report_of(tmp_path, "runs")  # among the other metrics
+    assert re.search(
+        r"<td>pauc \(above 80 % true-positive rate; at most 0.2, chance 0.02\)</td>.*<td>0.1576</td>", page_of(tmp_path)
+    )
+
+
+# --------------------------------------------------------------------------------------------- sweeps, folds, no labels
+
+
+def test_a_sweep_opens_with_the_choice_on_val(tmp_path):
+    """The best by val is not the best by test, and the test figure that is named is its own."""
+    for lr, val, test in ((0.1, 0.7, 0.9), (0.01, 0.8, 0.6), (0.001, 0.5, 0.5)):
+        write_run(tmp_path / f"runs/lr-{lr}", "student", test, flags={"lr": lr}, val={"accuracy": val})
+    report, done = report_of(tmp_path, "runs")
+    assert report["selected"]["metric"] == "val_accuracy" and report["selected"]["test"]["mean"] == 0.6
+    assert [setting["runs"] for setting in report["selected"]["ranked"]] == [
+        ["runs/lr-0.01"],
+        ["runs/lr-0.1"],
+        ["runs/lr-0.001"],
+    ]
+    page = page_of(tmp_path)
+    assert (
+        page.index("Selection on val") < page.index("Test figures")
+        and "with test accuracy <b>60.00</b> in %: runs/lr-0.01" in page
+    )
+    assert "best val_accuracy: 0.8000, runs/lr-0.01\n" in done.stdout
+    write_run(
+        tmp_path / "runs/more", "student", 0.9, train_set="more", flags={"lr": 0.01}
+    )  # another question than which rate
+    assert report_of(tmp_path, "runs")[0]["selected"] is None
+
+
+def fold_run(folder, role, fold, right, **more):
+    """Of a cross-validation in three parts: each fold has a test set of its own."""
+    return write_predicted(
+        folder,
+        role,
+        right,
+        name=f"fold{fold}-",
+        test_set=f"test {fold}",
+        train_set=f"train {fold}",
+        val_set=f"val {fold}",
+        images=90 + fold,
+        flags={"folds": 3, "fold": fold, **more.pop("flags", {})},
+        **more,
+    )
+
+
+def test_folds_are_one_group(tmp_path):
+    """Three folds of 100, 200 and 300 test images, each with its own teacher; the gain is the mean over folds."""
+    rng, gains = np.random.default_rng(2), []
+    for fold in range(3):
+        before = rng.random(100 * (fold + 1)) < 0.6
+        after = before | (rng.random(len(before)) < 0.3)
+        gains.append(after.astype(float) - before)
+        teacher = fold_run(tmp_path / f"runs/t{fold}", "teacher", fold, np.ones(len(before), bool), model="resnet18")
+        fold_run(tmp_path / f"runs/s{fold}", "student", fold, before)
+        fold_run(tmp_path / f"runs/d{fold}", "distill", fold, after, method="response", teacher=teacher)
+    report, done = report_of(tmp_path, "runs")
+    group, means = only(report["groups"]), [gain.mean() for gain in gains]
+    assert (
+        group["runs"]["distilled"] == ["runs/d0", "runs/d1", "runs/d2"]
+        and group["student_accuracy_without_kd"]["n"] == 3
+    )
+    assert group["gain"] == pytest.approx(np.mean(means)) and group["teacher_accuracy"] == {
+        "mean": 1,
+        "std": 0,
+        "n": 3,
+        "seeds": [f"fold {fold}, seed 0" for fold in range(3)],
+    }
+    evidence = group["evidence"]
+    assert evidence["gain"] == pytest.approx(np.mean(means)) and evidence["units"] == 600
+    spread = 1.96 * np.sqrt(sum(gain.var() / len(gain) for gain in gains)) / 3  # of a mean of three independent means
+    assert evidence["interval"] == pytest.approx([np.mean(means) - spread, np.mean(means) + spread], abs=0.01)
+    assert evidence["seeds_interval"] == pytest.approx(list(scipy.stats.ttest_1samp(means, 0).confidence_interval()))
+    assert "points over folds" in done.stdout and "95 % over folds" in done.stdout
+    assert evidence["fidelity"]["student with KD"]["agreement"] == pytest.approx(
+        np.mean(
+            [json.loads((tmp_path / f"runs/d{fold}/results.json").read_text())["test"]["accuracy"] for fold in range(3)]
+        )
+    )  # the teachers are right
+    assert sum(row["images"] for row in evidence["classes"]["label"]) == 600
+
+
+def test_folds_of_another_division_are_not_paired(tmp_path):
+    teacher = write_run(tmp_path / "runs/t", "teacher", 0.9)
+    for fold in range(2):
+        fold_run(tmp_path / f"runs/s{fold}", "student", fold, np.arange(90) < 50)
+        fold_run(tmp_path / f"runs/d{fold}", "distill", fold, np.arange(90) < 60, method="response", teacher=teacher)
+    file = tmp_path / "runs/s1/results.json"
+    file.write_text(file.read_text().replace(sha("toytest 1"), sha("toytest 7")))
+    report, _ = report_of(tmp_path, "runs")
+    group = only(report["groups"])
+    assert group["runs"]["students"] == ["runs/s0"] and group["gain_paired"]["seeds"] == ["fold 0, seed 0"]
+    assert matching(report["missing"], "runs/s1 are left out", "folds hold other images")
+    assert "On fold 0, seed 0 alone" in group["evidence"]["sentence"]
+
+
+def write_label_free(folder, seed, teacher):
+    """A run of --method tokens on unlabelled images: no head, no test set."""
+    write_run(
+        folder,
+        "distill",
+        0.5,
+        seed=seed,
+        method="tokens",
+        teacher=teacher,
+        dataset="unlabeled",
+        classes=[],
+        model="vit_6_192",
+        select_metric="distillation_loss",
+        val={"distillation_loss": 0.25 + seed / 10},
+        test=None,
+        final_test=None,
+    )
+    results = json.loads((folder / "results.json").read_text())
+    del results["test"], results["final_test"], results["dataset"]["sha256"]["test"]
+    (folder / "results.json").write_text(json.dumps(results))
+    rows = [
+        {
+            "epoch": epoch,
+            "train_loss": 1 / epoch,
+            "val_distillation_loss": 10.0**-epoch,
+            "val_knn": 0.1 * epoch if epoch != 2 else None,
+            "val_teacher_knn": 0.4,
+        }
+        for epoch in (1, 2, 3)
+    ]
+    (folder / "metrics.json").write_text(json.dumps(rows))
+
+
+def test_label_free_runs_have_their_page(tmp_path):
+    """Alone, and beside runs with labels."""
+    for seed in range(2):
+        write_label_free(tmp_path / f"runs/free{seed}", seed, sha("t"))
+    report, done = report_of(tmp_path, "runs")
+    page = page_of(tmp_path)
+    rows = [
+        [text.strip() for text in line.strip("|").split("|")]
+        for line in done.stdout.splitlines()
+        if line.startswith("| ")
+    ]
+    assert rows == [
+        [
+            "dataset",
+            "teacher",
+            "student",
+            "method",
+            "val distillation loss",
+            "val k-NN (%)",
+            "teacher's k-NN (%)",
+            "seeds",
+        ],
+        ["unlabeled", "resnet18", "vit_6_192", "tokens", "0.3000 ± 0.0707", "30.00", "40.00", "2"],
+    ]
+    assert (
+        "Students without labels" in page
+        and "Test figures" not in page
+        and "Test metrics" not in page
+        and "McNemar" not in page
+    )
+    assert (
+        not re.search(r"<tbody>\s*</tbody>", page)
+        and "baseline" not in done.stdout
+        and "predictions" not in done.stdout
+    )
+    assert "0.2500 (val distillation_loss)" in page and "90 images without labels" in page
+    write_label_free(tmp_path / "runs/free0_again", 0, write_run(tmp_path / "runs/t", "teacher", 0.9))
+    write_run(tmp_path / "runs/s", "student", 0.6)
+    report, done = report_of(tmp_path, "runs")
+    assert len(report["groups"]) == 3 and "| toy " in done.stdout and done.stdout.count("| unlabeled ") == 2
+    assert report["vit"] is None and not matching(report["missing"], "tested on other images")
+
+
+def test_learning_curves_show_what_chose_the_epoch(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        figures,
+        "draw_curves",
+        lambda path, title, metric, scale, lines: (drawn.append((metric, scale)), path.write_bytes(PIXEL)),
+    )
+    teacher = write_run(tmp_path / "runs/t", "teacher", 0.9)
+    write_run(
+        tmp_path / "runs/d", "distill", 0.7, method="response", teacher=teacher, select_metric="balanced_accuracy"
+    )
+    write_run(tmp_path / "runs/alone", "teacher", 0.7, dataset="other", select_metric="loss")
+    report_of(tmp_path, "runs")
+    assert drawn == [("balanced_accuracy", 100), ("loss", 1)]
+
+
+@pytest.mark.parametrize(("high", "log"), [(50.0, True), (0.09, False)])
+def test_curves_have_panels_of_that_metric_and_a_log_axis_where_they_need_it(tmp_path, monkeypatch, high, log):
+    seen, keep = [], figures.figure
+
+    @contextlib.contextmanager
+    def look(*args, **more):
+        with keep(*args, **more) as (drawn, axes):
+            yield drawn, axes
+            drawn.canvas.draw()
+            for axis in axes:
+                seen.append(
+                    (
+                        axis.get_ylabel(),
+                        axis.get_yscale(),
+                        [text.get_text() for text in axis.get_yticklabels(which="both")],
+                    )
+                )
+
+    monkeypatch.setattr(figures, "figure", look)
+    rows = [
+        {"epoch": 1, "train_loss": high, "val_distillation_loss": high},
+        {"epoch": 2, "train_loss": 0.05, "val_distillation_loss": 0.05},
+    ]
+    figures.draw_curves(
+        tmp_path / "c.png", "title", "distillation_loss", 1, [("student", "C0", rows, {"best_epoch": 2})]
+    )
+    assert [name for name, _, _ in seen] == ["train loss", "val distillation_loss"]
+    for _, scale, texts in seen:
+        assert (
+            (scale == "log") == log and any(texts) and not any("$" in text or "mathdefault" in text for text in texts)
+        )
+        assert not log or {"0.1", "1", "10"} <= set(texts)
+
+
+@pytest.mark.parametrize("size", [2, 10, 40])
+def test_confusion_matrices_are_readable_on_a_narrow_screen(tmp_path, size):
+    """On 400 px the page scrolls what would be shown at less than 45 % of its pixels: letters of 9 points are then 7 px tall."""
+    write_run(tmp_path / "runs/s", "student", 0.6, classes=[f"class {i}" for i in range(size)])
+    np.save(tmp_path / "runs/s/confusion_test_label.npy", np.eye(size, dtype=int))
+    report, _ = report_of(tmp_path, "runs")
+    name = only(matching(report["figures"], "confusion"))
+    with Image.open(tmp_path / "report" / name) as image:
+        least = only(re.findall(r'alt="Confusion[^>]*min-width: (\d+)px', page_of(tmp_path)))
+        assert int(least) >= 0.44 * image.width and (int(least) <= 360) == (size <= 10)
+
+
+ODD = {
+    "a byte order mark": "\ufeff{}".encode(),
+    "UTF-16": "{}".encode("utf-16"),
+    "nothing": b"",
+    "bytes": bytes(range(256)),
+    "a number": b"7",
+    "null": b"null",
+    "a list": b"[]",
+    "deep": b"[" * 5000,
+}
+
+
+def test_odd_folders_are_named_in_one_line_each(tmp_path):
+    write_run(tmp_path / "runs/good", "student", 0.6)
+    for index, content in enumerate(ODD.values()):
+        write_run(tmp_path / f"runs/bad{index}", "student", 0.6)
+        (tmp_path / f"runs/bad{index}/results.json").write_bytes(content)
+    (tmp_path / "runs/going on").mkdir()
+    (tmp_path / "runs/going on/config.json").write_text('{"flags": {}}')
+    (tmp_path / "runs/folder/results.json").mkdir(parents=True)
+    report, done = report_of(tmp_path, "runs")
+    assert [run["run"] for run in report["runs"]] == ["runs/good"] and not done.stderr
+    for name in [*(f"runs/bad{index}" for index in range(len(ODD))), "runs/going on", "runs/folder"]:
+        assert len(only(matching(report["missing"], f"{name} is ")).splitlines()) == 1
+
+
+def test_a_results_file_with_any_part_missing_ends_in_no_traceback(tmp_path, monkeypatch):
+    """Each key down to the second level is left out or null, those of the first are a string or a list too."""
+    monkeypatch.setattr(
+        report, "draw_report", lambda *args: {} if not [group.update(figures=[]) for group in args[3]] else {}
+    )
+    teacher = write_run(tmp_path / "runs/t", "teacher", 0.9)
+    write_run(tmp_path / "runs/s", "student", 0.6)
+    write_run(tmp_path / "runs/d", "distill", 0.7, method="response", teacher=teacher)
+    file = tmp_path / "runs/d/results.json"
+    whole = json.loads(file.read_text())
+    places = [(key,) for key in whole] + [
+        (key, inner) for key in whole if isinstance(whole[key], dict) for inner in whole[key]
+    ]
+    for place in places:
+        for change in (
+            "drop",
+            None,
+            *(("word", ["list"]) if isinstance(whole[place[0]], dict) and len(place) == 1 else ()),
+        ):
+            results = json.loads(json.dumps(whole))
+            part = results if len(place) == 1 else results[place[0]]
+            if change == "drop":
+                del part[place[-1]]
+            else:
+                part[place[-1]] = change
+            file.write_text(json.dumps(results))
+            done = run_report(tmp_path, "runs")
+            assert done.returncode == 0, (place, change, done.stderr)

@@ -70,12 +70,13 @@ def test_one_distilled_seed_is_compared_with_its_own_baseline(study):
 
 def test_fidelity_and_calibration_are_those_of_the_results(study):
     cwd, report, _, _ = study
-    evidence = group_of(report, "response")["evidence"]
+    evidence, shown = (group_of(report, "response")[key] for key in ("evidence", "metrics"))
     results = [json.loads((cwd / f"runs/distill_{seed}/results.json").read_text())["test"] for seed in (0, 1)]
     for name in ("agreement", "teacher_right_kept", "teacher_kl"):
         assert evidence["fidelity"]["student with KD"][name] == pytest.approx(np.mean([of[name] for of in results]), abs=1e-6)
-    assert evidence["calibration"]["student with KD"]["label"] == pytest.approx(np.mean([of["ece"] for of in results]), abs=1e-6)
-    assert set(evidence["calibration"]) == {"teacher", "student without KD", "student with KD"}
+    for name in ("ece", "balanced_accuracy", "auc", "average_precision", "pauc"):
+        assert shown[name]["student with KD"]["mean"] == pytest.approx(np.mean([of[name] for of in results]), abs=1e-9)
+    assert set(shown["ece"]) == {"teacher", "student without KD", "student with KD"}
     assert evidence["fidelity"]["student without KD"]["agreement"] < 1
 
 
@@ -267,3 +268,35 @@ def test_in_a_browser(study, tmp_path):
     loud.write_text(page.read_text().replace("</body>", '<script>console.error("x")</script><img src="https://example.org/a.png"></body>'))
     said, asked = browse(loud, tmp_path / "loud.png", False)
     assert len(said) == 1 and asked and set(asked) == {"https://example.org/a.png"}
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
+@pytest.mark.parametrize("width", [400, 1280])
+def test_figures_and_tables_fit_the_window(study, tmp_path, width):
+    """The page itself never scrolls sideways, what is wider scrolls within, and no figure is shrunk until its letters cannot be read."""
+    inner = tmp_path / "page.html"
+    inner.write_text((study[0] / "report/report.html").read_text().replace("<details>", "<details open>"))
+    outer = tmp_path / "frame.html"  # a headless window is at least 500 px wide
+    outer.write_text(f"""<iframe src="page.html" style="width: {width}px; height: 3000px; border: 0"></iframe><script>
+        onload = () => {{ const page = document.querySelector("iframe").contentDocument, figures = [...page.querySelectorAll("img.figure")];
+            document.title = JSON.stringify([page.documentElement.scrollWidth, figures.length,
+                                             Math.min(...figures.map(f => f.clientWidth / f.naturalWidth))]) }}</script>""")
+    done = subprocess.run(
+        [
+            CHROMIUM,
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--no-first-run",
+            "--allow-file-access-from-files",
+            f"--user-data-dir={tmp_path}/profile",
+            "--window-size=1400,3200",
+            "--dump-dom",
+            outer.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    wide, figures, shrunk = json.loads(re.search(r"<title>(.*)</title>", done.stdout)[1])
+    assert wide <= width and figures > 10 and shrunk > 0.44
