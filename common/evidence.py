@@ -113,7 +113,7 @@ def paired_bootstrap(before, after, metric="accuracy", repeats=2000, seed=0):
         measures = [(before[i].measure(metric), after[i].measure(metric)) for i in positions]
         first = before[positions[0]]
 
-        def gain(weights):
+        def gain(weights, measures=measures):
             return np.sum([b(weights) - a(weights) for a, b in measures], axis=0) / len(before)
 
         whole += gain(np.ones((len(first.ids), 1), np.int32))[0]

@@ -265,7 +265,8 @@ p, li, summary { max-width: 75ch; overflow-wrap: break-word; } .soft { color: va
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: 0.9rem; margin: 0.4rem 0; font-variant-numeric: tabular-nums; }
 .figures td { white-space: nowrap; } .figures td:first-child { white-space: normal; min-width: 7rem; }
 th, td { text-align: left; padding: 0.3rem 0.7rem; border-bottom: 1px solid var(--line); vertical-align: top; } th { font-weight: 600; }
-.verdict { font-weight: 600; white-space: nowrap; } .headline li { margin: 0.4rem 0; max-width: 90ch; } .gain { color: var(--gain); } .loss { color: var(--loss); } .noise { color: var(--noise); }
+.verdict { font-weight: 600; white-space: nowrap; } .headline li { margin: 0.4rem 0; max-width: 90ch; }
+.gain { color: var(--gain); } .loss { color: var(--loss); } .noise { color: var(--noise); }
 details { border: 1px solid var(--line); border-radius: 8px; margin: 0.7rem 0; padding: 0.2rem 0.9rem; }
 summary { cursor: pointer; padding: 0.45rem 0; font-weight: 600; }
 img.figure { max-width: 100%; height: auto; display: block; margin: 0.4rem 0; background: #fff; }
@@ -279,9 +280,11 @@ pre { background: var(--band); padding: 0.6rem; overflow-x: auto; white-space: p
 </style>
 </head>
 <body>
-{% macro grid(head, rows, kind="figures") %}<div class="scroll"><table class="{{ kind }}"><thead><tr>{% for name in head %}<th>{{ name }}</th>{% endfor %}</tr></thead>
+{% macro grid(head, rows, kind="figures") %}<div class="scroll"><table class="{{ kind }}">
+<thead><tr>{% for name in head %}<th>{{ name }}</th>{% endfor %}</tr></thead>
 <tbody>{% for row in rows %}<tr>{% for value in row %}<td>{{ value }}</td>{% endfor %}</tr>{% endfor %}</tbody></table></div>{% endmacro %}
-{% macro figures(names) %}{% if names %}<div class="row">{% for name in names %}<div class="scroll{{ ' wide' if images[name].least > 400 }}"><img class="figure" loading="lazy"
+{% macro figures(names) %}{% if names %}<div class="row">{% for name in names %}
+<div class="scroll{{ ' wide' if images[name].least > 400 }}"><img class="figure" loading="lazy"
  alt="{{ report.figures[name] }}" style="min-width: {{ images[name].least }}px" src="data:image/png;base64,{{ images[name].png }}"></div>
 {% endfor %}</div>{% endif %}{% endmacro %}
 <h1>Knowledge distillation report</h1>
