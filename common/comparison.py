@@ -16,9 +16,9 @@ from common.metrics import better
 
 # Flags that say where and how fast a run ran, not what it learned, and those whose outcome results.json tells. Data and
 # teacher are told apart by their fingerprints, so their paths may differ from machine to machine.
-NOT_SETTINGS = {"seed", "fold", "limit_train", "limit_labels", "output", "device", "workers", "overwrite", "resume",
-                "cache", "config", "sweep", "sweep_index", "save_every", "save_samples", "download", "data_root", "teacher_checkpoint", "dataset", "model", "method", "resolution",
-                "eval_dataset", "eval_data_root", "eval_every", "positive"}  # fmt: skip
+NOT_SETTINGS = {"seed", "fold", "limit_train", "limit_labels", "output", "device", "workers", "overwrite", "resume", "cache", "config",
+                "sweep", "sweep_index", "save_every", "save_samples", "download", "data_root", "teacher_checkpoint", "dataset", "model",
+                "method", "resolution", "eval_dataset", "eval_data_root", "eval_every", "positive"}  # fmt: skip
 NEEDED = {"flags.seed": int, "dataset.name": str, "dataset.sha256.train": str, "dataset.sizes.train": int, "model.name": str, "model.family": str}
 OF_DISTILLED = {"method": str, "teacher.name": str}
 OF_LABELLED = {"dataset.sha256.test": str, "test.accuracy": (int, float)}
