@@ -190,14 +190,14 @@ def outcome(place, monkeypatch, capsys, script, words):
         monkeypatch.chdir(place)
         monkeypatch.setattr(sys, "argv", [f"{script}.py", *shlex.split(words), *([] if "--output" in words else ["--output", str(folder)])])
         module, code = runpy.run_path(str(ROOT / f"{script}.py")), 0
-        before = {path for path in place.rglob("*") if path.is_file()}
+        before = {path: path.stat().st_mtime_ns for path in place.rglob("*") if path.is_file()}
         capsys.readouterr(), CALLS.clear()
         try:
             cli.run_script(module["main"], module["build_parser"])
         except SystemExit as stop:
             code = stop.code
         lines = TIMES.sub("", "".join(capsys.readouterr())).replace(str(folder), "RUN").replace(folder.name, "RUN").splitlines()
-        fresh = sorted(path for path in place.rglob("*") if path.is_file() and path not in before)
+        fresh = sorted(path for path in place.rglob("*") if path.is_file() and path.stat().st_mtime_ns != before.get(path))
         SEEN[script, words] = {"calls": list(CALLS), "lines": [f"exit {code}", *lines], **left(place, folder, fresh)}
         for name in (folder, place / "elsewhere"):
             shutil.rmtree(name, ignore_errors=True)
