@@ -252,7 +252,7 @@ TRAINED = """
 --device nowhere | | | lines
 --config flags.json | | | weights
 --sweep grid.json --sweep-index 0 | --output swept --overwrite | | files
---sweep-index 1 | --sweep grid.json --output index | --sweep-index 0 | files
+--sweep-index 1 | --sweep grid.json --output index --overwrite | --sweep-index 0 | files
 --dataset cifar10 | | | results
 --data-root b.npz | | | weights
 --download | --dataset cifar10 | | calls
