@@ -49,9 +49,6 @@ DIVISION = ("val_split", "split_seed", "folds", "fold", "group_column", "split_c
 STORED_FLAGS = tuple(name for name in SPLIT_FLAGS if name not in NOT_STORED)
 DISK_ERRORS = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
                errno.ENOENT, errno.EIO, errno.ENAMETOOLONG, errno.EFBIG}  # fmt: skip
-# saved absolute, so that a run can be resumed, judged or repeated from another folder
-PATHS = ("data_root", "eval_data_root", "include_list", "extra_train", "weights", "init_checkpoint", "teacher_checkpoint",
-         "teacher_weights", "teacher_embeddings")  # fmt: skip
 
 
 class UserError(Exception):
@@ -134,6 +131,8 @@ def run_script(main, build_parser):
                 sys.argv[1:] = argv  # what results.json tells to repeat
                 seeds = " ".join(str(later.seed) for _, later in runs[number:])
                 stops.hint, stops.left = "", f" (not run: --seeds {seeds})" if seeds else ""
+                if getattr(args, "data_root", None) and "KD_STAGED" not in os.environ:  # a job's stage is gone afterwards
+                    args.data_root = os.path.abspath(args.data_root)  # saved so: a run is resumed from any folder
                 code = main(args) or 0
             distributed.stop()
             sys.exit(code)
@@ -468,10 +467,7 @@ def read_json(path):
 
 
 def check(args):
-    """Refuse values that argparse cannot judge one by one; paths become absolute."""
-    for name in PATHS:
-        if getattr(args, name, None):
-            setattr(args, name, os.path.abspath(getattr(args, name)))
+    """Refuse values that argparse cannot judge one by one."""
     if getattr(args, "window", None) and not args.window[0] < args.window[1]:
         raise UserError(f"--window {args.window[0]:g} {args.window[1]:g}: LOW must be below HIGH")
     if getattr(args, "hf_dataset", None) and args.data_root:
@@ -510,7 +506,7 @@ def parse_flags(parser, argv):
     saved = config_argv(parser, values, path)
     args = check(parser.parse_args(saved + argv))
     if args.resume:
-        before = check(parser.parse_args(saved))
+        before = parser.parse_args(saved)
         for dest, value in vars(args).items():
             if dest not in RESUME_MAY_CHANGE and value != getattr(before, dest):
                 flag = dest.replace("_", "-")
