@@ -215,16 +215,8 @@ def teacher_checkpoint(args):
 
 
 def take_dataset_from(checkpoint, path, args, labelled):
-    """Settle --dataset, --data-root, --limit-labels and the division into train and val where they are not given."""
-    if args.hf_dataset:
-        args.dataset = args.dataset or "unlabeled"
-    taught = checkpoint["flags"] if checkpoint else {"dataset": "digits", "data_root": None}
-    args.dataset = args.dataset or taught["dataset"]
-    if args.dataset == taught["dataset"]:
-        args.data_root = args.data_root or (None if args.hf_dataset else taught["data_root"])
-        if checkpoint:
-            cli.take_split_flags(args, taught, path)
-    args.split_seed, args.decode_size = args.split_seed or 0, args.decode_size or 512
+    """Settle --dataset, what its samples are and --limit-labels where they are not given."""
+    cli.take_dataset(args, checkpoint, path)
     if args.limit_labels is None:  # labels are scarce, images are not
         args.limit_labels = DATASETS[args.dataset].student_labels if labelled and not args.limit_train else 0
     if args.limit_labels and args.sampler == "balanced":

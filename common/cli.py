@@ -38,15 +38,11 @@ from common.metrics import CLASSIFICATION
 SCRIPT_FOLDER = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 RESUME_MAY_CHANGE = {"resume", "device", "workers", "epochs", "data_root", "output", "overwrite", "config", "dry_run"}
 NOT_IN_CONFIG = {"resume", "output", "overwrite", "config", "sweep", "sweep_index", "dry_run", "seeds"}
-SPLIT_FLAGS = ("limit_train", "limit_labels", "on_bad_image", "include_list", "extra_train",
-               "val_split", "split_seed", "decode_size", "window", "hair_removal",
-               "folds", "fold", "binary", "negatives",
-               "table", "image_column", "label_column", "group_column", "split_column", "hf_dataset",
-               "text_fields", "tasks", "positive")  # fmt: skip
-NOT_STORED = ("limit_train", "limit_labels", "on_bad_image", "include_list", "extra_train", "text_fields", "tasks",
-              "positive")  # stores hold images with one label
+STORED_FLAGS = ("val_split", "split_seed", "decode_size", "window", "hair_removal", "folds", "fold", "binary", "negatives",
+                "table", "image_column", "label_column", "group_column", "split_column", "hf_dataset")  # fmt: skip
+SAMPLE_FLAGS = (*STORED_FLAGS, "text_fields", "tasks", "positive")  # what the samples are; stores hold images with one label
+SPLIT_FLAGS = ("limit_train", "limit_labels", "on_bad_image", "include_list", "extra_train", *SAMPLE_FLAGS)
 DIVISION = ("val_split", "split_seed", "folds", "fold", "group_column", "split_column")  # what makes an image val
-STORED_FLAGS = tuple(name for name in SPLIT_FLAGS if name not in NOT_STORED)
 DISK_ERRORS = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
                errno.ENOENT, errno.EIO, errno.ENAMETOOLONG, errno.EFBIG}  # fmt: skip
 
@@ -69,9 +65,7 @@ class Stops:
     """
 
     CODES = {signal.SIGTERM: 143, signal.SIGUSR1: 75, signal.SIGINT: 130}
-
-    def __init__(self):
-        self.defer, self.hint, self.left = None, "", ""  # how to go on and which of --seeds are left, for the last line
+    defer, hint, left = None, "", ""  # how to go on and which of --seeds are left, for the last line
 
     @contextlib.contextmanager
     def heard(self):
@@ -196,7 +190,7 @@ class Parser(argparse.ArgumentParser):
         """": did you mean --lr?", by the name or, as for --learning-rate, by the words of its help; or nothing."""
         flag, near = flag.split("=")[0], lambda cutoff: difflib.get_close_matches(flag, self._option_string_actions, 1, cutoff)
         words = flag[2:].replace("-", " ")
-        by_help = [name for name, action in self._option_string_actions.items() if f" {words} " in f" {action.help} "]
+        by_help = sorted((name for name, action in self._option_string_actions.items() if f" {words} " in f" {action.help} "), key=len)
         found = near(0.8) or by_help or near(0.6)
         return f": did you mean {found[0]}?" if found else ""
 
@@ -337,17 +331,27 @@ def balanced_classes(args, tasks):
 def split_flags(flags):
     """load_splits' keywords from {flag: value} of a run, of any age: those that say something."""
     given = {name: flags.get(name) for name in SPLIT_FLAGS}
-    given.update({name: given[name] or None for name in ("limit_train", "limit_labels")})  # 0 is all
-    return {name: value for name, value in given.items() if value is not None and value is not False}
+    # 0 is a fold, but no limit
+    return {name: value for name, value in given.items() if value or value == 0 and value is not False and "limit" not in name}
 
 
-def take_split_flags(args, flags, path):
-    """Settle, where they are not given, the flags that say what the samples are, from the flags of a checkpoint (path).
+def take_dataset(args, checkpoint, path):
+    """Settle the dataset and the flags that say what its samples are, where they are not given, from a checkpoint, if any.
 
-    On its own data another division is refused: its model has learned from what would be val here.  Raises UserError.
+    On its own data another division is refused: its model has learned from what would be val here.  path: the
+    checkpoint's.  Raises UserError.
     """
-    roots = [root and os.path.realpath(root) for root in (args.data_root, flags.get("data_root"))]
-    for name in SPLIT_FLAGS[SPLIT_FLAGS.index("val_split") :]:
+    flags = checkpoint["flags"] if checkpoint else {}
+    args.dataset = args.dataset or ("unlabeled" if args.hf_dataset else flags.get("dataset", "digits"))
+    if args.dataset == flags.get("dataset"):
+        args.data_root = args.data_root or (None if args.hf_dataset else flags["data_root"])
+        _take_samples(args, flags, path)
+    args.split_seed, args.decode_size = args.split_seed or 0, args.decode_size or 512
+
+
+def _take_samples(args, flags, path):
+    roots = [root and os.path.realpath(root) for root in (args.data_root, flags["data_root"])]
+    for name in SAMPLE_FLAGS:
         if name == "hf_dataset" and args.data_root:
             continue  # other images
         own = getattr(args, name, None)  # extract_embeddings.py has no flags of texts
@@ -463,7 +467,7 @@ def read_json(path):
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except ValueError as error:
-        raise UserError(f"{path} is no JSON: {error}") from None
+        raise UserError(f"{path} is not valid JSON: {error}") from None
 
 
 def check(args):
@@ -476,9 +480,8 @@ def check(args):
         raise UserError(f"--nesterov and --optimizer {args.optimizer} contradict each other: it is sgd's")
     samples = getattr(args, "save_samples", None)
     if samples and not args.sweep:  # a point has an --output of its own
-        folder = os.path.dirname(samples) or "."
-        made = os.path.abspath(folder) == os.path.abspath(args.output)
-        if os.path.isdir(samples) or not made and not (os.path.isdir(folder) and os.access(folder, os.W_OK)):
+        folder = os.path.dirname(os.path.abspath(samples))
+        if os.path.isdir(samples) or folder != os.path.abspath(args.output) and not os.access(folder, os.W_OK):
             raise UserError(f"--save-samples {samples}: no file can be written there, name one in a folder that exists")
     frozen = "--freeze-backbone" if getattr(args, "freeze_backbone", False) else "--freeze" if getattr(args, "freeze", None) else None
     if frozen and not (args.pretrained or args.weights or args.init_checkpoint):

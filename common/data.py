@@ -465,18 +465,12 @@ def _medmnist(root, window, wanted):
         path = os.path.join(root, files[0])
     kept = wanted | ({"val"} if "train" in wanted else set())
     arrays = _read_npz(path, [f"{s}_images" for s in sorted(kept)] + [f"{s}_labels" for s in ("train", "val", "test")])
-    for split in {"train", "val", "test"} - kept:  # their labels say what classes there are
-        arrays[f"{split}_images"] = np.broadcast_to(np.uint8(0), (len(arrays[f"{split}_labels"]), 1, 1))
-    classes, parts = None, {}
-    for split in ("train", "val", "test"):
-        images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
-        if images.ndim == 4 and images.shape[3] == 1:
-            images = images[..., 0]
-        if images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] != 3) or not images.size:
-            raise DataError(f"{path}: {split}_images of shape {images.shape} are no grey or colour images")
+    classes, parts, default = None, {}, DATASETS["medmnist"].resolution
+    for split in ("train", "val", "test"):  # the labels of all say what classes there are
+        images, labels = arrays.get(f"{split}_images"), arrays[f"{split}_labels"]
         if labels.ndim == 2 and labels.shape[1] == 1:
             labels = labels[:, 0]
-        if labels.shape != (len(images),):
+        if labels.ndim != 1 or not len(labels) or split in kept and images.shape[:1] != labels.shape:
             raise DataError(f"{path}: {split}_labels of shape {labels.shape} are not one class for each image "
                             "(multi-label data are not supported)")
         with np.errstate(invalid="ignore"):
@@ -492,13 +486,18 @@ def _medmnist(root, window, wanted):
         if len(unknown):
             known = ", ".join(map(str, classes[:12]))
             raise DataError(f"{path}: {split}_labels are out of range: {unknown[-1]}, train has {known}")
-        labels = np.searchsorted(classes, labels)
+        if split not in kept:
+            continue
+        if images.ndim == 4 and images.shape[3] == 1:
+            images = images[..., 0]
+        if images.ndim not in (3, 4) or images.ndim == 4 and images.shape[3] != 3 or not images.size:
+            raise DataError(f"{path}: {split}_images of shape {images.shape} are no grey or colour images")
+        side = images.shape[1]
+        if split == "train" and side > default:
+            note(f"{path} has images of {side} px: --resolution {side} keeps them, the default is {default}")
         images = to_uint8(images, window, f"{path}: {split}_images")
-        parts[split] = ImageDataset([f"{split}/{i:06d}" for i in range(len(images))], labels, images)
-    side, default = parts["train"].images.shape[1], DATASETS["medmnist"].resolution
-    if side > default:
-        note(f"{path} has images of {side} px: --resolution {side} keeps them, the default is {default}")
-    return {split: part for split, part in parts.items() if split in kept}, [str(i) for i in classes]
+        parts[split] = ImageDataset([f"{split}/{i:06d}" for i in range(len(images))], np.searchsorted(classes, labels), images)
+    return parts, [str(i) for i in classes]
 
 
 def _read_npz(path, names):

@@ -222,8 +222,8 @@ class ImageModel(nn.Module):
     """A backbone (ours, timm's or Hugging Face's) behind `model(batch) -> dict`, see the head of this file.
 
     `build_args` rebuild it: `build_model(**build_args)`, never asking a hub.  `mean`, `std`: what its pretrained
-    weights expect, or None.  `known_classes`: of the head that came with its weights, 0 if none did; None: they are
-    random.
+    weights expect, or None.  `known_classes`: of the head that came with its weights, 0 if none did that fits; None:
+    they are random.
     """
 
     kind = "image"  # of a checkpoint
@@ -304,7 +304,7 @@ class ImageModel(nn.Module):
         else:
             config = getattr(self.backbone, "pretrained_cfg", None) or {}
             self.mean, self.std = (list(config[name]) if config.get(name) else None for name in ("mean", "std"))
-        self.known_classes = known_classes
+        self.known_classes = known_classes if head_kept or known_classes != self.build_args["num_classes"] else 0
         for layer in () if head_kept else self.classifiers:
             for module in layer.modules():
                 if isinstance(module, (nn.Linear, nn.Conv2d)):
@@ -548,8 +548,7 @@ def _build_hugging_face(name, num_classes, build_args, pretrained, hf_config):
     model = ImageModel(HuggingFaceBackbone(body.float(), num_classes), build_args)  # some are stored in half
     model.check_side(build_args["img_size"])
     if pretrained:
-        known, kept = _take_hugging_face_head(model, source)
-        model.take_pretrained(known, kept)
+        model.take_pretrained(*_take_hugging_face_head(model, source))
     return model
 
 
@@ -558,26 +557,24 @@ def _take_hugging_face_head(model, source):
 
     Classifiers pool in many ways: the head is kept only where it gives the classifier's own logits here.
     """
-    config, wanted = model.backbone.body.config, model.build_args["num_classes"]
+    config, own = model.backbone.body.config, model.backbone.head
     if not any("ForImageClassification" in name for name in config.architectures or ()):
         return 0, False
-    if config.num_labels != wanted:
+    if config.num_labels != model.build_args["num_classes"]:
         return config.num_labels, False
     from transformers import AutoModelForImageClassification
 
     whole = AutoModelForImageClassification.from_pretrained(source, trust_remote_code=False).float().eval()
-    theirs, own = [m for m in whole.modules() if isinstance(m, nn.Linear)][-1], model.backbone.head
+    theirs = [m for m in whole.modules() if isinstance(m, nn.Linear)][-1]
     if theirs.weight.shape != own.weight.shape:
-        return 0, False
+        return config.num_labels, False
     own.load_state_dict(theirs.state_dict())
     example = model.example(rows=1)
     example["image"] += torch.linspace(-1, 1, example["image"].shape[-1])
-    training = model.training
     with torch.no_grad():
         expected, got = whole(pixel_values=example["image"]).logits, model.eval()(example)["logits"]
-    model.train(training)
-    kept = torch.allclose(expected, got, rtol=1e-3, atol=1e-4)
-    return wanted if kept else 0, kept
+    model.train()
+    return config.num_labels, torch.allclose(expected, got, rtol=1e-3, atol=1e-4)
 
 
 def _hugging_face_normalization(source):
@@ -616,7 +613,7 @@ def load_weights(model, state, source):
 
     own = model.backbone.state_dict()
     tried = [
-        (path, names, prefix, *_fit(model, names, prefix))
+        (path, names, prefix, *_fit(model, own, names, prefix))
         for path, names in sorted(_state_dicts(state), key=rank) for prefix in _prefixes(names, own)
     ]  # fmt: skip
     fitting = [fit for fit in tried if not fit[-1]]
@@ -664,9 +661,8 @@ def _prefixes(names, own):
     return likely or list(dict.fromkeys([shared[: shared.rfind(".") + 1], ""]))  # older names, which timm converts
 
 
-def _fit(model, names, prefix):
+def _fit(model, own, names, prefix):
     """(state dict for the backbone, classes of the file's head, whether it is kept, [what does not fit])."""
-    own = model.backbone.state_dict()
     state = {name.removeprefix(prefix): value for name, value in names.items() if name.startswith(prefix)}
     if not any(re.match(r"blocks\.\d+\.\d+\.", name) for name in own):  # DINOv2 saves its blocks in chunks
         state = {re.sub(r"^blocks\.\d+\.(?=\d+\.)", "blocks.", name): value for name, value in state.items()}

@@ -85,7 +85,8 @@ def match_images(table_path, ids, images, where, on_bad_image="error"):
     are noted.
     """
     seen, twice = set(), []
-    for image, i in ((images.get(i, i), i) for i in ids):  # a file may have two names, "a.png" and "./a.png"
+    for i in ids:
+        image = images.get(i, i)  # a file may have two names, "a.png" and "./a.png"
         twice += [i] if image in seen else []
         seen.add(image)
     if twice:
