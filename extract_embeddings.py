@@ -257,7 +257,7 @@ def main(args):
             merge(split_folder(args.output, split), args.merge)
             print(f"{split_folder(args.output, split)}: {args.merge} shards joined")
         return
-    cli.stops.hint = ": the same command goes on"
+    cli.stops.hint = f": the same command{' without --overwrite' if args.overwrite else ''} goes on"
     device = select_device(args.device)
     precision = Precision(args.amp, device)
     checkpoint = settle(args)

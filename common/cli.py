@@ -350,22 +350,16 @@ def take_dataset(args, checkpoint, path):
 
 
 def _take_samples(args, flags, path):
-    roots = [root and os.path.realpath(root) for root in (args.data_root, flags["data_root"])]
+    same = os.path.realpath(args.data_root or "") == os.path.realpath(flags["data_root"] or "")
     for name in SAMPLE_FLAGS:
-        if name == "hf_dataset" and args.data_root:
-            continue  # other images
-        own = getattr(args, name, None)  # extract_embeddings.py has no flags of texts
+        own, theirs = getattr(args, name, None), flags.get(name)  # extract_embeddings.py has no flags of texts
         if own is None or own is False:
-            setattr(args, name, flags.get(name, own))
-            continue
-        theirs = flags.get(name)
-        if name == "val_split" and theirs is None:
-            theirs = DATASETS[args.dataset].val_split
-        if name in DIVISION and own != theirs and roots[0] == roots[1]:
-            flag, theirs = f"--{name.replace('_', '-')}", "none" if theirs is None else theirs
-            raise UserError(
-                f"{flag} {own}: {path} was trained with {theirs}, so it knows images of this val; leave {flag} out"
-            )
+            if name != "hf_dataset" or not args.data_root:  # else these are other images
+                setattr(args, name, theirs)
+        elif name in DIVISION and same and own != (DATASETS[args.dataset].val_split if (name, theirs) == ("val_split", None) else theirs):
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(f"{flag} {own}: {path} was trained with {'none' if theirs is None else theirs}, so it knows images of this val; "
+                            f"leave {flag} out")  # fmt: skip
 
 
 def add_augment_flags(parser):
@@ -450,9 +444,7 @@ def config_argv(parser, values, source):
     for key, value in values.items():
         dest = key.replace("-", "_")
         if dest not in actions:
-            near = difflib.get_close_matches(dest, actions, 1)
-            hint = f": did you mean {near[0]}?" if near else ""
-            raise UserError(f"{source} has the unknown key {key!r}{hint}")
+            raise UserError(f"{source} has the unknown key {key!r}{parser.nearest('--' + dest.replace('_', '-'))}")
         if dest in NOT_IN_CONFIG or value is None or value is False or value == []:
             continue
         flag = actions[dest].option_strings[0]
@@ -472,7 +464,7 @@ def read_json(path):
 
 def check(args):
     """Refuse values that argparse cannot judge one by one."""
-    if getattr(args, "window", None) and not args.window[0] < args.window[1]:
+    if getattr(args, "window", None) and not -math.inf < args.window[0] < args.window[1] < math.inf:
         raise UserError(f"--window {args.window[0]:g} {args.window[1]:g}: LOW must be below HIGH")
     if getattr(args, "hf_dataset", None) and args.data_root:
         raise UserError(f"--hf-dataset {args.hf_dataset} and --data-root {args.data_root} contradict each other: give one of them")

@@ -9,7 +9,6 @@ opencv-python-headless for hair removal, datasets for --hf-dataset).
 A dataset yields `index, id, image (uint8), targets {task: label}` and never augments; see augment.py.
 """
 
-import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -118,19 +117,16 @@ class Splits:
     def describe(self):
         """Plain types for results.json."""
         parts = {k: getattr(self, k) for k in ("train", "val", "test") if getattr(self, k) is not None}
+        if self.labelled is not None:  # a run on these alone has the same fingerprint
+            few = self.train.subset(np.flatnonzero(next(iter(self.train.targets.values())) >= 0))
         return {
             "name": self.name,
             "domain": self.domain,
             "classes": self.classes if isinstance(self.classes, dict) else list(self.classes),
             "sizes": {k: len(v) for k, v in parts.items()},
             "sha256": {k: v.fingerprint(self.classes) for k, v in parts.items()},
-            **({} if self.labelled is None else {"labelled": self._labelled()}),
+            **({} if self.labelled is None else {"labelled": {"train": self.labelled, "sha256": few.fingerprint(self.classes)}}),
         }
-
-    def _labelled(self):
-        """{"train", "sha256"} of train's labelled images: number, and fingerprint of a run on them alone."""
-        labels = next(iter(self.train.targets.values()))
-        return {"train": self.labelled, "sha256": self.train.subset(np.flatnonzero(labels >= 0)).fingerprint(self.classes)}
 
 
 def positive_classes(classes, given=()):
@@ -142,9 +138,10 @@ def positive_classes(classes, given=()):
         raise DataError(f"--positive {unknown[0]} is no class: choose {known}" if binary else f"--positive {unknown[0]}: no task here has two classes")
     found = {}
     for task, names in binary.items():
-        chosen = [name for name in names if name in given] or [b for a, b in (names, names[::-1]) if a.lower() in NEGATIVE]
-        if names[0] in given and names[1] in given:
+        chosen = [name for name in names if name in given]
+        if len(chosen) == 2:
             raise DataError(f"--positive {' '.join(given)}: {names[0]} and {names[1]} are the two classes of one task, name one")
+        chosen = chosen or [b for a, b in (names, names[::-1]) if a.lower() in NEGATIVE]
         found[task] = names.index(chosen[0]) if len(chosen) == 1 else 1
     return found
 
@@ -166,8 +163,6 @@ def load_splits(name, root=None, *, val_split=None, split_seed=0, limit_train=No
     """
     if name not in DATASETS:
         raise DataError(f"unknown dataset {name!r}: choose one of {', '.join(DATASETS)}")
-    if window is not None and not -math.inf < window[0] < window[1] < math.inf:
-        raise DataError(f"--window {window[0]:g} {window[1]:g}: LOW must be below HIGH")
     if name == "unlabeled" and labels:
         raise DataError("--dataset unlabeled has no labels: it is for distill.py --method tokens or embedding without them, and extract_embeddings.py")
     _check_options(name, own, folds, fold)
@@ -501,8 +496,10 @@ def _medmnist(root, window, wanted):
 
 
 def _read_npz(path, names):
-    """{name: array} of a MedMNIST file.  By the headers, before any array is read, refuses what holds no numbers or does
-    not fit in memory: 3 MB may unpack to 3 GB.  Raises DataError."""
+    """{name: array} of a MedMNIST file; refused before it is read where it does not fit in memory: 3 MB may unpack to 3 GB.
+
+    Raises DataError.
+    """
     from common.loader import available_memory
 
     try:
@@ -510,22 +507,19 @@ def _read_npz(path, names):
             missing = [n for n in names if n not in archive.files]
             if missing:
                 raise DataError(f"{path} is no MedMNIST file: it lacks {', '.join(missing)}")
-            needed, free = 0, available_memory()
-            for name in names:
-                with archive.zip.open(f"{name}.npy") as file:
-                    version = min(np.lib.format.read_magic(file)[0], 2)  # the third has the second's layout
-                    shape, _, dtype = getattr(np.lib.format, f"read_array_header_{version}_0")(file)
-                if dtype.kind not in "biuf":
-                    raise DataError(f"{path}: {name} holds values of type {dtype}, not numbers")
-                needed += math.prod(shape) * (dtype.itemsize + (dtype.itemsize > 1))  # what is deeper becomes uint8
+            needed, free = sum(archive.zip.getinfo(f"{n}.npy").file_size for n in names), available_memory()
             if needed > free:
                 sizes = f"{needed / 1e9:,.1f} GB of memory unpacked, {free / 1e9:,.1f} GB are free"
                 raise DataError(f"{path} takes {sizes}: use a smaller file or more memory")
-            return {n: archive[n] for n in names}
+            arrays = {n: archive[n] for n in names}
     except (DataError, MemoryError):
         raise
     except Exception as error:  # zipfile and numpy raise half a dozen kinds on a damaged file
         raise DataError(f"cannot read {path}: {error}") from None
+    for name, array in arrays.items():
+        if array.dtype.kind not in "biuf":
+            raise DataError(f"{path}: {name} holds values of type {array.dtype}, not numbers")
+    return arrays
 
 
 def _imagefolder(root, splits, classes, decode_size, window):

@@ -12,7 +12,6 @@
 Face vision model.
 """
 
-import collections
 import contextlib
 import inspect
 import logging
@@ -622,7 +621,7 @@ def load_weights(model, state, source):
         if tried:
             _, names, *_, wrong = min(tried, key=lambda fit: len(fit[-1]))
             begin = _few(re.match(r"(\w+\.){0,2}", name)[0] or name for name in names)
-            text = f"does not fit {model.name}: {wrong[0]} (and {len(wrong) - 1} more); its names begin with {begin}"
+            text = f"does not fit {model.name} in {len(wrong)} places: {wrong[0]}; its names begin with {begin}"
         raise ModelError(f"{source} {text}; its keys: {_few(state if isinstance(state, dict) else [])}")
     path, names, prefix, part, known, kept, _ = fitting[0]
     alike = [f"{fit[2]}*" for fit in fitting if fit[0] == path]
@@ -651,14 +650,10 @@ def _state_dicts(state, path=""):
 
 
 def _prefixes(names, own):
-    """What may stand before the backbone's names, the likeliest first; else what all names begin with, or nothing."""
-    counts = collections.Counter()
-    for name in names:
-        parts = name.split(".")
-        counts.update(".".join(parts[:i]) + "." if i else "" for i in range(len(parts)) if ".".join(parts[i:]) in own)
-    shared = os.path.commonprefix(list(names))
-    likely = [prefix for prefix, count in counts.items() if 2 * count >= max(counts.values())]
-    return likely or list(dict.fromkeys([shared[: shared.rfind(".") + 1], ""]))  # older names, which timm converts
+    """What stands before the backbone's first name; where that is missing, what all names begin with, or nothing."""
+    first, shared = next(iter(own)), os.path.commonprefix(list(names))
+    found = [name.removesuffix(first) for name in names if f".{name}".endswith(f".{first}")]
+    return found or list(dict.fromkeys([shared[: shared.rfind(".") + 1], ""]))  # older names, which timm converts
 
 
 def _fit(model, own, names, prefix):
@@ -676,16 +671,14 @@ def _fit(model, own, names, prefix):
     heads = config.get("classifier") or ("head", "fc")
     heads = tuple(f"{head}." for head in ([heads] if isinstance(heads, str) else heads))
     head = [name for name in own if name.startswith(heads)]
-    kept = all(name in state and state[name].shape == own[name].shape for name in head)
-    kept = kept and (bool(head) or not any(name.startswith(heads) for name in state))
+    kept = bool(head) and all(name in state and state[name].shape == own[name].shape for name in head)
     known = next((len(state[name]) for name in head if name.endswith("weight") and name in state), 0)
     if not kept:
         state = {name: value for name, value in state.items() if not name.startswith(heads)}
         state.update({name: own[name] for name in head})
-    wrong = [f"it lacks {name}" for name in own if name not in state and not name.endswith("num_batches_tracked")]
-    wrong += [f"it has {name}, the model has not" for name in state if name not in own]
-    wrong += [f"{name} is {tuple(value.shape)}, of the model {tuple(own[name].shape)}"
-              for name, value in state.items() if name in own and value.shape != own[name].shape]  # fmt: skip
+    has, wanted = ({name: tuple(value.shape) for name, value in of.items() if name in state or not name.endswith("num_batches_tracked")} for of in (state, own))
+    wrong = [f"{name} is {has.get(name, 'missing')} in it, {wanted.get(name, 'missing')} in the model"
+             for name in {**wanted, **has} if has.get(name) != wanted.get(name)]  # fmt: skip
     return state, known, kept, wrong
 
 

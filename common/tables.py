@@ -156,15 +156,14 @@ def read_csv(root, *, on_bad_image="error", table=None, image_column=None, label
 def _labelled(path, content, column, rows):
     """Those of the rows that have a label; how many have none is noted.  Raises DataError where none has."""
     labels = content[column["label"]]
-    bare = [row for row in rows if labels[row] in MISSING]
+    kept = [row for row in rows if labels[row] not in MISSING]
+    bare = {content[column["image"]][row]: repr(labels[row]) for row in rows if labels[row] in MISSING}
     if bare:
-        written = " or ".join(sorted({repr(labels[row]) for row in bare}))
-        names = [content[column["image"]][row] for row in bare]
-        text = counted(names, f"rows of {path} have no {column['label']} ({written})")
-        if len(bare) == len(rows):
+        text = counted([*bare], f"rows of {path} have no {column['label']} ({' or '.join(sorted({*bare.values()}))})")
+        if not kept:
             raise DataError(text)
         note(f"{text}: they are left out")
-    return [row for row in rows if labels[row] not in MISSING]
+    return kept
 
 
 def _table_path(root, table):

@@ -411,7 +411,7 @@ class Meter:
     """
 
     def __init__(self):
-        self.names, self.total = [], 0.0  # (2, K): sums and counts
+        self.names, self.total = [], torch.zeros(())  # (2, K): sums and counts
 
     def add(self, **values):
         """Scalars on the device, the same names each time."""
@@ -424,11 +424,10 @@ class Meter:
         return dict(zip(self.names, (self.total[0] / self.total[1]).tolist())) if self.names else {}
 
     def state_dict(self):
-        return {"names": self.names, "total": self.total.cpu() if self.names else None}
+        return {"names": self.names, "total": self.total.cpu()}
 
     def load_state_dict(self, state, device):
-        if state["names"]:
-            self.names, self.total = state["names"], state["total"].to(device)
+        self.names, self.total = state["names"], state["total"].to(device)
 
 
 class Recorder:
@@ -475,8 +474,7 @@ class Recorder:
         differ = class_difference(before["classes"], now["classes"])
         for split, sha in before["sha256"].items() if not differ else ():
             if sha != now["sha256"].get(split):
-                was, found = (of["sizes"].get(split, 0) for of in (before, now))
-                differ = f"{split} had {was:,} images, it has {found:,}" if was != found else f"{split} had other images or labels ({was:,} as now)"
+                differ = f"{split} had other images or labels ({before['sizes'][split]:,} then, {now['sizes'].get(split, 0):,} now)"
         if differ:
             raise UserError(f"--resume {self.run.folder} with other data: {differ}: bring them back, or start a new run")
 
@@ -510,8 +508,8 @@ class Recorder:
                 shown = ", ".join(f"{name} {value:.3f}" for name, value in self.meter.means().items())
                 bar.set_postfix_str(f"{shown}, {rate:.0f} images/s")
             self.interrupts.check()
-        means = distributed.gather(self.meter.means())  # waits for the device
-        self.train_means = {name: sum(m[name] for m in means) / len(means) for name in means[0]}
+        self.meter.total = sum(distributed.gather(self.meter.total.cpu()))  # waits for the device
+        self.train_means = self.meter.means()
         self.train_seconds = time.time() - self.epoch_started
 
     def end_epoch(self, values):

@@ -252,7 +252,7 @@ def test_damaged_stores(tmp_path):
         ("ids.npy", lambda p: np.save(p, np.array("a")), r"ids <U1 \(\)"),
         ("labels.npy", lambda p: np.save(p, np.array(["a"] * 6)), r"labels <U1 \(6,\)"),
         ("labels.npy", lambda p: np.save(p, np.array([{}], dtype=object), allow_pickle=True), "damaged"),
-        ("meta.json", lambda p: p.write_text("{"), "no JSON"),
+        ("meta.json", lambda p: p.write_text("{"), "not valid JSON"),
         ("meta.json", lambda p: p.write_text('{"format": 9}'), "format"),
         ("meta.json", lambda p: p.write_text(p.read_text().replace('"policy"', '"police"')), "meta.json lacks policy"),
     ):

@@ -66,6 +66,10 @@ def test_a_report_goes_without_runs_that_failed(folder, capsys):
     assert job("report.py", "runs/b")["A"] == ["runs/b", "--output", "report"]  # none is there: the script says so
 
 
+def test_a_job_is_one_run(folder):
+    assert "--seeds in a job" in refused("train_student.py", "--seeds", 0, 1)
+
+
 def test_existing_relative_paths_are_staged(folder):
     touch(folder / "w" / "a.pth")
     touch(folder / "flags.json", '{"init_checkpoint": "w/b.pth", "lr": 0.5}')
@@ -199,7 +203,7 @@ def test_points_of_a_sweep(folder, capsys):
     for only in ("2", "0-5", "x", ""):
         with pytest.raises(UserError, match="--points"):
             resolve.main(["--points", "--only", only, *argv])
-    touch(folder / "runs" / "s" / "a" / "best.pth")
+    touch(folder / "runs" / "s" / "a" / "best.pth", "x")
     with pytest.raises(UserError, match="runs/s/a holds a run"):
         resolve.main(["--points", *argv])
     resolve.main(["--points", "--only", "1", *argv])  # the others are not asked for
