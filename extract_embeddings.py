@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from common import cli, distributed
 from common.augment import Augmenter
-from common.data import DATASETS, WITH_TEXTS, Splits, load_folder, load_splits
+from common.data import DATASETS, SPLITS, WITH_TEXTS, Splits, load_folder, load_splits
 from common.embeddings import DTYPES, Store, Writer, difference, merge, model_of, nearest, split_folder
 from common.evaluation import live_teacher
 from common.loader import Loader
@@ -50,7 +50,6 @@ from common.training import (
     use_compile,
 )
 
-SPLITS = ("train", "val", "test")
 PLAIN = "csv"  # whose resolution, normalization and views --images takes where neither checkpoint nor reference says them
 NOT_OF_IMAGES = ("dataset", "data_root", "hf_dataset", "download", "val_split",
                  "folds", "fold", "split_seed", "include_list", "extra_train", "binary", "negatives",

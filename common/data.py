@@ -36,7 +36,7 @@ from common.images import (
     to_uint8,
 )
 from common.splitting import check_groups, limit, split_fold, split_off, stratified_rows, without_rows
-from common.tables import SPLIT_NAMES, counted, nfc, note, read_csv, sorted_classes
+from common.tables import SPLIT_NAMES, SPLITS, counted, nfc, note, read_csv, sorted_classes
 
 DIGITS_TEST_SHARE = 0.4  # of scikit-learn's 1,797 digits, which come without a split
 STREAM_VAL, STREAM_LIMIT, STREAM_DIGITS_TEST, STREAM_FOLDS = 1001, 1002, 1003, 1006  # of the counter-based generator
@@ -102,9 +102,13 @@ class Splits:
         if not isinstance(self.positive, dict):
             self.positive = positive_classes(self.classes, self.positive or ())
 
+    @property
+    def parts(self):
+        """{split: its dataset} of those that there are."""
+        return {name: getattr(self, name) for name in SPLITS if getattr(self, name) is not None}
+
     def __str__(self):
-        parts = {k: getattr(self, k) for k in ("train", "val", "test")}
-        sizes = ", ".join(f"{len(part)} {k}" for k, part in parts.items() if part is not None)
+        sizes = ", ".join(f"{len(part)} {k}" for k, part in self.parts.items())
         sizes = sizes.replace(" train", f" train ({self.labelled} with labels)") if self.labelled is not None else sizes
         counts = ", ".join(f"{len(names)} classes" + ("" if task == TASK else f" of {task}") for task, names in tasks_of(self.classes).items())
         return ", ".join([f"{self.name}: {sizes}, {counts}", *(f"{key} class: {name}" for key, name in self.positive_names().items())])
@@ -116,15 +120,14 @@ class Splits:
 
     def describe(self):
         """Plain types for results.json."""
-        parts = {k: getattr(self, k) for k in ("train", "val", "test") if getattr(self, k) is not None}
         if self.labelled is not None:  # a run on these alone has the same fingerprint
             few = self.train.subset(np.flatnonzero(next(iter(self.train.targets.values())) >= 0))
         return {
             "name": self.name,
             "domain": self.domain,
             "classes": self.classes if isinstance(self.classes, dict) else list(self.classes),
-            "sizes": {k: len(v) for k, v in parts.items()},
-            "sha256": {k: v.fingerprint(self.classes) for k, v in parts.items()},
+            "sizes": {k: len(v) for k, v in self.parts.items()},
+            "sha256": {k: v.fingerprint(self.classes) for k, v in self.parts.items()},
             **({} if self.labelled is None else {"labelled": {"train": self.labelled, "sha256": few.fingerprint(self.classes)}}),
         }
 
@@ -146,7 +149,7 @@ def positive_classes(classes, given=()):
     return found
 
 
-def load_splits(name, root=None, *, val_split=None, split_seed=0, limit_train=None, limit_labels=None, splits=("train", "val", "test"),
+def load_splits(name, root=None, *, val_split=None, split_seed=0, limit_train=None, limit_labels=None, splits=SPLITS,
                 classes=None, download=False, on_bad_image="error", decode_size=512, window=None, hair_removal=False,
                 folds=None, fold=None, include_list=None, labels=True, positive=None, **own):
     """Read a dataset's splits; see DATASETS for the names.
@@ -189,7 +192,7 @@ def load_splits(name, root=None, *, val_split=None, split_seed=0, limit_train=No
             own["group_field"] = own.pop("group_column")
         known = classes if isinstance(classes, dict) else None
         reader = read_medpix if name == "medpix" else read_image_text
-        parts, found = reader(root, splits=[split for split in ("train", "val", "test") if split in wanted], classes=known, on_bad_image=on_bad_image,
+        parts, found = reader(root, splits=[split for split in SPLITS if split in wanted], classes=known, on_bad_image=on_bad_image,
                               decode_size=decode_size, window=window, **own)  # fmt: skip
     else:
         decoding = {"decode_size": decode_size, "window": window, "on_bad_image": on_bad_image}
@@ -218,7 +221,7 @@ def load_splits(name, root=None, *, val_split=None, split_seed=0, limit_train=No
         result.train = add_positives(result.train, extra_train, known)
     if "train" in splits and include_list:
         result.train = _only_listed(result.train, include_list, pool, own)
-    for split in {"train", "val", "test"} - set(splits):
+    for split in set(SPLITS) - set(splits):
         setattr(result, split, None)
     if classes is None:
         _check_classes(result, given, labels, name in OWN_OPTIONS or folds or include_list)
@@ -226,7 +229,7 @@ def load_splits(name, root=None, *, val_split=None, split_seed=0, limit_train=No
         result.train = _limited(result.train, limit_train, limit_labels, split_seed)
         result.labelled = limit_labels
     if hair_removal:
-        for part in filter(None, (result.train, result.val, result.test)):
+        for part in result.parts.values():
             part.hair_removal = True
             if part.images is not None:  # small images that lie decoded in memory
                 part.images = np.stack([remove_hair(part.read(i)) for i in range(len(part))])
@@ -391,9 +394,8 @@ def _check_classes(result, given, labels, refuse):
         kind = "" if task == TASK else f"{task} "
         if len(names) == 1 and labels:
             raise DataError(f"--dataset {result.name} has one {kind}class only, {names[0]!r}: there is nothing to tell apart")
-        for split in ("train", "val", "test"):
-            part = getattr(result, split)
-            present = set(part.targets[task].tolist() if part is not None else range(len(names)))
+        for split, part in result.parts.items():
+            present = set(part.targets[task].tolist())
             lacking = [name for label, name in enumerate(names) if label not in present]
             if not lacking:
                 continue
@@ -459,9 +461,9 @@ def _medmnist(root, window, wanted):
             raise DataError(f"{root} holds {len(files)} .npz files: name the one, --data-root FILE.npz")
         path = os.path.join(root, files[0])
     kept = wanted | ({"val"} if "train" in wanted else set())
-    arrays = _read_npz(path, [f"{s}_images" for s in sorted(kept)] + [f"{s}_labels" for s in ("train", "val", "test")])
+    arrays = _read_npz(path, [f"{s}_images" for s in sorted(kept)] + [f"{s}_labels" for s in SPLITS])
     classes, parts, default = None, {}, DATASETS["medmnist"].resolution
-    for split in ("train", "val", "test"):  # the labels of all say what classes there are
+    for split in SPLITS:  # the labels of all say what classes there are
         images, labels = arrays.get(f"{split}_images"), arrays[f"{split}_labels"]
         if labels.ndim == 2 and labels.shape[1] == 1:
             labels = labels[:, 0]
@@ -530,7 +532,7 @@ def _imagefolder(root, splits, classes, decode_size, window):
     folders, parts, wanted, found = _split_folders(root), {}, set(splits), list(classes) if classes is not None else None
     if "train" in wanted or ("val" in wanted and "val" not in folders):  # val is split off train where it has no folder
         wanted |= {"train", "val"}
-    for split in ("train", "val", "test"):
+    for split in SPLITS:
         if split not in wanted or (split == "val" and "val" not in folders):
             continue
         if split not in folders:

@@ -621,7 +621,7 @@ def load_weights(model, state, source):
         if tried:
             _, names, *_, wrong = min(tried, key=lambda fit: len(fit[-1]))
             begin = _few(re.match(r"(\w+\.){0,2}", name)[0] or name for name in names)
-            text = f"does not fit {model.name} in {len(wrong)} places: {wrong[0]}; its names begin with {begin}"
+            text = f"does not fit {model.name}: {wrong[0]} (differences: {len(wrong)}); its names begin with {begin}"
         raise ModelError(f"{source} {text}; its keys: {_few(state if isinstance(state, dict) else [])}")
     path, names, prefix, part, known, kept, _ = fitting[0]
     alike = [f"{fit[2]}*" for fit in fitting if fit[0] == path]

@@ -20,6 +20,7 @@ COLUMNS = {
     "group": ("group", "patient_id", "patient", "subject_id", "subject", "lesion_id"),
     "split": ("split",),
 }
+SPLITS = ("train", "val", "test")
 SPLIT_NAMES = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
@@ -248,4 +249,4 @@ def _official_splits(path, whole, values, column):
         raise DataError(f"{counted(unknown, f'rows of {path} have an unknown {column}')}: it must be train, val or test "
                         "(--split-column none ignores it)")  # fmt: skip
     splits = np.array([SPLIT_NAMES[v.lower()] for v in values])
-    return {s: whole.subset(np.flatnonzero(splits == s)) for s in ("train", "val", "test") if (splits == s).any()}
+    return {s: whole.subset(np.flatnonzero(splits == s)) for s in SPLITS if (splits == s).any()}
