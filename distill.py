@@ -35,6 +35,7 @@ from common.losses import (
     METHODS,
     TEACHER_PROJECTORS,
     TEMPERATURES,
+    TERMS,
     DistillationLoss,
     method_weights,
     task_accuracy,
@@ -162,13 +163,7 @@ class Student(torch.nn.Module):
 
 def settle(args):
     """The loss's weights {term: float}; defaults that depend on the method are filled in."""
-    weights = method_weights(
-        args.method, args.alpha, ce=args.ce_weight, kl=args.kl_weight, feature=args.feature_weight,
-        embedding=args.embedding_weight, cls=args.cls_weight, patch=args.patch_weight,
-        projection=args.projection_weight, contrastive=args.contrastive_weight, rkd_distance=args.rkd_distance_weight,
-        rkd_angle=args.rkd_angle_weight, mmd=args.mmd_weight, dkd=args.dkd_weight, dist=args.dist_weight,
-        standardized_kl=args.standardized_kl_weight, attention=args.attention_weight,
-    )  # fmt: skip
+    weights = method_weights(args.method, args.alpha, **{term: getattr(args, f"{term}_weight") for term in TERMS})
     if not uses(weights, FEATURE_TERMS) and (args.student_layer or args.teacher_layer):
         raise cli.UserError(f"--student-layer and --teacher-layer with --method {args.method}: its weights of {' and '.join(FEATURE_TERMS)} are 0")
     if args.local_crops and not weights["cls"]:

@@ -464,18 +464,19 @@ def read_json(path):
 
 def check(args):
     """Refuse values that argparse cannot judge one by one."""
-    if getattr(args, "window", None) and not -math.inf < args.window[0] < args.window[1] < math.inf:
+    given = vars(args).get
+    if given("window") and not -math.inf < args.window[0] < args.window[1] < math.inf:
         raise UserError(f"--window {args.window[0]:g} {args.window[1]:g}: LOW must be below HIGH")
-    if getattr(args, "hf_dataset", None) and args.data_root:
+    if given("hf_dataset") and args.data_root:
         raise UserError(f"--hf-dataset {args.hf_dataset} and --data-root {args.data_root} contradict each other: give one of them")
-    if getattr(args, "nesterov", False) and args.optimizer not in ("sgd", None):
+    if given("nesterov") and args.optimizer not in ("sgd", None):
         raise UserError(f"--nesterov and --optimizer {args.optimizer} contradict each other: it is sgd's")
-    samples = getattr(args, "save_samples", None)
+    samples = given("save_samples")
     if samples and not args.sweep:  # a point has an --output of its own
         folder = os.path.dirname(os.path.abspath(samples))
         if os.path.isdir(samples) or folder != os.path.abspath(args.output) and not os.access(folder, os.W_OK):
             raise UserError(f"--save-samples {samples}: no file can be written there, name one in a folder that exists")
-    frozen = "--freeze-backbone" if getattr(args, "freeze_backbone", False) else "--freeze" if getattr(args, "freeze", None) else None
+    frozen = "--freeze-backbone" if given("freeze_backbone") else "--freeze" if given("freeze") else None
     if frozen and not (args.pretrained or args.weights or args.init_checkpoint):
         raise UserError(f"{frozen} needs --pretrained, --weights or --init-checkpoint: random features teach a head nothing")
     return args
@@ -692,9 +693,9 @@ class RunFolder:
     def path(self, name):
         return os.path.join(self.folder, name)
 
-    def own_files(self):
-        """Paths of what a run has left in the folder."""
-        return [f for pattern in self.OWN for f in glob.glob(os.path.join(glob.escape(self.folder), pattern))]
+    def own_files(self, form="{}"):
+        """Paths of what a run has left in the folder; form: of their names."""
+        return [f for pattern in self.OWN for f in glob.glob(os.path.join(glob.escape(self.folder), form.format(pattern)))]
 
     def lock(self):
         """Make the folder and keep every other run off it as long as this process lives.  Raises UserError in all processes.
@@ -735,11 +736,8 @@ class RunFolder:
             return
         if self.resume:
             self.rows = read_json(self.path("metrics.json"))[:rows] if rows else []
-        for file in () if self.resume else self.own_files():
+        for file in self.own_files(".{}.????????") + ([] if self.resume else self.own_files()):  # first of writers that were killed
             if not file.endswith("log.txt"):
-                os.remove(file)
-        for pattern in self.OWN:  # of writers that were killed
-            for file in glob.glob(os.path.join(glob.escape(self.folder), f".{pattern}.{'?' * 8}")):
                 os.remove(file)
         self._log.truncate(min(log_bytes, os.path.getsize(self.path("log.txt"))))
         self._log.seek(0, os.SEEK_END)

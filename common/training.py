@@ -389,7 +389,7 @@ def check_normalization(model, resolution, rows):
 
 def file_sha256(path):
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(file.read()).hexdigest()
+        return hashlib.sha256(file.read()).hexdigest()
 
 
 def class_difference(before, now):

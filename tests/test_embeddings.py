@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, run_script, script_environment, succeed
-from test_scripts import here  # noqa: F401
 
 from common import cli
 from common.augment import Augmenter, Policy
@@ -424,7 +423,7 @@ def test_an_extraction_of_other_images_does_not_go_on(tmp_path):
     assert list(Store(str(tmp_path / "t")).ids) == [f"id{i}" for i in range(6)]
 
 
-def test_the_student_is_shown_the_views_of_the_store_s_seed(here, tmp_path):  # noqa: F811
+def test_the_student_is_shown_the_views_of_the_store_s_seed(here, tmp_path):
     """A student that is the teacher, and does not learn, has the teacher's distances, up to float16, on those views alone."""
     flags = ["--resolution", 8, "--weights", "w.pth", "--device", "cpu", "--model", "vit_6_192"]
     torch.save(build_model("vit_6_192", 10, 8).backbone.state_dict(), tmp_path / "w.pth")
