@@ -472,7 +472,7 @@ def check(args):
     if given("nesterov") and args.optimizer not in ("sgd", None):
         raise UserError(f"--nesterov and --optimizer {args.optimizer} contradict each other: it is sgd's")
     samples = given("save_samples")
-    if samples and not args.sweep:  # a point has an --output of its own
+    if samples:
         folder = os.path.dirname(os.path.abspath(samples))
         if os.path.isdir(samples) or folder != os.path.abspath(args.output) and not os.access(folder, os.W_OK):
             raise UserError(f"--save-samples {samples}: no file can be written there, name one in a folder that exists")
@@ -484,15 +484,15 @@ def check(args):
 
 def parse_flags(parser, argv):
     """Parse argv over --config FILE or the flags of --resume RUN, and a point of --sweep; returns a Namespace."""
-    args = check(parser.parse_args(argv))
+    args = parser.parse_args(argv)
     if not hasattr(args, "config"):  # evaluate.py and report.py
-        return args
+        return check(args)
     argv = expand_sweep(parser, argv)
-    args = check(parser.parse_args(argv))
+    args = parser.parse_args(argv)
     if args.resume and args.config:
         raise UserError("--resume and --config contradict each other: a resumed run has its own flags")
     if not args.resume and not args.config:
-        return args
+        return check(args)
     path = args.config or os.path.join(args.resume, "config.json")
     values = read_json(path)
     if isinstance(values, dict) and isinstance(values.get("flags"), dict):

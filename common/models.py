@@ -631,8 +631,8 @@ def load_weights(model, state, source):
     model.take_pretrained(known, kept)
     others = _few(fit[0] for fit in fitting[1:])
     left = _few(".".join(name.split(".")[: prefix.count(".")]) + ".*" for name in names if not name.startswith(prefix))
-    taken = [path + (others and f", not {others}"), prefix and f"{prefix}*", left and f"left out: {left}"]
-    return " ".join([source, *([f"({'; '.join(filter(None, taken))})"] if any(taken) else [])])
+    taken = path + (others and f", not {others}"), prefix and f"{prefix}*", left and f"left out: {left}"
+    return f"{source} ({'; '.join(filter(None, taken))})" if any(taken) else source
 
 
 def _few(names):
