@@ -486,7 +486,7 @@ def test_zero_beside_a_store_is_a_flag_that_was_given(tmp_path, given, words):
     meta = {**dict.fromkeys(cli.STORED_FLAGS), "dataset": "digits", "folds": 3, "fold": 2, "split_seed": 3, "decode_size": 256,
             "seed": 0, "policy": Policy().to_dict(), "num_views": 2}  # fmt: skip
     for split in ("train", "val", "test"):
-        writer = Writer(split_folder(tmp_path, split), {**meta, "split": split, "sha256": split}, ["a"], np.zeros(1), {"embeddings": (2, 4)})
+        writer = Writer(split_folder(tmp_path, split), {**meta, "split": split, "sha256": split}, ["a"], np.zeros(1, int), {"embeddings": (2, 4)})
         writer.write([0], {"embeddings": np.ones((1, 2, 4))})
         writer.finish()
     args = importlib.import_module("distill").build_parser().parse_args(["--teacher-embeddings", str(tmp_path), *map(str, given)])
