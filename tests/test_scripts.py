@@ -195,7 +195,7 @@ def test_config_file_and_command_line(tmp_path, here):
 
 
 @pytest.mark.parametrize("content, words", [
-    ('{"batchsize": 3}', ["batchsize", "batch_size"]), ('{"lr": "fast"}', ["--lr", "fast"]), ("[1]", ["c.json"]),
+    ('{"batchsize": 3}', ["batchsize", "did you mean --batch-size?"]), ('{"lr": "fast"}', ["--lr", "fast"]), ("[1]", ["c.json"]),
     ("{", ["c.json", "JSON"]), ('{"epochs": 0}', ["--epochs"]),
 ])  # fmt: skip
 def test_bad_config(tmp_path, refused, content, words):
