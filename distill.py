@@ -35,6 +35,7 @@ from common.losses import (
     METHODS,
     TEACHER_PROJECTORS,
     TEMPERATURES,
+    TERMS,
     DistillationLoss,
     method_weights,
     task_accuracy,
@@ -162,13 +163,7 @@ class Student(torch.nn.Module):
 
 def settle(args):
     """The loss's weights {term: float}; defaults that depend on the method are filled in."""
-    weights = method_weights(
-        args.method, args.alpha, ce=args.ce_weight, kl=args.kl_weight, feature=args.feature_weight,
-        embedding=args.embedding_weight, cls=args.cls_weight, patch=args.patch_weight,
-        projection=args.projection_weight, contrastive=args.contrastive_weight, rkd_distance=args.rkd_distance_weight,
-        rkd_angle=args.rkd_angle_weight, mmd=args.mmd_weight, dkd=args.dkd_weight, dist=args.dist_weight,
-        standardized_kl=args.standardized_kl_weight, attention=args.attention_weight,
-    )  # fmt: skip
+    weights = method_weights(args.method, args.alpha, **{term: getattr(args, f"{term}_weight") for term in TERMS})
     if not uses(weights, FEATURE_TERMS) and (args.student_layer or args.teacher_layer):
         raise cli.UserError(f"--student-layer and --teacher-layer with --method {args.method}: its weights of {' and '.join(FEATURE_TERMS)} are 0")
     if args.local_crops and not weights["cls"]:
@@ -215,20 +210,12 @@ def teacher_checkpoint(args):
 
 
 def take_dataset_from(checkpoint, path, args, labelled):
-    """Settle --dataset, --data-root, --limit-labels and the division into train and val where they are not given."""
-    if args.hf_dataset:
-        args.dataset = args.dataset or "unlabeled"
-    taught = checkpoint["flags"] if checkpoint else {"dataset": "digits", "data_root": None}
-    args.dataset = args.dataset or taught["dataset"]
-    if args.dataset == taught["dataset"]:
-        args.data_root = args.data_root or (None if args.hf_dataset else taught["data_root"])
-        if checkpoint:
-            cli.take_split_flags(args, taught, path)
-    args.split_seed, args.decode_size = args.split_seed or 0, args.decode_size or 512
+    """Settle --dataset, what its samples are and --limit-labels where they are not given."""
+    cli.take_dataset(args, checkpoint, path)
     if args.limit_labels is None:  # labels are scarce, images are not
         args.limit_labels = DATASETS[args.dataset].student_labels if labelled and not args.limit_train else 0
     if args.limit_labels and args.sampler == "balanced":
-        raise cli.UserError(f"--sampler balanced cannot be combined with --limit-labels {args.limit_labels}: images without a label are of no class")
+        raise cli.UserError(f"--sampler balanced cannot be combined with --limit-labels {args.limit_labels}, whose other images are of no class: --limit-labels 0 is all")
 
 
 def make_loss(args, weights, model, source, train, shown, classes):

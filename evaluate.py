@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from common import cli, distributed, probes
-from common.data import DATASETS, Splits
+from common.data import DATASETS, SPLITS, Splits
 from common.embeddings import open_splits
 from common.evaluation import brackets, cost, outputs, splits_of, task_metrics, uncertainty, write_predictions
 from common.images import TASK, DataError, in_words, logits_name, tasks_of
@@ -60,7 +60,7 @@ def build_parser():
     parser.add_argument("--seed", type=cli.NATURAL, default=0, help="fixes the probe's held-out part and order")
     parser.add_argument("--dataset", choices=list(DATASETS), help="dataset; by default the checkpoint's")
     parser.add_argument("--data-root", help="its folder or file; by default the checkpoint's, $DATA_ROOT or data/")
-    parser.add_argument("--split", default="test", choices=("train", "val", "test"), help="part of the dataset")
+    parser.add_argument("--split", default="test", choices=SPLITS, help="part of the dataset")
     parser.add_argument("--resolution", type=cli.POSITIVE, help="input side in pixels; by default the one it was trained at")
     parser.add_argument("--teacher-resolution", type=cli.POSITIVE, help="the teacher's input side in pixels; likewise")
     parser.add_argument("--batch-size", type=cli.POSITIVE, default=128, help="images a step")

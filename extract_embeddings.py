@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from common import cli, distributed
 from common.augment import Augmenter
-from common.data import DATASETS, WITH_TEXTS, Splits, load_folder, load_splits
+from common.data import DATASETS, SPLITS, WITH_TEXTS, Splits, load_folder, load_splits
 from common.embeddings import DTYPES, Store, Writer, difference, merge, model_of, nearest, split_folder
 from common.evaluation import live_teacher
 from common.loader import Loader
@@ -50,7 +50,6 @@ from common.training import (
     use_compile,
 )
 
-SPLITS = ("train", "val", "test")
 PLAIN = "csv"  # whose resolution, normalization and views --images takes where neither checkpoint nor reference says them
 NOT_OF_IMAGES = ("dataset", "data_root", "hf_dataset", "download", "val_split",
                  "folds", "fold", "split_seed", "include_list", "extra_train", "binary", "negatives",
@@ -131,7 +130,7 @@ def open_reference(args, split):
 
 
 def settle(args):
-    """The checkpoint, or None; fills in --dataset, --data-root, --val-split and --split-seed from it."""
+    """The checkpoint, or None; fills in the dataset and what its samples are from it."""
     if bool(args.checkpoint) == bool(args.model):
         raise cli.UserError("give one of --checkpoint FILE and --model NAME")
     if args.checkpoint and (args.pretrained or args.weights or args.patch_size):
@@ -141,21 +140,16 @@ def settle(args):
     checkpoint = load_checkpoint(args.checkpoint) if args.checkpoint else None
     if checkpoint and checkpoint["kind"] == "image_text":
         raise cli.UserError(f"{args.checkpoint} reads texts or has several tasks, a store holds images with one label: {LIVE}")
-    flags = checkpoint["flags"] if checkpoint else {"dataset": "digits", "data_root": None}
     if args.images:
+        flags = checkpoint["flags"] if checkpoint else {}
         args.hair_removal = args.hair_removal or bool(flags.get("hair_removal"))
         args.window = args.window or flags.get("window")
         args.decode_size = args.decode_size or flags.get("decode_size", 512)
         args.split_seed = 0
         return checkpoint
-    args.dataset = args.dataset or ("unlabeled" if args.hf_dataset else flags["dataset"])
+    cli.take_dataset(args, checkpoint, args.checkpoint)
     if args.dataset in WITH_TEXTS:
         raise cli.UserError(f"--dataset {args.dataset} has texts and several tasks, a store holds images with one label: {LIVE}")
-    if args.dataset == flags["dataset"]:
-        args.data_root = args.data_root or (None if args.hf_dataset else flags["data_root"])
-        if checkpoint:
-            cli.take_split_flags(args, flags, args.checkpoint)
-    args.split_seed, args.decode_size = args.split_seed or 0, args.decode_size or 512
     return checkpoint
 
 
@@ -262,7 +256,7 @@ def main(args):
             merge(split_folder(args.output, split), args.merge)
             print(f"{split_folder(args.output, split)}: {args.merge} shards joined")
         return
-    cli.stops.hint = ": the same command goes on"
+    cli.stops.hint = f": the same command{' without --overwrite' if args.overwrite else ''} goes on"
     device = select_device(args.device)
     precision = Precision(args.amp, device)
     checkpoint = settle(args)

@@ -38,20 +38,13 @@ from common.metrics import CLASSIFICATION
 SCRIPT_FOLDER = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 RESUME_MAY_CHANGE = {"resume", "device", "workers", "epochs", "data_root", "output", "overwrite", "config", "dry_run"}
 NOT_IN_CONFIG = {"resume", "output", "overwrite", "config", "sweep", "sweep_index", "dry_run", "seeds"}
-SPLIT_FLAGS = ("limit_train", "limit_labels", "on_bad_image", "include_list", "extra_train",
-               "val_split", "split_seed", "decode_size", "window", "hair_removal",
-               "folds", "fold", "binary", "negatives",
-               "table", "image_column", "label_column", "group_column", "split_column", "hf_dataset",
-               "text_fields", "tasks", "positive")  # fmt: skip
-NOT_STORED = ("limit_train", "limit_labels", "on_bad_image", "include_list", "extra_train", "text_fields", "tasks",
-              "positive")  # stores hold images with one label
+STORED_FLAGS = ("val_split", "split_seed", "decode_size", "window", "hair_removal", "folds", "fold", "binary", "negatives",
+                "table", "image_column", "label_column", "group_column", "split_column", "hf_dataset")  # fmt: skip
+SAMPLE_FLAGS = (*STORED_FLAGS, "text_fields", "tasks", "positive")  # what the samples are; stores hold images with one label
+SPLIT_FLAGS = ("limit_train", "limit_labels", "on_bad_image", "include_list", "extra_train", *SAMPLE_FLAGS)
 DIVISION = ("val_split", "split_seed", "folds", "fold", "group_column", "split_column")  # what makes an image val
-STORED_FLAGS = tuple(name for name in SPLIT_FLAGS if name not in NOT_STORED)
 DISK_ERRORS = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
                errno.ENOENT, errno.EIO, errno.ENAMETOOLONG, errno.EFBIG}  # fmt: skip
-# saved absolute, so that a run can be resumed, judged or repeated from another folder
-PATHS = ("data_root", "eval_data_root", "include_list", "extra_train", "weights", "init_checkpoint", "teacher_checkpoint",
-         "teacher_weights", "teacher_embeddings")  # fmt: skip
 
 
 class UserError(Exception):
@@ -72,9 +65,7 @@ class Stops:
     """
 
     CODES = {signal.SIGTERM: 143, signal.SIGUSR1: 75, signal.SIGINT: 130}
-
-    def __init__(self):
-        self.defer, self.hint, self.left = None, "", ""  # how to go on and which of --seeds are left, for the last line
+    defer, hint, left = None, "", ""  # how to go on and which of --seeds are left, for the last line
 
     @contextlib.contextmanager
     def heard(self):
@@ -134,6 +125,8 @@ def run_script(main, build_parser):
                 sys.argv[1:] = argv  # what results.json tells to repeat
                 seeds = " ".join(str(later.seed) for _, later in runs[number:])
                 stops.hint, stops.left = "", f" (not run: --seeds {seeds})" if seeds else ""
+                if getattr(args, "data_root", None) and "KD_STAGED" not in os.environ:  # a job's stage is gone afterwards
+                    args.data_root = os.path.abspath(args.data_root)  # saved so: a run is resumed from any folder
                 code = main(args) or 0
             distributed.stop()
             sys.exit(code)
@@ -197,7 +190,7 @@ class Parser(argparse.ArgumentParser):
         """": did you mean --lr?", by the name or, as for --learning-rate, by the words of its help; or nothing."""
         flag, near = flag.split("=")[0], lambda cutoff: difflib.get_close_matches(flag, self._option_string_actions, 1, cutoff)
         words = flag[2:].replace("-", " ")
-        by_help = [name for name, action in self._option_string_actions.items() if f" {words} " in f" {action.help} "]
+        by_help = sorted((name for name, action in self._option_string_actions.items() if f" {words} " in f" {action.help} "), key=len)
         found = near(0.8) or by_help or near(0.6)
         return f": did you mean {found[0]}?" if found else ""
 
@@ -338,31 +331,35 @@ def balanced_classes(args, tasks):
 def split_flags(flags):
     """load_splits' keywords from {flag: value} of a run, of any age: those that say something."""
     given = {name: flags.get(name) for name in SPLIT_FLAGS}
-    given.update({name: given[name] or None for name in ("limit_train", "limit_labels")})  # 0 is all
-    return {name: value for name, value in given.items() if value is not None and value is not False}
+    # 0 is a fold, but no limit
+    return {name: value for name, value in given.items() if value or value == 0 and value is not False and "limit" not in name}
 
 
-def take_split_flags(args, flags, path):
-    """Settle, where they are not given, the flags that say what the samples are, from the flags of a checkpoint (path).
+def take_dataset(args, checkpoint, path):
+    """Settle the dataset and the flags that say what its samples are, where they are not given, from a checkpoint, if any.
 
-    On its own data another division is refused: its model has learned from what would be val here.  Raises UserError.
+    On its own data another division is refused: its model has learned from what would be val here.  path: the
+    checkpoint's.  Raises UserError.
     """
-    roots = [root and os.path.realpath(root) for root in (args.data_root, flags.get("data_root"))]
-    for name in SPLIT_FLAGS[SPLIT_FLAGS.index("val_split") :]:
-        if name == "hf_dataset" and args.data_root:
-            continue  # other images
-        own = getattr(args, name, None)  # extract_embeddings.py has no flags of texts
+    flags = checkpoint["flags"] if checkpoint else {}
+    args.dataset = args.dataset or ("unlabeled" if args.hf_dataset else flags.get("dataset", "digits"))
+    if args.dataset == flags.get("dataset"):
+        args.data_root = args.data_root or (None if args.hf_dataset else flags["data_root"])
+        _take_samples(args, flags, path)
+    args.split_seed, args.decode_size = args.split_seed or 0, args.decode_size or 512
+
+
+def _take_samples(args, flags, path):
+    same = os.path.realpath(args.data_root or "") == os.path.realpath(flags["data_root"] or "")
+    for name in SAMPLE_FLAGS:
+        own, theirs = getattr(args, name, None), flags.get(name)  # extract_embeddings.py has no flags of texts
         if own is None or own is False:
-            setattr(args, name, flags.get(name, own))
-            continue
-        theirs = flags.get(name)
-        if name == "val_split" and theirs is None:
-            theirs = DATASETS[args.dataset].val_split
-        if name in DIVISION and own != theirs and roots[0] == roots[1]:
-            flag, theirs = f"--{name.replace('_', '-')}", "none" if theirs is None else theirs
-            raise UserError(
-                f"{flag} {own}: {path} was trained with {theirs}, so it knows images of this val; leave {flag} out"
-            )
+            if name != "hf_dataset" or not args.data_root:  # else these are other images
+                setattr(args, name, theirs)
+        elif name in DIVISION and same and own != (DATASETS[args.dataset].val_split if (name, theirs) == ("val_split", None) else theirs):
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(f"{flag} {own}: {path} was trained with {'none' if theirs is None else theirs}, so it knows images of this val; "
+                            f"leave {flag} out")  # fmt: skip
 
 
 def add_augment_flags(parser):
@@ -447,9 +444,7 @@ def config_argv(parser, values, source):
     for key, value in values.items():
         dest = key.replace("-", "_")
         if dest not in actions:
-            near = difflib.get_close_matches(dest, actions, 1)
-            hint = f": did you mean {near[0]}?" if near else ""
-            raise UserError(f"{source} has the unknown key {key!r}{hint}")
+            raise UserError(f"{source} has the unknown key {key!r}{parser.nearest('--' + dest.replace('_', '-'))}")
         if dest in NOT_IN_CONFIG or value is None or value is False or value == []:
             continue
         flag = actions[dest].option_strings[0]
@@ -464,27 +459,24 @@ def read_json(path):
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except ValueError as error:
-        raise UserError(f"{path} is no JSON: {error}") from None
+        raise UserError(f"{path} is not valid JSON: {error}") from None
 
 
 def check(args):
-    """Refuse values that argparse cannot judge one by one; paths become absolute."""
-    for name in PATHS:
-        if getattr(args, name, None):
-            setattr(args, name, os.path.abspath(getattr(args, name)))
-    if getattr(args, "window", None) and not args.window[0] < args.window[1]:
+    """Refuse values that argparse cannot judge one by one."""
+    given = vars(args).get
+    if given("window") and not -math.inf < args.window[0] < args.window[1] < math.inf:
         raise UserError(f"--window {args.window[0]:g} {args.window[1]:g}: LOW must be below HIGH")
-    if getattr(args, "hf_dataset", None) and args.data_root:
+    if given("hf_dataset") and args.data_root:
         raise UserError(f"--hf-dataset {args.hf_dataset} and --data-root {args.data_root} contradict each other: give one of them")
-    if getattr(args, "nesterov", False) and args.optimizer not in ("sgd", None):
+    if given("nesterov") and args.optimizer not in ("sgd", None):
         raise UserError(f"--nesterov and --optimizer {args.optimizer} contradict each other: it is sgd's")
-    samples = getattr(args, "save_samples", None)
-    if samples and not args.sweep:  # a point has an --output of its own
-        folder = os.path.dirname(samples) or "."
-        made = os.path.abspath(folder) == os.path.abspath(args.output)
-        if os.path.isdir(samples) or not made and not (os.path.isdir(folder) and os.access(folder, os.W_OK)):
+    samples = given("save_samples")
+    if samples:
+        folder = os.path.dirname(os.path.abspath(samples))
+        if os.path.isdir(samples) or folder != os.path.abspath(args.output) and not os.access(folder, os.W_OK):
             raise UserError(f"--save-samples {samples}: no file can be written there, name one in a folder that exists")
-    frozen = "--freeze-backbone" if getattr(args, "freeze_backbone", False) else "--freeze" if getattr(args, "freeze", None) else None
+    frozen = "--freeze-backbone" if given("freeze_backbone") else "--freeze" if given("freeze") else None
     if frozen and not (args.pretrained or args.weights or args.init_checkpoint):
         raise UserError(f"{frozen} needs --pretrained, --weights or --init-checkpoint: random features teach a head nothing")
     return args
@@ -492,15 +484,15 @@ def check(args):
 
 def parse_flags(parser, argv):
     """Parse argv over --config FILE or the flags of --resume RUN, and a point of --sweep; returns a Namespace."""
-    args = check(parser.parse_args(argv))
+    args = parser.parse_args(argv)
     if not hasattr(args, "config"):  # evaluate.py and report.py
-        return args
+        return check(args)
     argv = expand_sweep(parser, argv)
-    args = check(parser.parse_args(argv))
+    args = parser.parse_args(argv)
     if args.resume and args.config:
         raise UserError("--resume and --config contradict each other: a resumed run has its own flags")
     if not args.resume and not args.config:
-        return args
+        return check(args)
     path = args.config or os.path.join(args.resume, "config.json")
     values = read_json(path)
     if isinstance(values, dict) and isinstance(values.get("flags"), dict):
@@ -510,7 +502,7 @@ def parse_flags(parser, argv):
     saved = config_argv(parser, values, path)
     args = check(parser.parse_args(saved + argv))
     if args.resume:
-        before = check(parser.parse_args(saved))
+        before = parser.parse_args(saved)
         for dest, value in vars(args).items():
             if dest not in RESUME_MAY_CHANGE and value != getattr(before, dest):
                 flag = dest.replace("_", "-")
@@ -701,9 +693,9 @@ class RunFolder:
     def path(self, name):
         return os.path.join(self.folder, name)
 
-    def own_files(self):
-        """Paths of what a run has left in the folder."""
-        return [f for pattern in self.OWN for f in glob.glob(os.path.join(glob.escape(self.folder), pattern))]
+    def own_files(self, form="{}"):
+        """Paths of what a run has left in the folder; form: of their names."""
+        return [f for pattern in self.OWN for f in glob.glob(os.path.join(glob.escape(self.folder), form.format(pattern)))]
 
     def lock(self):
         """Make the folder and keep every other run off it as long as this process lives.  Raises UserError in all processes.
@@ -744,11 +736,8 @@ class RunFolder:
             return
         if self.resume:
             self.rows = read_json(self.path("metrics.json"))[:rows] if rows else []
-        for file in () if self.resume else self.own_files():
+        for file in self.own_files(".{}.????????") + ([] if self.resume else self.own_files()):  # first of writers that were killed
             if not file.endswith("log.txt"):
-                os.remove(file)
-        for pattern in self.OWN:  # of writers that were killed
-            for file in glob.glob(os.path.join(glob.escape(self.folder), f".{pattern}.{'?' * 8}")):
                 os.remove(file)
         self._log.truncate(min(log_bytes, os.path.getsize(self.path("log.txt"))))
         self._log.seek(0, os.SEEK_END)

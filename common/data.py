@@ -9,7 +9,6 @@ opencv-python-headless for hair removal, datasets for --hf-dataset).
 A dataset yields `index, id, image (uint8), targets {task: label}` and never augments; see augment.py.
 """
 
-import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -37,7 +36,7 @@ from common.images import (
     to_uint8,
 )
 from common.splitting import check_groups, limit, split_fold, split_off, stratified_rows, without_rows
-from common.tables import SPLIT_NAMES, counted, nfc, note, read_csv, sorted_classes
+from common.tables import SPLIT_NAMES, SPLITS, counted, nfc, note, read_csv, sorted_classes
 
 DIGITS_TEST_SHARE = 0.4  # of scikit-learn's 1,797 digits, which come without a split
 STREAM_VAL, STREAM_LIMIT, STREAM_DIGITS_TEST, STREAM_FOLDS = 1001, 1002, 1003, 1006  # of the counter-based generator
@@ -103,9 +102,13 @@ class Splits:
         if not isinstance(self.positive, dict):
             self.positive = positive_classes(self.classes, self.positive or ())
 
+    @property
+    def parts(self):
+        """{split: its dataset} of those that there are."""
+        return {name: getattr(self, name) for name in SPLITS if getattr(self, name) is not None}
+
     def __str__(self):
-        parts = {k: getattr(self, k) for k in ("train", "val", "test")}
-        sizes = ", ".join(f"{len(part)} {k}" for k, part in parts.items() if part is not None)
+        sizes = ", ".join(f"{len(part)} {k}" for k, part in self.parts.items())
         sizes = sizes.replace(" train", f" train ({self.labelled} with labels)") if self.labelled is not None else sizes
         counts = ", ".join(f"{len(names)} classes" + ("" if task == TASK else f" of {task}") for task, names in tasks_of(self.classes).items())
         return ", ".join([f"{self.name}: {sizes}, {counts}", *(f"{key} class: {name}" for key, name in self.positive_names().items())])
@@ -117,20 +120,16 @@ class Splits:
 
     def describe(self):
         """Plain types for results.json."""
-        parts = {k: getattr(self, k) for k in ("train", "val", "test") if getattr(self, k) is not None}
+        if self.labelled is not None:  # a run on these alone has the same fingerprint
+            few = self.train.subset(np.flatnonzero(next(iter(self.train.targets.values())) >= 0))
         return {
             "name": self.name,
             "domain": self.domain,
             "classes": self.classes if isinstance(self.classes, dict) else list(self.classes),
-            "sizes": {k: len(v) for k, v in parts.items()},
-            "sha256": {k: v.fingerprint(self.classes) for k, v in parts.items()},
-            **({} if self.labelled is None else {"labelled": self._labelled()}),
+            "sizes": {k: len(v) for k, v in self.parts.items()},
+            "sha256": {k: v.fingerprint(self.classes) for k, v in self.parts.items()},
+            **({} if self.labelled is None else {"labelled": {"train": self.labelled, "sha256": few.fingerprint(self.classes)}}),
         }
-
-    def _labelled(self):
-        """{"train", "sha256"} of train's labelled images: number, and fingerprint of a run on them alone."""
-        labels = next(iter(self.train.targets.values()))
-        return {"train": self.labelled, "sha256": self.train.subset(np.flatnonzero(labels >= 0)).fingerprint(self.classes)}
 
 
 def positive_classes(classes, given=()):
@@ -142,14 +141,15 @@ def positive_classes(classes, given=()):
         raise DataError(f"--positive {unknown[0]} is no class: choose {known}" if binary else f"--positive {unknown[0]}: no task here has two classes")
     found = {}
     for task, names in binary.items():
-        chosen = [name for name in names if name in given] or [b for a, b in (names, names[::-1]) if a.lower() in NEGATIVE]
-        if names[0] in given and names[1] in given:
+        chosen = [name for name in names if name in given]
+        if len(chosen) == 2:
             raise DataError(f"--positive {' '.join(given)}: {names[0]} and {names[1]} are the two classes of one task, name one")
+        chosen = chosen or [b for a, b in (names, names[::-1]) if a.lower() in NEGATIVE]
         found[task] = names.index(chosen[0]) if len(chosen) == 1 else 1
     return found
 
 
-def load_splits(name, root=None, *, val_split=None, split_seed=0, limit_train=None, limit_labels=None, splits=("train", "val", "test"),
+def load_splits(name, root=None, *, val_split=None, split_seed=0, limit_train=None, limit_labels=None, splits=SPLITS,
                 classes=None, download=False, on_bad_image="error", decode_size=512, window=None, hair_removal=False,
                 folds=None, fold=None, include_list=None, labels=True, positive=None, **own):
     """Read a dataset's splits; see DATASETS for the names.
@@ -166,8 +166,6 @@ def load_splits(name, root=None, *, val_split=None, split_seed=0, limit_train=No
     """
     if name not in DATASETS:
         raise DataError(f"unknown dataset {name!r}: choose one of {', '.join(DATASETS)}")
-    if window is not None and not -math.inf < window[0] < window[1] < math.inf:
-        raise DataError(f"--window {window[0]:g} {window[1]:g}: LOW must be below HIGH")
     if name == "unlabeled" and labels:
         raise DataError("--dataset unlabeled has no labels: it is for distill.py --method tokens or embedding without them, and extract_embeddings.py")
     _check_options(name, own, folds, fold)
@@ -194,7 +192,7 @@ def load_splits(name, root=None, *, val_split=None, split_seed=0, limit_train=No
             own["group_field"] = own.pop("group_column")
         known = classes if isinstance(classes, dict) else None
         reader = read_medpix if name == "medpix" else read_image_text
-        parts, found = reader(root, splits=[split for split in ("train", "val", "test") if split in wanted], classes=known, on_bad_image=on_bad_image,
+        parts, found = reader(root, splits=[split for split in SPLITS if split in wanted], classes=known, on_bad_image=on_bad_image,
                               decode_size=decode_size, window=window, **own)  # fmt: skip
     else:
         decoding = {"decode_size": decode_size, "window": window, "on_bad_image": on_bad_image}
@@ -223,7 +221,7 @@ def load_splits(name, root=None, *, val_split=None, split_seed=0, limit_train=No
         result.train = add_positives(result.train, extra_train, known)
     if "train" in splits and include_list:
         result.train = _only_listed(result.train, include_list, pool, own)
-    for split in {"train", "val", "test"} - set(splits):
+    for split in set(SPLITS) - set(splits):
         setattr(result, split, None)
     if classes is None:
         _check_classes(result, given, labels, name in OWN_OPTIONS or folds or include_list)
@@ -231,7 +229,7 @@ def load_splits(name, root=None, *, val_split=None, split_seed=0, limit_train=No
         result.train = _limited(result.train, limit_train, limit_labels, split_seed)
         result.labelled = limit_labels
     if hair_removal:
-        for part in filter(None, (result.train, result.val, result.test)):
+        for part in result.parts.values():
             part.hair_removal = True
             if part.images is not None:  # small images that lie decoded in memory
                 part.images = np.stack([remove_hair(part.read(i)) for i in range(len(part))])
@@ -396,9 +394,8 @@ def _check_classes(result, given, labels, refuse):
         kind = "" if task == TASK else f"{task} "
         if len(names) == 1 and labels:
             raise DataError(f"--dataset {result.name} has one {kind}class only, {names[0]!r}: there is nothing to tell apart")
-        for split in ("train", "val", "test"):
-            part = getattr(result, split)
-            present = set(part.targets[task].tolist() if part is not None else range(len(names)))
+        for split, part in result.parts.items():
+            present = set(part.targets[task].tolist())
             lacking = [name for label, name in enumerate(names) if label not in present]
             if not lacking:
                 continue
@@ -464,19 +461,13 @@ def _medmnist(root, window, wanted):
             raise DataError(f"{root} holds {len(files)} .npz files: name the one, --data-root FILE.npz")
         path = os.path.join(root, files[0])
     kept = wanted | ({"val"} if "train" in wanted else set())
-    arrays = _read_npz(path, [f"{s}_images" for s in sorted(kept)] + [f"{s}_labels" for s in ("train", "val", "test")])
-    for split in {"train", "val", "test"} - kept:  # their labels say what classes there are
-        arrays[f"{split}_images"] = np.broadcast_to(np.uint8(0), (len(arrays[f"{split}_labels"]), 1, 1))
-    classes, parts = None, {}
-    for split in ("train", "val", "test"):
-        images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
-        if images.ndim == 4 and images.shape[3] == 1:
-            images = images[..., 0]
-        if images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] != 3) or not images.size:
-            raise DataError(f"{path}: {split}_images of shape {images.shape} are no grey or colour images")
+    arrays = _read_npz(path, [f"{s}_images" for s in sorted(kept)] + [f"{s}_labels" for s in SPLITS])
+    classes, parts, default = None, {}, DATASETS["medmnist"].resolution
+    for split in SPLITS:  # the labels of all say what classes there are
+        images, labels = arrays.get(f"{split}_images"), arrays[f"{split}_labels"]
         if labels.ndim == 2 and labels.shape[1] == 1:
             labels = labels[:, 0]
-        if labels.shape != (len(images),):
+        if labels.ndim != 1 or not len(labels) or split in kept and images.shape[:1] != labels.shape:
             raise DataError(f"{path}: {split}_labels of shape {labels.shape} are not one class for each image "
                             "(multi-label data are not supported)")
         with np.errstate(invalid="ignore"):
@@ -492,18 +483,25 @@ def _medmnist(root, window, wanted):
         if len(unknown):
             known = ", ".join(map(str, classes[:12]))
             raise DataError(f"{path}: {split}_labels are out of range: {unknown[-1]}, train has {known}")
-        labels = np.searchsorted(classes, labels)
+        if split not in kept:
+            continue
+        if images.ndim == 4 and images.shape[3] == 1:
+            images = images[..., 0]
+        if images.ndim not in (3, 4) or images.ndim == 4 and images.shape[3] != 3 or not images.size:
+            raise DataError(f"{path}: {split}_images of shape {images.shape} are no grey or colour images")
+        side = images.shape[1]
+        if split == "train" and side > default:
+            note(f"{path} has images of {side} px: --resolution {side} keeps them, the default is {default}")
         images = to_uint8(images, window, f"{path}: {split}_images")
-        parts[split] = ImageDataset([f"{split}/{i:06d}" for i in range(len(images))], labels, images)
-    side, default = parts["train"].images.shape[1], DATASETS["medmnist"].resolution
-    if side > default:
-        note(f"{path} has images of {side} px: --resolution {side} keeps them, the default is {default}")
-    return {split: part for split, part in parts.items() if split in kept}, [str(i) for i in classes]
+        parts[split] = ImageDataset([f"{split}/{i:06d}" for i in range(len(images))], np.searchsorted(classes, labels), images)
+    return parts, [str(i) for i in classes]
 
 
 def _read_npz(path, names):
-    """{name: array} of a MedMNIST file.  By the headers, before any array is read, refuses what holds no numbers or does
-    not fit in memory: 3 MB may unpack to 3 GB.  Raises DataError."""
+    """{name: array} of a MedMNIST file; refused before it is read where it does not fit in memory: 3 MB may unpack to 3 GB.
+
+    Raises DataError.
+    """
     from common.loader import available_memory
 
     try:
@@ -511,22 +509,19 @@ def _read_npz(path, names):
             missing = [n for n in names if n not in archive.files]
             if missing:
                 raise DataError(f"{path} is no MedMNIST file: it lacks {', '.join(missing)}")
-            needed, free = 0, available_memory()
-            for name in names:
-                with archive.zip.open(f"{name}.npy") as file:
-                    version = min(np.lib.format.read_magic(file)[0], 2)  # the third has the second's layout
-                    shape, _, dtype = getattr(np.lib.format, f"read_array_header_{version}_0")(file)
-                if dtype.kind not in "biuf":
-                    raise DataError(f"{path}: {name} holds values of type {dtype}, not numbers")
-                needed += math.prod(shape) * (dtype.itemsize + (dtype.itemsize > 1))  # what is deeper becomes uint8
+            needed, free = sum(archive.zip.getinfo(f"{n}.npy").file_size for n in names), available_memory()
             if needed > free:
                 sizes = f"{needed / 1e9:,.1f} GB of memory unpacked, {free / 1e9:,.1f} GB are free"
                 raise DataError(f"{path} takes {sizes}: use a smaller file or more memory")
-            return {n: archive[n] for n in names}
+            arrays = {n: archive[n] for n in names}
     except (DataError, MemoryError):
         raise
     except Exception as error:  # zipfile and numpy raise half a dozen kinds on a damaged file
         raise DataError(f"cannot read {path}: {error}") from None
+    for name, array in arrays.items():
+        if array.dtype.kind not in "biuf":
+            raise DataError(f"{path}: {name} holds values of type {array.dtype}, not numbers")
+    return arrays
 
 
 def _imagefolder(root, splits, classes, decode_size, window):
@@ -537,7 +532,7 @@ def _imagefolder(root, splits, classes, decode_size, window):
     folders, parts, wanted, found = _split_folders(root), {}, set(splits), list(classes) if classes is not None else None
     if "train" in wanted or ("val" in wanted and "val" not in folders):  # val is split off train where it has no folder
         wanted |= {"train", "val"}
-    for split in ("train", "val", "test"):
+    for split in SPLITS:
         if split not in wanted or (split == "val" and "val" not in folders):
             continue
         if split not in folders:

@@ -61,7 +61,7 @@ def megabytes(count):
 
 def about_data(splits, resolution):
     """The images of each split, and those of each class: the most frequent of train where there are many classes."""
-    parts = {name: part for name in ("train", "val", "test") if (part := getattr(splits, name)) is not None}
+    parts = splits.parts
     rows = [["split", *parts], ["images", *(f"{len(part):,}" for part in parts.values())]]
     for task, names in tasks_of(splits.classes).items():
         counts = [np.bincount(part.targets[task][part.targets[task] >= 0], minlength=len(names)) for part in parts.values()]

@@ -15,7 +15,7 @@ from common import distributed, metrics
 from common.augment import Augmenter, Policy
 from common.cli import UserError, atomic_write, read_json, split_flags, write_array, write_json
 from common.cli import data_root as find_data_root
-from common.data import load_splits
+from common.data import SPLITS, load_splits
 from common.images import TASK, logits_name, tasks_of
 from common.loader import Loader
 from common.models import multiply_adds
@@ -329,8 +329,8 @@ def splits_of(checkpoint, dataset=None, data_root=None, split="test", **reading)
         options = {k: v for k, v in options.items() if k not in ("limit_train", "include_list", "extra_train")}
     result = load_splits(
         dataset or flags["dataset"], find_data_root(data_root or (flags["data_root"] if own else None)),
-        classes=checkpoint["classes"] or None, splits=("train", "val", "test") if divided else (split,), **{**options, **reading},
+        classes=checkpoint["classes"] or None, splits=SPLITS if divided else (split,), **{**options, **reading},
     )  # fmt: skip
     if not divided:
-        result.train, result.val, result.test = (getattr(result, k) if k == split else None for k in ("train", "val", "test"))
+        result.train, result.val, result.test = (getattr(result, k) if k == split else None for k in SPLITS)
     return result

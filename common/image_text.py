@@ -22,7 +22,7 @@ import torch
 
 from common.images import MISSING, DataError, ImageDataset
 from common.splitting import check_groups
-from common.tables import check_folder, counted, images_by_name, label_numbers, match_images, sorted_classes
+from common.tables import SPLITS, check_folder, counted, images_by_name, label_numbers, match_images, sorted_classes
 
 MEDPIX_CLASSES = {"modality": ["CT", "MR"], "location": ["Abdomen", "Head", "Reproductive and Urinary System", "Spine and Muscles", "Thorax"]}
 MEDPIX_COLUMNS = {"modality": "Type", "location": "Location Category"}
@@ -142,7 +142,7 @@ def _check_tasks(classes, tasks, name):
 # -------------------------------------------------------------------------------------------------------------- MedPix
 
 
-def read_medpix(root, *, splits=("train", "val", "test"), text_fields=("Caption",), classes=None, on_bad_image="error", **decoding):
+def read_medpix(root, *, splits=SPLITS, text_fields=("Caption",), classes=None, on_bad_image="error", **decoding):
     """MedPix 2.0 as published (Siragusa et al. 2025, doi 10.1007/s41019-025-00297-8); its dev is val, a group is a case.
 
     text_fields: the description's fields, the case's and the topic's; where two of them have a name, as Title, it is
@@ -213,7 +213,7 @@ def _full_name(field, own, joined):
 # ---------------------------------------------------------------------------------------------------- any folder of ours
 
 
-def read_image_text(root, *, tasks=None, splits=("train", "val", "test"), text_fields=("text",), group_field="group", classes=None,
+def read_image_text(root, *, tasks=None, splits=SPLITS, text_fields=("text",), group_field="group", classes=None,
                     on_bad_image="error", **decoding):  # fmt: skip
     """A folder with train.jsonl, test.jsonl (val.jsonl, if there is one) and images, a line an image:
 
@@ -230,7 +230,7 @@ def read_image_text(root, *, tasks=None, splits=("train", "val", "test"), text_f
         if not re.fullmatch(r"[\w-]+", task) or tasks.count(task) > 1 or task in ("balanced", "top5"):  # it names columns; balanced_accuracy is a metric
             raise DataError(f"--tasks {task!r}: a task's name is of letters, digits, - and _, not balanced or top5, and each is named once")
     _check_tasks(classes, tasks, "image_text")
-    paths = {split: os.path.join(root, f"{split}.jsonl") for split in ("train", "val", "test")}
+    paths = {split: os.path.join(root, f"{split}.jsonl") for split in SPLITS}
     if not os.path.exists(paths["val"]):  # it is split off train then, which is the caller's to do
         splits = ["train" if split == "val" else split for split in splits]
     wanted = [split for split in paths if split in splits or (split == "train" and classes is None)]

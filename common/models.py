@@ -12,7 +12,6 @@
 Face vision model.
 """
 
-import collections
 import contextlib
 import inspect
 import logging
@@ -222,8 +221,8 @@ class ImageModel(nn.Module):
     """A backbone (ours, timm's or Hugging Face's) behind `model(batch) -> dict`, see the head of this file.
 
     `build_args` rebuild it: `build_model(**build_args)`, never asking a hub.  `mean`, `std`: what its pretrained
-    weights expect, or None.  `known_classes`: of the head that came with its weights, 0 if none did; None: they are
-    random.
+    weights expect, or None.  `known_classes`: of the head that came with its weights, 0 if none did that fits; None:
+    they are random.
     """
 
     kind = "image"  # of a checkpoint
@@ -304,7 +303,7 @@ class ImageModel(nn.Module):
         else:
             config = getattr(self.backbone, "pretrained_cfg", None) or {}
             self.mean, self.std = (list(config[name]) if config.get(name) else None for name in ("mean", "std"))
-        self.known_classes = known_classes
+        self.known_classes = known_classes if head_kept or known_classes != self.build_args["num_classes"] else 0
         for layer in () if head_kept else self.classifiers:
             for module in layer.modules():
                 if isinstance(module, (nn.Linear, nn.Conv2d)):
@@ -548,8 +547,7 @@ def _build_hugging_face(name, num_classes, build_args, pretrained, hf_config):
     model = ImageModel(HuggingFaceBackbone(body.float(), num_classes), build_args)  # some are stored in half
     model.check_side(build_args["img_size"])
     if pretrained:
-        known, kept = _take_hugging_face_head(model, source)
-        model.take_pretrained(known, kept)
+        model.take_pretrained(*_take_hugging_face_head(model, source))
     return model
 
 
@@ -558,26 +556,24 @@ def _take_hugging_face_head(model, source):
 
     Classifiers pool in many ways: the head is kept only where it gives the classifier's own logits here.
     """
-    config, wanted = model.backbone.body.config, model.build_args["num_classes"]
+    config, own = model.backbone.body.config, model.backbone.head
     if not any("ForImageClassification" in name for name in config.architectures or ()):
         return 0, False
-    if config.num_labels != wanted:
+    if config.num_labels != model.build_args["num_classes"]:
         return config.num_labels, False
     from transformers import AutoModelForImageClassification
 
     whole = AutoModelForImageClassification.from_pretrained(source, trust_remote_code=False).float().eval()
-    theirs, own = [m for m in whole.modules() if isinstance(m, nn.Linear)][-1], model.backbone.head
+    theirs = [m for m in whole.modules() if isinstance(m, nn.Linear)][-1]
     if theirs.weight.shape != own.weight.shape:
-        return 0, False
+        return config.num_labels, False
     own.load_state_dict(theirs.state_dict())
     example = model.example(rows=1)
     example["image"] += torch.linspace(-1, 1, example["image"].shape[-1])
-    training = model.training
     with torch.no_grad():
         expected, got = whole(pixel_values=example["image"]).logits, model.eval()(example)["logits"]
-    model.train(training)
-    kept = torch.allclose(expected, got, rtol=1e-3, atol=1e-4)
-    return wanted if kept else 0, kept
+    model.train()
+    return config.num_labels, torch.allclose(expected, got, rtol=1e-3, atol=1e-4)
 
 
 def _hugging_face_normalization(source):
@@ -616,7 +612,7 @@ def load_weights(model, state, source):
 
     own = model.backbone.state_dict()
     tried = [
-        (path, names, prefix, *_fit(model, names, prefix))
+        (path, names, prefix, *_fit(model, own, names, prefix))
         for path, names in sorted(_state_dicts(state), key=rank) for prefix in _prefixes(names, own)
     ]  # fmt: skip
     fitting = [fit for fit in tried if not fit[-1]]
@@ -625,7 +621,7 @@ def load_weights(model, state, source):
         if tried:
             _, names, *_, wrong = min(tried, key=lambda fit: len(fit[-1]))
             begin = _few(re.match(r"(\w+\.){0,2}", name)[0] or name for name in names)
-            text = f"does not fit {model.name}: {wrong[0]} (and {len(wrong) - 1} more); its names begin with {begin}"
+            text = f"does not fit {model.name}: {wrong[0]} (differences: {len(wrong)}); its names begin with {begin}"
         raise ModelError(f"{source} {text}; its keys: {_few(state if isinstance(state, dict) else [])}")
     path, names, prefix, part, known, kept, _ = fitting[0]
     alike = [f"{fit[2]}*" for fit in fitting if fit[0] == path]
@@ -635,8 +631,8 @@ def load_weights(model, state, source):
     model.take_pretrained(known, kept)
     others = _few(fit[0] for fit in fitting[1:])
     left = _few(".".join(name.split(".")[: prefix.count(".")]) + ".*" for name in names if not name.startswith(prefix))
-    taken = [path + (others and f", not {others}"), prefix and f"{prefix}*", left and f"left out: {left}"]
-    return " ".join([source, *([f"({'; '.join(filter(None, taken))})"] if any(taken) else [])])
+    taken = path + (others and f", not {others}"), prefix and f"{prefix}*", left and f"left out: {left}"
+    return f"{source} ({'; '.join(filter(None, taken))})" if any(taken) else source
 
 
 def _few(names):
@@ -654,19 +650,14 @@ def _state_dicts(state, path=""):
 
 
 def _prefixes(names, own):
-    """What may stand before the backbone's names, the likeliest first; else what all names begin with, or nothing."""
-    counts = collections.Counter()
-    for name in names:
-        parts = name.split(".")
-        counts.update(".".join(parts[:i]) + "." if i else "" for i in range(len(parts)) if ".".join(parts[i:]) in own)
-    shared = os.path.commonprefix(list(names))
-    likely = [prefix for prefix, count in counts.items() if 2 * count >= max(counts.values())]
-    return likely or list(dict.fromkeys([shared[: shared.rfind(".") + 1], ""]))  # older names, which timm converts
+    """What stands before the backbone's first name; where that is missing, what all names begin with, or nothing."""
+    first, shared = next(iter(own)), os.path.commonprefix(list(names))
+    found = [name.removesuffix(first) for name in names if f".{name}".endswith(f".{first}")]
+    return found or list(dict.fromkeys([shared[: shared.rfind(".") + 1], ""]))  # older names, which timm converts
 
 
-def _fit(model, names, prefix):
+def _fit(model, own, names, prefix):
     """(state dict for the backbone, classes of the file's head, whether it is kept, [what does not fit])."""
-    own = model.backbone.state_dict()
     state = {name.removeprefix(prefix): value for name, value in names.items() if name.startswith(prefix)}
     if not any(re.match(r"blocks\.\d+\.\d+\.", name) for name in own):  # DINOv2 saves its blocks in chunks
         state = {re.sub(r"^blocks\.\d+\.(?=\d+\.)", "blocks.", name): value for name, value in state.items()}
@@ -680,16 +671,14 @@ def _fit(model, names, prefix):
     heads = config.get("classifier") or ("head", "fc")
     heads = tuple(f"{head}." for head in ([heads] if isinstance(heads, str) else heads))
     head = [name for name in own if name.startswith(heads)]
-    kept = all(name in state and state[name].shape == own[name].shape for name in head)
-    kept = kept and (bool(head) or not any(name.startswith(heads) for name in state))
+    kept = bool(head) and all(name in state and state[name].shape == own[name].shape for name in head)
     known = next((len(state[name]) for name in head if name.endswith("weight") and name in state), 0)
     if not kept:
         state = {name: value for name, value in state.items() if not name.startswith(heads)}
         state.update({name: own[name] for name in head})
-    wrong = [f"it lacks {name}" for name in own if name not in state and not name.endswith("num_batches_tracked")]
-    wrong += [f"it has {name}, the model has not" for name in state if name not in own]
-    wrong += [f"{name} is {tuple(value.shape)}, of the model {tuple(own[name].shape)}"
-              for name, value in state.items() if name in own and value.shape != own[name].shape]  # fmt: skip
+    has, wanted = ({name: tuple(value.shape) for name, value in of.items() if name in state or not name.endswith("num_batches_tracked")} for of in (state, own))
+    wrong = [f"{name} is {has.get(name, 'missing')} in it, {wanted.get(name, 'missing')} in the model"
+             for name in {**wanted, **has} if has.get(name) != wanted.get(name)]  # fmt: skip
     return state, known, kept, wrong
 
 

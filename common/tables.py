@@ -20,6 +20,7 @@ COLUMNS = {
     "group": ("group", "patient_id", "patient", "subject_id", "subject", "lesion_id"),
     "split": ("split",),
 }
+SPLITS = ("train", "val", "test")
 SPLIT_NAMES = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
@@ -85,7 +86,8 @@ def match_images(table_path, ids, images, where, on_bad_image="error"):
     are noted.
     """
     seen, twice = set(), []
-    for image, i in ((images.get(i, i), i) for i in ids):  # a file may have two names, "a.png" and "./a.png"
+    for i in ids:
+        image = images.get(i, i)  # a file may have two names, "a.png" and "./a.png"
         twice += [i] if image in seen else []
         seen.add(image)
     if twice:
@@ -155,15 +157,14 @@ def read_csv(root, *, on_bad_image="error", table=None, image_column=None, label
 def _labelled(path, content, column, rows):
     """Those of the rows that have a label; how many have none is noted.  Raises DataError where none has."""
     labels = content[column["label"]]
-    bare = [row for row in rows if labels[row] in MISSING]
+    kept = [row for row in rows if labels[row] not in MISSING]
+    bare = {content[column["image"]][row]: repr(labels[row]) for row in rows if labels[row] in MISSING}
     if bare:
-        written = " or ".join(sorted({repr(labels[row]) for row in bare}))
-        names = [content[column["image"]][row] for row in bare]
-        text = counted(names, f"rows of {path} have no {column['label']} ({written})")
-        if len(bare) == len(rows):
+        text = counted([*bare], f"rows of {path} have no {column['label']} ({' or '.join(sorted({*bare.values()}))})")
+        if not kept:
             raise DataError(text)
         note(f"{text}: they are left out")
-    return [row for row in rows if labels[row] not in MISSING]
+    return kept
 
 
 def _table_path(root, table):
@@ -248,4 +249,4 @@ def _official_splits(path, whole, values, column):
         raise DataError(f"{counted(unknown, f'rows of {path} have an unknown {column}')}: it must be train, val or test "
                         "(--split-column none ignores it)")  # fmt: skip
     splits = np.array([SPLIT_NAMES[v.lower()] for v in values])
-    return {s: whole.subset(np.flatnonzero(splits == s)) for s in ("train", "val", "test") if (splits == s).any()}
+    return {s: whole.subset(np.flatnonzero(splits == s)) for s in SPLITS if (splits == s).any()}

@@ -1,6 +1,6 @@
 """What teaches a student: a frozen model that is run, or what one has left in a store; and what it is worth.
 
-Needs from common: cli.py, data.py, embeddings.py, evaluation.py, images.py, loader.py, losses.py, metrics.py, models.py, probes.py,
+Needs from common: augment.py, cli.py, data.py, embeddings.py, evaluation.py, images.py, loader.py, losses.py, metrics.py, models.py, probes.py,
 training.py (and what these need) and torch.
 """
 

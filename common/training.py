@@ -348,7 +348,7 @@ def start_weights(model, weights=None, init_checkpoint=None, flag="--weights"):
         except UserError as error:
             raise UserError(f"{'--init-checkpoint' if init_checkpoint else flag} {error}") from None
         taken = load_weights(model, state, path)
-        if "preprocess" in state:  # of a checkpoint of these scripts
+        if CHECKPOINT.keys() <= state.keys():  # of these scripts
             model.mean, model.std = state["preprocess"]["mean"], state["preprocess"]["std"]
     elif model.known_classes is None:
         return None
@@ -366,7 +366,7 @@ def need_head(model, classes, weights):
         head = f"a head of {known} classes" if known else "no head that can be kept"
         raise UserError(
             f"{weights or model.name} has {head}, the data have {len(classes)}: its logits would mean nothing; "
-            "fine-tune it with train_teacher.py, or take a method without logits (rkd, mmd, tokens, ...)"
+            "fine-tune it with train_teacher.py, or do without its logits (--method rkd, mmd, tokens, ...)"
         )
 
 
@@ -389,18 +389,16 @@ def check_normalization(model, resolution, rows):
 
 def file_sha256(path):
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(file.read()).hexdigest()
+        return hashlib.sha256(file.read()).hexdigest()
 
 
 def class_difference(before, now):
-    """What a checkpoint's classes and the data's (lists, or {task: list}) differ in, in words, or None."""
-    before, now = tasks_of(before), tasks_of(now)
-    for task in {**before, **now}:
-        old, new = before.get(task, []), now.get(task, [])
-        lacking, added = [c for c in old if c not in new], [c for c in new if c not in old]
-        parts = [f"{verb} {', '.join(map(repr, names[:5]))}" for verb, names in (("lack", lacking), ("have besides", added)) if names]
-        if old != new:
-            return f"the classes {' and '.join(parts) or f'are in the order {new[:10]}, not {old[:10]}'}{'' if task == TASK else f' ({task})'}"
+    """How the data's classes (lists, or {task: list}) differ from a checkpoint's, in words, or None."""
+    old, new = ([c if t == TASK else f"{c} ({t})" for t, names in tasks_of(of).items() for c in names] for of in (before, now))
+    changes = ("lack", [c for c in old if c not in new]), ("also have", [c for c in new if c not in old])
+    parts = [f"{verb} {', '.join(map(repr, names[:5]))}" for verb, names in changes if names]
+    if old != new:
+        return "the classes " + (" and ".join(parts) or f"are in the order {new[:10]}, not {old[:10]}")
 
 
 # ---------------------------------------------------------------------------------------------------- the run's record
@@ -413,7 +411,7 @@ class Meter:
     """
 
     def __init__(self):
-        self.names, self.total = [], 0.0  # (2, K): sums and counts
+        self.names, self.total = [], torch.zeros(())  # (2, K): sums and counts
 
     def add(self, **values):
         """Scalars on the device, the same names each time."""
@@ -426,11 +424,10 @@ class Meter:
         return dict(zip(self.names, (self.total[0] / self.total[1]).tolist())) if self.names else {}
 
     def state_dict(self):
-        return {"names": self.names, "total": self.total.cpu() if self.names else None}
+        return {"names": self.names, "total": self.total.cpu()}
 
     def load_state_dict(self, state, device):
-        if state["names"]:
-            self.names, self.total = state["names"], state["total"].to(device)
+        self.names, self.total = state["names"], state["total"].to(device)
 
 
 class Recorder:
@@ -473,14 +470,11 @@ class Recorder:
         begun = saved["epoch"] if saved["step"] else saved["epoch"] - 1
         if self.epochs_wanted < begun:
             raise UserError(f"--epochs {self.epochs_wanted} beside --resume: {begun} epochs of {self.run.folder} are done or begun")
-        before, now = saved.get("data"), self.content.get("data")
-        if not before or not now:  # a run of an earlier version
-            return
+        before, now = saved["data"], self.content["data"]
         differ = class_difference(before["classes"], now["classes"])
         for split, sha in before["sha256"].items() if not differ else ():
             if sha != now["sha256"].get(split):
-                was, found = (of["sizes"].get(split, 0) for of in (before, now))
-                differ = f"{split} had {was:,} images, it has {found:,}" if was != found else f"{split} had other images or labels ({was:,} as now)"
+                differ = f"{split} had other images or labels ({before['sizes'][split]:,} then, {now['sizes'].get(split, 0):,} now)"
         if differ:
             raise UserError(f"--resume {self.run.folder} with other data: {differ}: bring them back, or start a new run")
 
@@ -514,8 +508,8 @@ class Recorder:
                 shown = ", ".join(f"{name} {value:.3f}" for name, value in self.meter.means().items())
                 bar.set_postfix_str(f"{shown}, {rate:.0f} images/s")
             self.interrupts.check()
-        means = distributed.gather(self.meter.means())  # waits for the device
-        self.train_means = {name: sum(m[name] for m in means) / len(means) for name in means[0]}
+        self.meter.total = sum(distributed.gather(self.meter.total.cpu()))  # waits for the device
+        self.train_means = self.meter.means()
         self.train_seconds = time.time() - self.epoch_started
 
     def end_epoch(self, values):

@@ -174,6 +174,7 @@ in_stage() {
   cd "$STAGE/work" || exit 2
   [ ! -s "$STAGE/data_root" ] || DATA_ROOT=$(cat "$STAGE/data_root")
   [ -z "$DATA_ROOT" ] || export DATA_ROOT
+  export KD_STAGED=1  # the script saves no path of the stage
   echo "$BASHPID" >> "$STAGE/pids"
   exec "$PYTHON" "$STAGE/code/$SCRIPT" "$@"
 }

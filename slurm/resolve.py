@@ -247,6 +247,8 @@ def job(script, argv):
     if index:
         argv = expand_index(parser, argv, index)
     args = cli.parse_flags(parser, argv)
+    if hasattr(args, "seeds"):
+        raise cli.UserError("--seeds in a job, which brings back one run folder: submit an array, --array=0-2, whose index is the seed")
     if has(argv, "--sweep"):  # with --sweep-index by hand
         argv = cli.expand_sweep(parser, argv)
     if hasattr(args, "resume") and began_here(args.output):

@@ -377,8 +377,6 @@ def test_bad_values():
     fails("mnist", match="unknown dataset 'mnist': choose one of digits, cifar10")
     for share in (0, 1):
         fails("digits", val_split=share, match=f"--val-split {share} of 1078 images")
-    for window in ((5, 5), (9, 1), (float("nan"), 1), (0, float("inf"))):
-        fails("digits", window=window, match="--window .* LOW must be below HIGH")
 
 
 # ---------------------------------------------------------------------------------------------------------------- CIFAR
@@ -470,8 +468,8 @@ def test_medmnist(tmp_path, tiles, grey):
         ({"train_labels": np.zeros((40, 14), np.uint8)}, r"train_labels of shape \(40, 14\) are not one class"),
         ({"train_labels": np.zeros((39, 1), np.uint8)}, r"train_labels of shape \(39,\) are not one class for each image"),
         ({"train_images": np.zeros((40, 28, 28, 28), np.uint8)}, r"train_images of shape \(40, 28, 28, 28\) are no grey"),
-        ({"val_images": np.zeros((0, 28, 28), np.uint8), "val_labels": np.zeros((0, 1), np.uint8)}, "val_images of shape"),
-        ({"train_labels": np.array([["a"]] * 40, object)}, "train_labels holds values of type object, not numbers"),
+        ({"val_images": np.zeros((0, 28, 28), np.uint8), "val_labels": np.zeros((0, 1), np.uint8)}, r"val_labels of shape \(0,\) are not"),
+        ({"train_labels": np.array([["a"]] * 40, object)}, "cannot read .*: Object arrays"),
         ({"test_labels": np.array([["cat"]] * 10)}, "test_labels holds values of type <U3, not numbers"),
         ({"val_images": np.full((10, 28, 28), "0")}, "val_images holds values of type <U1, not numbers"),
         ({"val_images": np.zeros((10, 0, 0), np.uint8)}, r"val_images of shape \(10, 0, 0\) are no grey"),
@@ -514,7 +512,7 @@ def test_medmnist_in_other_forms(tmp_path, tiles, capsys):
 
 
 def test_a_small_medmnist_file_that_unpacks_to_much(tmp_path, tiles, monkeypatch):
-    """36 MB of zeros, packed: refused by its header, and not read at all where only the other splits are wanted."""
+    """36 MB of zeros, packed: refused unread, and not read at all where only the other splits are wanted."""
     arrays = medmnist_arrays(tiles)
     np.savez_compressed(tmp_path / "x.npz", **{**arrays, "train_images": np.zeros((40, 548, 548, 3), np.uint8)})
     assert (tmp_path / "x.npz").stat().st_size < 150_000

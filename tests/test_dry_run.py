@@ -15,7 +15,7 @@ import torch
 from conftest import ROOT, SMALL, script_environment
 from PIL import Image
 from sklearn.datasets import load_digits
-from test_scripts import RUN_FILES, here  # noqa: F401
+from test_scripts import RUN_FILES
 
 from common import dry_run
 from common.models import build_model
@@ -42,7 +42,7 @@ def amounts(text):
 
 
 @pytest.fixture
-def dry(here, tmp_path):  # noqa: F811
+def dry(here, tmp_path):
     """Run a script with --dry-run in this process: its stdout; it must write nothing."""
 
     def run(name, *args):
@@ -55,7 +55,7 @@ def dry(here, tmp_path):  # noqa: F811
     return run
 
 
-def test_a_student_of_digits_and_what_the_run_then_leaves(dry, here, tmp_path):  # noqa: F811
+def test_a_student_of_digits_and_what_the_run_then_leaves(dry, here, tmp_path):
     flags = ["--dataset", "digits", "--epochs", 2, "--limit-train", 100, "--batch-size", 32, "--save-every", 1, "--save-samples", "grid.png"]
     out = dry("train_student.py", *flags)
     assert "digits (handwriting)" in out and cells(out, "resolution") == ["8", "px"]
@@ -148,7 +148,7 @@ def test_tasks_texts_and_many_classes(dry, tmp_path):
     assert "confusion_val_kind.npy" in out and "confusion_test_side.npy" in out and cells(out, "name") == ["resnet8+bert-tiny-scratch"]
 
 
-def test_bad_input_is_refused_as_in_a_run(here, tmp_path):  # noqa: F811
+def test_bad_input_is_refused_as_in_a_run(here, tmp_path):
     for flags, word in (
         (["--limit-train", 5000], "--limit-train 5000"),
         (["--model", "resnet9000"], "resnet9000"),

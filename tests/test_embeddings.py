@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, run_script, script_environment, succeed
-from test_scripts import here  # noqa: F401
 
 from common import cli
 from common.augment import Augmenter, Policy
@@ -252,7 +251,7 @@ def test_damaged_stores(tmp_path):
         ("ids.npy", lambda p: np.save(p, np.array("a")), r"ids <U1 \(\)"),
         ("labels.npy", lambda p: np.save(p, np.array(["a"] * 6)), r"labels <U1 \(6,\)"),
         ("labels.npy", lambda p: np.save(p, np.array([{}], dtype=object), allow_pickle=True), "damaged"),
-        ("meta.json", lambda p: p.write_text("{"), "no JSON"),
+        ("meta.json", lambda p: p.write_text("{"), "not valid JSON"),
         ("meta.json", lambda p: p.write_text('{"format": 9}'), "format"),
         ("meta.json", lambda p: p.write_text(p.read_text().replace('"policy"', '"police"')), "meta.json lacks policy"),
     ):
@@ -424,7 +423,7 @@ def test_an_extraction_of_other_images_does_not_go_on(tmp_path):
     assert list(Store(str(tmp_path / "t")).ids) == [f"id{i}" for i in range(6)]
 
 
-def test_the_student_is_shown_the_views_of_the_store_s_seed(here, tmp_path):  # noqa: F811
+def test_the_student_is_shown_the_views_of_the_store_s_seed(here, tmp_path):
     """A student that is the teacher, and does not learn, has the teacher's distances, up to float16, on those views alone."""
     flags = ["--resolution", 8, "--weights", "w.pth", "--device", "cpu", "--model", "vit_6_192"]
     torch.save(build_model("vit_6_192", 10, 8).backbone.state_dict(), tmp_path / "w.pth")
@@ -487,7 +486,7 @@ def test_zero_beside_a_store_is_a_flag_that_was_given(tmp_path, given, words):
     meta = {**dict.fromkeys(cli.STORED_FLAGS), "dataset": "digits", "folds": 3, "fold": 2, "split_seed": 3, "decode_size": 256,
             "seed": 0, "policy": Policy().to_dict(), "num_views": 2}  # fmt: skip
     for split in ("train", "val", "test"):
-        writer = Writer(split_folder(tmp_path, split), {**meta, "split": split, "sha256": split}, ["a"], np.zeros(1), {"embeddings": (2, 4)})
+        writer = Writer(split_folder(tmp_path, split), {**meta, "split": split, "sha256": split}, ["a"], np.zeros(1, int), {"embeddings": (2, 4)})
         writer.write([0], {"embeddings": np.ones((1, 2, 4))})
         writer.finish()
     args = importlib.import_module("distill").build_parser().parse_args(["--teacher-embeddings", str(tmp_path), *map(str, given)])

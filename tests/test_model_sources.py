@@ -445,12 +445,22 @@ def test_real_imagenet_weights(size):
         need_head(model, list("abcdefg"), "x.safetensors")
 
 
+def test_a_head_that_does_not_fit_is_none(tmp_path):
+    """Of as many classes, but without its bias: the head is new, and its logits mean nothing."""
+    model, state = build_model("resnet8", 4, 32), build_model("resnet8", 4, 32).backbone.state_dict()
+    del state["fc.bias"]
+    torch.save({"model": state, "preprocess": "of another script"}, tmp_path / "x.pth")
+    assert start_weights(model, str(tmp_path / "x.pth")).endswith(", with a new head of 4 classes: theirs has none")
+    with pytest.raises(UserError, match="no head that can be kept"):
+        need_head(model, list("abcd"), "x.pth")
+
+
 def test_wrong_weights_are_refused():
     """Strictly: nothing missing, nothing over."""
     model, good = build_model("resnet8", 4, 32), build_model("resnet8", 4, 32).backbone.state_dict()
     missing = {key: value for key, value in good.items() if key != "layer2.0.bn1.running_var"}
     for state, word in [
-        (missing, "lacks layer2.0.bn1.running_var"),
+        (missing, "layer2.0.bn1.running_var is missing in it"),
         ({**good, "layer9.weight": torch.zeros(1)}, "layer9.weight"),
         ({**good, "conv1.weight": torch.zeros(64, 3, 7, 7)}, "conv1.weight"),
         (build_model("resnet18", 4, 32).backbone.state_dict(), "layer1.1"),

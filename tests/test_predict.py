@@ -8,7 +8,6 @@ from conftest import succeed
 from PIL import Image
 from scipy.special import softmax
 from sklearn.datasets import load_digits
-from test_scripts import here, refused  # noqa: F401
 
 from common.cli import UserError
 from common.prediction import columns
@@ -48,7 +47,7 @@ def table(path):
 
 
 @pytest.fixture
-def predict(here):  # noqa: F811
+def predict(here):
     """evaluate.py in this process, in the empty folder tmp_path; it must go well: its stdout."""
 
     def run(*args):
@@ -116,7 +115,7 @@ def test_any_mode_size_and_turn(run, pictures, tmp_path, predict):
             assert found == pytest.approx(expected[name].tolist(), abs=1e-6), path
 
 
-def test_several_tasks(tmp_path, predict, refused):  # noqa: F811
+def test_several_tasks(tmp_path, predict, refused):
     """A model that was trained with texts at hand, on images alone; of a model that reads texts the words of a refusal."""
     rng = np.random.default_rng(0)
     (tmp_path / "data" / "images").mkdir(parents=True)
@@ -144,7 +143,7 @@ def test_several_tasks(tmp_path, predict, refused):  # noqa: F811
     refused("evaluate.py", tmp_path / "both/best.pth", "--predict", images[0], "--overwrite", words=["reads texts", "--inputs image"])
 
 
-def test_refusals(run, pictures, tmp_path, refused):  # noqa: F811
+def test_refusals(run, pictures, tmp_path, refused):
     root, expected = pictures
     image, best = root / sorted(expected)[0], run / "best.pth"
     for flags, words in (
@@ -165,7 +164,7 @@ def test_refusals(run, pictures, tmp_path, refused):  # noqa: F811
     assert [p.name for p in tmp_path.iterdir()] == ["empty"]
 
 
-def test_a_file_is_replaced_only_when_told(run, pictures, tmp_path, predict, refused):  # noqa: F811
+def test_a_file_is_replaced_only_when_told(run, pictures, tmp_path, predict, refused):
     root, expected = pictures
     args = [run / "best.pth", "--predict", root / sorted(expected)[0]]
     (tmp_path / "predictions.csv").write_text("mine")
@@ -175,7 +174,7 @@ def test_a_file_is_replaced_only_when_told(run, pictures, tmp_path, predict, ref
     assert len(table(tmp_path / "predictions.csv")) == 1 and len(list(tmp_path.iterdir())) == 1
 
 
-def test_a_model_without_a_head_is_refused(run, pictures, tmp_path, refused):  # noqa: F811
+def test_a_model_without_a_head_is_refused(run, pictures, tmp_path, refused):
     root, expected = pictures
     succeed("distill.py", *SMALL, "--teacher-checkpoint", run / "best.pth", "--method", "embedding", "--ce-weight", 0, "--limit-train", 64,
             "--allow-weak-teacher", "--output", "run", cwd=tmp_path)  # fmt: skip

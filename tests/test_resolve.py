@@ -66,6 +66,10 @@ def test_a_report_goes_without_runs_that_failed(folder, capsys):
     assert job("report.py", "runs/b")["A"] == ["runs/b", "--output", "report"]  # none is there: the script says so
 
 
+def test_a_job_is_one_run(folder):
+    assert "--seeds in a job" in refused("train_student.py", "--seeds", 0, 1)
+
+
 def test_existing_relative_paths_are_staged(folder):
     touch(folder / "w" / "a.pth")
     touch(folder / "flags.json", '{"init_checkpoint": "w/b.pth", "lr": 0.5}')
@@ -96,17 +100,16 @@ def test_distill_takes_its_default_teacher_along(folder, tmp_path):
     succeed("train_teacher.py", *flags, "--output", folder / "runs" / "teacher")
     assert job("distill.py")["S"] == ["runs/teacher/best.pth"]
     assert "S" not in job("distill.py", "--teacher-model", "resnet18", "--teacher-weights", "/w.pth")
-    # and the data folder that the script takes from the checkpoint
+    # the data folder that the script takes from the checkpoint is absolute there: it is read where it lies
     touch(folder / "pictures" / "a.png")
-    assert sorted(job("distill.py")["S"]) == ["pictures", "runs/teacher/best.pth"]
-    assert sorted(job("evaluate.py", "runs/teacher/best.pth")["S"]) == ["pictures", "runs/teacher/best.pth"]
+    assert job("distill.py")["S"] == job("evaluate.py", "runs/teacher/best.pth")["S"] == ["runs/teacher/best.pth"]
     assert job("distill.py", "--data-root", tmp_path)["S"] == ["runs/teacher/best.pth"]
     # a report reads no checkpoint, unless it evaluates them again
     assert job("report.py", "runs")["L"] == ["runs"] and job("report.py", "runs", "--reevaluate")["S"] == ["runs"]
     assert job("report.py", "runs", "runs/teacher")["L"] == ["runs"]
     # the run itself is resumed with all that it has
     found = job("train_teacher.py", "--resume", "runs/teacher", "--epochs", 2)
-    assert found["S"] == ["runs/teacher", "pictures"] and found["O"] == ["runs/teacher"]
+    assert found["S"] == ["runs/teacher"] and found["O"] == ["runs/teacher"]
     assert found["A"] == ["--epochs", "2", "--resume", "runs/teacher"]
     assert "holds a run" in refused("train_teacher.py")
     assert "holds a run" in refused("evaluate.py", "runs/teacher/best.pth", "--output", "runs/teacher")
@@ -200,7 +203,7 @@ def test_points_of_a_sweep(folder, capsys):
     for only in ("2", "0-5", "x", ""):
         with pytest.raises(UserError, match="--points"):
             resolve.main(["--points", "--only", only, *argv])
-    touch(folder / "runs" / "s" / "a" / "best.pth")
+    touch(folder / "runs" / "s" / "a" / "best.pth", "x")
     with pytest.raises(UserError, match="runs/s/a holds a run"):
         resolve.main(["--points", *argv])
     resolve.main(["--points", "--only", "1", *argv])  # the others are not asked for

@@ -14,10 +14,11 @@ import pytest
 import torch
 from conftest import ROOT, SMALL, run_script, script_environment, succeed
 
-from common import training
+import train_student
+from common import cli, training
 from common.cli import RunFolder, UserError, stops
 from common.optimizer import Schedule, Updater
-from common.training import Interrupted, Interrupts, Precision, Recorder
+from common.training import Interrupted, Interrupts, Meter, Precision, Recorder
 
 # all that has state of its own: projectors, EMA, AdamW's moments, warm-up, clipping, plateau
 DISTILL = [
@@ -188,8 +189,7 @@ def recorder(folder, resume=False, epochs=9, patience=0, data=DATA):
     model = Tiny(2, 2)
     updater = Updater(model, torch.optim.SGD(model.parameters(), 0.1), Schedule("constant", 0.1, 9, 1), Precision("off", torch.device("cpu")))
     made = Recorder(RunFolder(str(folder), resume, not resume), updater, Interrupts(), epochs=epochs, metric="accuracy", patience=patience,
-                    save_every=0, content={"flags": {"dataset": "d", "data_root": None}, "classes": [], "preprocess": {},
-                                           **({"data": data} if data else {})})  # fmt: skip
+                    save_every=0, content={"flags": {"dataset": "d", "data_root": None}, "classes": [], "preprocess": {}, "data": data})  # fmt: skip
     made.open(SimpleNamespace(resume=resume, seed=0))
     return made
 
@@ -213,10 +213,10 @@ def test_patience_is_a_number_of_epochs_without_gain(tmp_path):
 
 @pytest.mark.parametrize("change, words", [
     ({"classes": ["dog", "cat"]}, ["order", "['dog', 'cat']", "['cat', 'dog']"]),
-    ({"classes": ["ape", "cat", "dog"]}, ["have besides 'ape'"]),
-    ({"classes": ["dog", "zebra"]}, ["lack 'cat'", "have besides 'zebra'"]),
-    ({"sizes": {"train": 7, "val": 4}, "sha256": {"train": "c", "val": "b"}}, ["train had 8 images, it has 7"]),
-    ({"sha256": {"train": "a", "val": "c"}}, ["val had other images or labels (4 as now)"]),
+    ({"classes": ["ape", "cat", "dog"]}, ["also have 'ape'"]),
+    ({"classes": ["dog", "zebra"]}, ["lack 'cat'", "also have 'zebra'"]),
+    ({"sizes": {"train": 7, "val": 4}, "sha256": {"train": "c", "val": "b"}}, ["train had other images or labels (8 then, 7 now)"]),
+    ({"sha256": {"train": "a", "val": "c"}}, ["val had other images or labels (4 then, 4 now)"]),
 ])  # fmt: skip
 def test_a_resumed_run_refuses_other_data(tmp_path, change, words):
     run_epochs(recorder(tmp_path, epochs=2), [0.5, 0.6])
@@ -228,9 +228,31 @@ def test_a_resumed_run_refuses_other_data(tmp_path, change, words):
     assert run_epochs(recorder(tmp_path, True, epochs=3), [0.5] * 3) == [3]  # the same data go on
 
 
-def test_a_checkpoint_that_does_not_know_its_data_resumes(tmp_path):
-    run_epochs(recorder(tmp_path, epochs=1, data=None), [0.5])
-    assert run_epochs(recorder(tmp_path, True, epochs=2), [0.5] * 2) == [2]
+@pytest.mark.parametrize("variable, absolute", [("WHERE", True), ("KD_STAGED", False)])
+def test_a_relative_data_root_is_saved_absolute(tmp_path, monkeypatch, variable, absolute):
+    """But not by a job: its stage, in which it is relative, is gone afterwards."""
+    seen = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(variable, "1")
+    monkeypatch.setattr(sys, "argv", ["train_student.py", "--data-root", "d"])
+    with pytest.raises(SystemExit):
+        cli.run_script(lambda args: seen.append(args.data_root), train_student.build_parser)
+    assert seen == [str(tmp_path / "d") if absolute else "d"]
+    assert "KD_STAGED=1" in (ROOT / "slurm" / "env.sh").read_text()
+
+
+def test_a_process_without_labels_does_not_count(tmp_path, monkeypatch):
+    """It saw 2 batches without one: the accuracy is that of the others, the loss the mean over all."""
+    class Done(list):
+        accumulate, batches = 1, lambda self, epoch, step: self
+
+    made, other = recorder(tmp_path), Meter()
+    for accuracy in (0.25, 0.75):
+        made.meter.add(loss=torch.tensor(1.0), accuracy=torch.tensor(accuracy))
+        other.add(loss=torch.tensor(3.0), accuracy=torch.tensor(float("nan")))
+    monkeypatch.setattr("common.distributed.gather", lambda own: [own, other.total])
+    list(made.batches(Done()))
+    assert made.train_means == {"loss": 2.0, "accuracy": 0.5}
 
 
 def test_epochs_may_not_shrink_below_what_is_done(tmp_path):

@@ -195,7 +195,7 @@ def test_config_file_and_command_line(tmp_path, here):
 
 
 @pytest.mark.parametrize("content, words", [
-    ('{"batchsize": 3}', ["batchsize", "batch_size"]), ('{"lr": "fast"}', ["--lr", "fast"]), ("[1]", ["c.json"]),
+    ('{"batchsize": 3}', ["batchsize", "did you mean --batch-size?"]), ('{"lr": "fast"}', ["--lr", "fast"]), ("[1]", ["c.json"]),
     ("{", ["c.json", "JSON"]), ('{"epochs": 0}', ["--epochs"]),
 ])  # fmt: skip
 def test_bad_config(tmp_path, refused, content, words):
@@ -229,7 +229,7 @@ def test_bad_config(tmp_path, refused, content, words):
     (["--nesterov", "--optimizer", "adamw"], ["--nesterov", "adamw"]),
     (["--limit-train", 100000], ["--limit-train", "808"]),
     (["--val-split", 0], ["--val-split"]),
-    (["--window", 5, 5], ["--window"]),
+    *((["--window", *window], ["--window", "LOW must be below HIGH"]) for window in ((5, 5), (9, 1), ("nan", 1), (0, "inf"))),
     (["--weights", "no.pth"], ["no.pth"]),
     (["--weights", "a", "--init-checkpoint", "b"], ["--weights", "--init-checkpoint"]),
     (["--pretrained"], ["--pretrained", "resnet8"]),

@@ -70,7 +70,7 @@ def test_the_name_stands_in_any_value(flags):
     """A sweep of students follows a sweep of teachers."""
     grid = [{"name": "a", "lr": 0.1, "weights": "w/{name}.pth"}]
     args = flags(grid, 0, "--init-checkpoint", "runs/teacher/{name}/best.pth", "--output", "runs/{name}")
-    assert (args.init_checkpoint, args.weights, args.output) == (os.path.abspath("runs/teacher/a/best.pth"), os.path.abspath("w/a.pth"), "runs/a/a")
+    assert (args.init_checkpoint, args.weights, args.output) == ("runs/teacher/a/best.pth", "w/a.pth", "runs/a/a")
 
 
 def test_names_fit_for_folders(flags):
@@ -86,14 +86,14 @@ def test_the_command_line_s_config_stays_below_the_point(flags, tmp_path):
 
 @pytest.mark.parametrize("grid, index, argv, words", [
     ({"lr": [0.1, 0.2]}, 2, [], "2 points, 0 to 1"),
-    ({"lrr": [0.1]}, 0, [], "did you mean lr"),
+    ({"lrr": [0.1]}, 0, [], "did you mean --lr"),
     ({"lr": []}, 0, [], "'lr' must be a list"),
     ({"lr": 0.1}, 0, [], "'lr' must be a list"),
     ({}, 0, [], "no grid"),
     ([], 0, [], "no grid"),
     ([3], 0, [], "no grid"),
     ([{"name": "a", "train_student.py": 3}], 0, [], "object of flags"),
-    ("{", 0, [], "no JSON"),
+    ("{", 0, [], "not valid JSON"),
     ([{"name": "a", "lr": 1}, {"name": "a", "lr": 2}], 0, [], "the name 'a'"),
     ({"lr": [1]}, 0, ["--lr=2"], "--lr is given"),
     ({"output": ["x"]}, 0, [], "must not set output"),
