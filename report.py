@@ -21,7 +21,6 @@ Packages: torch, numpy, pillow, matplotlib, scikit-learn, jinja2 (it comes with 
 """
 
 import base64
-import importlib
 import io
 import sys
 from pathlib import Path
@@ -48,15 +47,6 @@ def build_parser():
     parser.add_argument("--device", default="auto", help="of --reevaluate: auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--batch-size", type=cli.POSITIVE, default=256, help="of --reevaluate: images a step")
     return parser
-
-
-def script_defaults(role):
-    """{flag: default} of the script of a role, for runs that are older than a flag; {} where the script or a package of it is not here."""
-    try:
-        script = importlib.import_module(role if role == "distill" else f"train_{role}")
-    except ImportError:
-        return {}
-    return vars(script.build_parser().parse_args([]))
 
 
 def reevaluate(runs, args):
@@ -204,7 +194,7 @@ def write(output, report, runs, galleries, metric):
 
 def main(args):
     output = Path(args.output)
-    runs, missing = comparison.read_runs(comparison.find_run_folders(args.runs), script_defaults)
+    runs, missing = comparison.read_runs(comparison.find_run_folders(args.runs))
     known = comparison.measured(runs)
     if args.metric not in known and not all(comparison.is_label_free(run["results"]) for run in runs):
         raise cli.UserError(f"--metric {args.metric} stands in no run; there are: {', '.join(sorted(known))}")

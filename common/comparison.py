@@ -124,7 +124,9 @@ def read_run(folder):
         if file.is_file():
             results = json.loads(file.read_text(encoding="utf-8"))
             check(results)
-            return {"path": str(folder), "results": results, "written": file.stat().st_mtime, "id": identity(results)}
+            flags = results["flags"]
+            seed = f"fold {flags['fold']}, seed {flags['seed']}" if is_fold(flags) else flags["seed"]
+            return {"path": str(folder), "results": results, "written": file.stat().st_mtime, "seed": seed, "id": identity(results)}
         if "flags" not in json.loads((folder / "config.json").read_text(encoding="utf-8")):
             return None  # a Hugging Face model's, say
     except KeyError as error:
@@ -143,12 +145,9 @@ def read_rows(file, missing):
         return []
 
 
-def read_runs(folders, defaults):
-    """The usable runs, and a sentence for each of the others.
-
-    defaults: role -> {flag: default} of its script, asked where only some of a role's runs have a flag: it is newer than the others.
-    """
-    runs, missing, known = [], [], {}
+def read_runs(folders):
+    """The usable runs, and a sentence for each of the others."""
+    runs, missing = [], []
     for folder in folders:
         try:
             run = read_run(folder)
@@ -157,15 +156,8 @@ def read_runs(folders, defaults):
             continue
         if run:
             runs.append({**run, "rows": read_rows(folder / "metrics.json", missing)})
-            known.setdefault(run["results"]["role"], {}).update(run["results"]["flags"])
     if not runs:
         raise cli.UserError(f"no finished run in {len(folders)} folders: {'; '.join(missing) or 'none is a run'}")
-    for run in runs:
-        role, flags = run["results"]["role"], run["results"]["flags"]
-        newer = known[role].keys() - flags
-        flags.update({key: value for key, value in (defaults(role) if newer else {}).items() if key in newer})
-        run["seed"] = f"fold {flags['fold']}, seed {flags['seed']}" if is_fold(flags) else flags["seed"]
-        run["id"] = identity(run["results"])
     for few in gather([run for run in runs if is_fold(run["results"]["flags"])], "id"):
         if len({run["results"]["flags"]["fold"] for run in few}) == 1:  # each fold has a teacher of its own
             for run in few:

@@ -594,22 +594,6 @@ def test_weight_decay_is_a_setting(tmp_path):
     assert matching(groups["runs/d_small"]["notes"], "the baseline has other flags", "--weight-decay 0.0 (not 0.0005)")
 
 
-def test_a_run_older_than_a_flag_had_its_default(tmp_path):
-    """--distillation-warmup-epochs is 0 where it is not given: an old run and a new one with 0 are seeds of one group."""
-    teacher = write_run(tmp_path / "runs/t", "teacher", 0.9)
-    for seed, flags in enumerate(({}, {"distillation_warmup_epochs": 0}, {"distillation_warmup_epochs": 3.0})):
-        write_run(
-            tmp_path / f"runs/d{seed}", "distill", 0.7, seed=seed, method="response", teacher=teacher, flags=flags
-        )
-    report, done = report_of(tmp_path, "runs")
-    found = {group["variant"]: group["runs"]["distilled"] for group in report["groups"]}
-    assert found == {
-        "--distillation-warmup-epochs 0": ["runs/d0", "runs/d1"],
-        "--distillation-warmup-epochs 3.0": ["runs/d2"],
-    }
-    assert "None" not in done.stdout
-
-
 def test_a_partial_auc_stands_with_its_maximum_and_chance(tmp_path):
     write_run(tmp_path / "runs/s", "student", 0.6, test={"accuracy": 0.6, "pauc": 0.1576})
     _, done = report_of(tmp_path, "runs", "--metric", "pauc")
