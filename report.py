@@ -174,8 +174,8 @@ def examine(members, groups, args, missing, notes):
         missing.append(f"no predictions_test.npz, and so no interval, calibration or gallery: {', '.join(absent)}")
     for some, group, (teachers, before, after) in zip(members, groups, predictions):
         by_file = {teacher["results"].get("checkpoint_sha256"): teachers.get(teacher["seed"]) for teacher in some[0]}
-        found = {run["seed"]: by_file.get(run["results"]["teacher"].get("sha256")) for run in some[2]}
-        taught = {seed: teacher for seed, teacher in found.items() if teacher}
+        taught = {run["seed"]: by_file.get(run["results"]["teacher"].get("sha256")) for run in some[2]}
+        taught = {seed: teacher for seed, teacher in taught.items() if teacher}
         group["cost"] = comparison.group_cost(some)
         group["evidence"] = weigh(taught, before, after, args.metric, max(map(len, some[1:])))
         group["notes"] += comparison.cost_notes(some)

@@ -55,6 +55,11 @@ def number(value):
     return value if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
+def mean(values):
+    """The mean of a list, or None where it is empty or holds None."""
+    return statistics.fmean(values) if values and None not in values else None
+
+
 def is_label_free(results):
     """Whether a run's student has no head, and so neither accuracy nor predictions: see distill.py --method tokens."""
     return results["select_metric"] == "distillation_loss" and "accuracy" not in results["test"]
@@ -198,6 +203,12 @@ def shown(value):
     return "default" if value is None else "/".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
+def varying(runs):
+    """The keys of `identity` in which runs differ."""
+    keys = dict.fromkeys(key for run in runs for key in run["id"])
+    return [key for key in keys if len({json.dumps(run["id"].get(key)) for run in runs}) > 1]
+
+
 def differences(run, other):
     """Flags that both runs have, with different values: '--epochs 10 (not 30)'."""
     return [f"{key} {shown(value)} (not {shown(other['id'][key])})" for key, value in run["id"].items()
@@ -214,12 +225,14 @@ def choose_baselines(distilled, students, notes, missing):
         near = near and f"; other test set, classes, training data or resolution: {near}"
         missing.append(f"no baseline student {first['id']['student']} on {first['id']['dataset']} for {paths(distilled)}{near}")
         return []
-    for others in ranked[1:]:
-        how = ", ".join(differences(others[0], ranked[0][0])) or "flags that the one used lacks"
+    chosen, *rest = ranked
+    for others in rest:
+        how = ", ".join(differences(others[0], chosen[0])) or "flags that the one used lacks"
         notes.append(f"other baselines are left out: {paths(others)}, with {how}")
-    if differences(ranked[0][0], first):
-        notes.append(f"the baseline has other flags than the distilled runs: {', '.join(differences(ranked[0][0], first))}")
-    baselines, twins = newest_per_seed(ranked[0], notes), {run["seed"]: run for run in distilled}
+    changed = ", ".join(differences(chosen[0], first))
+    if changed:
+        notes.append(f"the baseline has other flags than the distilled runs: {changed}")
+    baselines, twins = newest_per_seed(chosen, notes), {run["seed"]: run for run in distilled}
     strangers = [run for run in baselines if not same_images(run, twins.get(run["seed"], run), ("test", "val"))]
     if strangers:
         missing.append(f"{paths(strangers)} are left out: their folds hold other images than those of {paths(distilled)}")
@@ -297,7 +310,7 @@ def stats(runs, metric, notes, split="test"):
     if None in values.values():
         notes.append(f"no {split} {metric} in {paths(run for run in runs if values[run['seed']] is None)}")
     values = {seed: value for seed, value in values.items() if value is not None}
-    return {"mean": statistics.fmean(values.values()) if values else None,
+    return {"mean": mean(list(values.values())),
             "std": statistics.stdev(values.values()) if len(values) > 1 else None,
             "n": len(values), "seeds": list(values)}, values  # fmt: skip
 
@@ -309,7 +322,7 @@ def compare(members, metric, notes):
     return {**{key.format(metric): part for key, part in zip(KEYS, parts)},
             "gain": parts[2]["mean"] - parts[1]["mean"] if before and after else None,
             "gain_std": statistics.stdev(pairs.values()) if len(pairs) > 1 else None,  # of the paired differences
-            "gain_paired": {"mean": statistics.fmean(pairs.values()), "seeds": list(pairs)} if pairs else None}  # fmt: skip
+            "gain_paired": {"mean": mean(list(pairs.values())), "seeds": list(pairs)} if pairs else None}  # fmt: skip
 
 
 def cautions(members, metric, runs):
@@ -322,9 +335,9 @@ def cautions(members, metric, runs):
         return result
     first, best, rivals = members[1][0], before, None
     for twins in gather(of_role(runs, "student"), "id"):
-        mean = stats(twins, metric, [])[0]["mean"]
-        if same(twins[0], first, ("dataset", "labels", *TEST, "student")) and better(metric, mean, best):
-            best, rivals = mean, twins
+        value = stats(twins, metric, [])[0]["mean"]
+        if same(twins[0], first, ("dataset", "labels", *TEST, "student")) and better(metric, value, best):
+            best, rivals = value, twins
     if rivals:
         how = ", ".join(differences(rivals[0], first)) or f"resolution {rivals[0]['id']['resolution']}"
         most = f", and than the student with KD ({cell(after, metric)})" * better(metric, best, after)
@@ -337,13 +350,10 @@ def describe(members, notes, everyone, metric, runs):
     """One entry of report.json's groups; `variant` says in what it differs from groups of the same names."""
     teacher, baselines, distilled = members
     first, *others = ((kinds[2] or kinds[1])[0] for kinds, _ in [(members, notes), *everyone])
-    peers = [run["id"] for run in others if same(run, first, NAMES)]
-    variant = []
-    for key in dict.fromkeys(key for peer in peers for key in peer):
-        value = first["id"].get(key)
-        told = key == "labels" or key == "train" and "trained on" in " ".join(variant)  # in words that a reader knows
-        if any(peer.get(key) != value for peer in peers) and not told:
-            text = shown(value)
+    differ, variant = varying([run for run in others if same(run, first, NAMES)]), []
+    for key in differ:
+        if key != "labels" and not (key == "train" and "trained on" in differ):  # which tells it in words that a reader knows
+            text = shown(first["id"].get(key))
             variant.append(f"{key} {text[:8] if len(text) == 64 else text[:24]}")  # 64: a SHA-256
     free = is_label_free(first["results"])
     said = [] if free else notes
@@ -371,14 +381,14 @@ def describe(members, notes, everyone, metric, runs):
         group[metric] = compare(members, metric, said)
     if free:
         group["val_distillation_loss"] = stats(distilled, "distillation_loss", notes, "val")[0]
-        group["knn"] = {of: number(statistics.fmean(last(run["rows"], key) for run in distilled))
+        group["knn"] = {of: mean([last(run["rows"], key) for run in distilled])
                         for of, key in (("teacher", "val_teacher_knn"), ("student", "val_knn"))}
     return group
 
 
 def last(rows, key):
-    """The last number of a column of metrics.json, or NaN."""
-    return [math.nan, *(row[key] for row in rows if number(row.get(key)) is not None)][-1]
+    """The last number of a column of metrics.json, or None."""
+    return [None, *(row[key] for row in rows if number(row.get(key)) is not None)][-1]
 
 
 def select(runs, wanted, mode):
@@ -400,14 +410,12 @@ def select(runs, wanted, mode):
     if split != "val" or chosen not in known:
         raise cli.UserError(f"--select {wanted}: choose on val, by one of {', '.join(f'val_{key}' for key in sorted(known))}")
     ranked, settings = [], (*NAMES, "resolution", "trained on")
-    differ = [key for key in dict.fromkeys(key for run in runs for key in run["id"] if key.startswith("--") or key in settings)
-              if len({json.dumps(run["id"].get(key)) for run in runs}) > 1]  # fmt: skip
+    differ = [key for key in varying(runs) if key.startswith("--") or key in settings]
     for twins in gather(runs, "id"):
         twins = newest_per_seed(twins, [])
-        values = [number(run["results"]["val"].get(chosen)) for run in twins]
-        if None not in values:
-            ranked.append({"runs": [run["path"] for run in twins], "value": statistics.fmean(values),
-                           "flags": {key: twins[0]["id"].get(key) for key in differ}})  # fmt: skip
+        value = mean([number(run["results"]["val"].get(chosen)) for run in twins])
+        if value is not None:
+            ranked.append({"runs": [run["path"] for run in twins], "value": value, "flags": {key: twins[0]["id"].get(key) for key in differ}})
     if not ranked:
         raise cli.UserError(f"--select {wanted}: no setting has it in all of its runs")
     low = mode == "min" if mode else better(chosen, 0, 1)
@@ -432,8 +440,7 @@ def run_cost(run):
 def group_cost(members):
     """{kind: run_cost}, mean over seeds of what was measured; kinds without a run are left out."""
     found = {kind: [run_cost(run) for run in runs] for kind, runs in zip(KINDS, members) if runs}
-    return {kind: {key: None if any(cost[key] is None for cost in costs) else statistics.fmean(cost[key] for cost in costs) for key in costs[0]}
-            for kind, costs in found.items()}  # fmt: skip
+    return {kind: {key: mean([cost[key] for cost in costs]) for key in costs[0]} for kind, costs in found.items()}  # fmt: skip
 
 
 def cost_notes(members):
@@ -445,7 +452,8 @@ def cost_notes(members):
         devices.setdefault(where, []).append(run)
     if len(devices) < 2:
         return []
-    return [f"images/s and latency are of different devices, --reevaluate measures all on one: {'; '.join(f'{d}: {paths(r)}' for d, r in devices.items())}"]
+    where = "; ".join(f"{device}: {paths(found)}" for device, found in devices.items())
+    return [f"images/s and latency are of different devices, --reevaluate measures all on one: {where}"]
 
 
 def how_to_repeat(run):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from common import metrics
-from common.comparison import NOT_PERCENT, cell, repeat_name
+from common.comparison import NOT_PERCENT, cell, mean, repeat_name
 
 
 @dataclass
@@ -156,9 +156,10 @@ def verdict(gain, images, seeds, metric="accuracy", over=("test images", "seeds"
 
     Words: gain, loss, "within noise".
     """
-    intervals = [(images, f"{span(images, metric)} over {over[0]}")] + ([(seeds, f"{span(seeds, metric)} over {over[1]}")] if seeds else [])
-    noisy = [text for interval, text in intervals if interval[0] <= 0 <= interval[1]]
-    clear = [text for interval, text in intervals if not interval[0] <= 0 <= interval[1]]
+    noisy, clear = [], []
+    for interval, name in zip((images, seeds), over):
+        if interval:
+            (noisy if interval[0] <= 0 <= interval[1] else clear).append(f"{span(interval, metric)} over {name}")
     word = "gain" if gain >= 0 else "loss"
     start = f"The {word} of {cell(abs(gain), metric)}{'' if metric.endswith(NOT_PERCENT) else ' points'} is"
     if noisy:
@@ -173,8 +174,7 @@ def mean_fidelity(students, teachers):
     """`metrics.fidelity` of Predictions {seed: ...} to their teachers', mean over tasks and seeds; None where it is undefined."""
     found = [metrics.fidelity(student.logits[task], teachers[seed].logits[task], student.targets[task])
              for seed, student in students.items() if seed in teachers for task in student.logits] or [{}]  # fmt: skip
-    columns = {name: [of[name] for of in found] for name in found[0]}
-    return {name: None if None in values else float(np.mean(values)) for name, values in columns.items()}
+    return {name: mean([of[name] for of in found]) for name in found[0]}
 
 
 def reliability(runs, task, bins=15):
