@@ -55,21 +55,22 @@ def reevaluate(runs, args):
 
     warnings = []
     for run in runs:
-        checkpoint, recorded = Path(run["path"], run["results"]["checkpoint"]), run["results"]["test"]
+        checkpoint, recorded = Path(run["path"], run["checkpoint"]), run["test"]
         try:
             again = evaluate_checkpoint(checkpoint, split="test", device=args.device, batch_size=args.batch_size, data_root=None)
-            run["results"]["model"].update(measure_checkpoint(checkpoint, args.device, args.batch_size))
+            run["model"].update(measure_checkpoint(checkpoint, args.device, args.batch_size))
         except Exception as error:
             if getattr(error, "exit_code", None) != 2 and not isinstance(error, OSError):
                 raise  # our own fault; the others are the user's to mend, as a checkpoint or data that are not here
             warnings.append(f"{run['path']} was not evaluated again, its recorded figures stand: {error}")
             continue
-        run["recorded"], run["recomputed"] = recorded, {key: again[key] for key in again if number(again[key]) is not None}
-        run["results"]["test"] = {**recorded, **run["recomputed"]}
-        for key in sorted({"accuracy", args.metric} & set(recorded) & set(run["recomputed"])):
+        run["recorded_test"] = recorded
+        run["recomputed_test"] = {key: again[key] for key in again if number(again[key]) is not None}
+        run["test"] = {**recorded, **run["recomputed_test"]}
+        for key in sorted({"accuracy", args.metric} & set(recorded) & set(run["recomputed_test"])):
             if number(recorded[key]) is None or abs(recorded[key] - again[key]) > 1e-4:
                 warnings.append(f"{run['path']}: test {key} was {recorded[key]}, evaluated again it is {again[key]:.6f}")
-    if not any("recomputed" in run for run in runs):
+    if not any("recomputed_test" in run for run in runs):
         raise cli.UserError(f"--reevaluate could evaluate no checkpoint: {warnings[0]}")
     return warnings
 
@@ -77,7 +78,7 @@ def reevaluate(runs, args):
 def load_predictions(members, missing, read):
     """The three kinds of runs as {seed: Predictions}, on the same rows; runs without usable ones are named in `missing`.
 
-    read: {path: Predictions or None} of runs met before.
+    read: {path: Predictions, None or False} of runs met before.
     """
     first, found = {}, ({}, {}, {})  # first: of each test set, as folds have several
     for part, runs in zip(found, members):
@@ -85,16 +86,17 @@ def load_predictions(members, missing, read):
             path, file = run["path"], Path(run["path"], "predictions_test.npz")
             try:
                 if path not in read:
-                    read[path] = None  # named once
+                    read[path] = False  # `examine` names these together
                     if not file.exists():
-                        continue  # main names them together
-                    predictions, recorded = read_predictions(file), run.get("recorded", run["results"]["test"])["accuracy"]
-                    accuracy = float(predictions.value("accuracy")[0])
+                        continue
+                    read[path] = None  # named once
+                    predictions, recorded = read_predictions(file), run.get("recorded_test", run["test"])["accuracy"]
+                    accuracy = predictions.value("accuracy")[0]
                     if abs(accuracy - recorded) > 1e-6:
                         raise ValueError(f"their accuracy is {accuracy:.4f}, that of results.json {recorded:.4f}")
                     read[path] = predictions
                 if read[path]:
-                    like = first.setdefault(run["results"]["dataset"]["sha256"]["test"], read[path])
+                    like = first.setdefault(run["dataset"]["sha256"]["test"], read[path])
                     part[run["seed"]] = align(read[path], like)
             except (OSError, ValueError, TypeError, KeyError, EOFError) as error:
                 missing.append(f"{file} cannot be used, so {path} has no interval, calibration or gallery: {error}")
@@ -105,7 +107,7 @@ def open_test_set(run, opened, notes):
     """The dataset of a run's test split, or None with a note where it is not here.  opened: {fingerprint: dataset} of those met before."""
     from common.data import load_splits
 
-    flags, key = run["results"]["flags"], run["results"]["dataset"]["sha256"]["test"]
+    flags, key = run["flags"], run["dataset"]["sha256"]["test"]
     if key not in opened:
         opened[key] = None
         options = {name: value for name, value in cli.split_flags(flags).items() if name not in ("limit_train", "limit_labels", "include_list", "extra_train")}
@@ -169,12 +171,12 @@ def examine(members, groups, args, missing, notes):
     """Adds cost and evidence to each group.  Returns two lists, an entry a group: {kind: [Predictions]}, and the gallery's items."""
     read, opened, galleries = {}, {}, []
     predictions = [({}, {}, {}) if group["label_free"] else load_predictions(some, missing, read) for some, group in zip(members, groups)]
-    absent = [path for path, found in read.items() if found is None and not Path(path, "predictions_test.npz").exists()]
+    absent = [path for path, found in read.items() if found is False]
     if absent:
         missing.append(f"no predictions_test.npz, and so no interval, calibration or gallery: {', '.join(absent)}")
     for some, group, (teachers, before, after) in zip(members, groups, predictions):
-        by_file = {teacher["results"].get("checkpoint_sha256"): teachers.get(teacher["seed"]) for teacher in some[0]}
-        taught = {run["seed"]: by_file.get(run["results"]["teacher"].get("sha256")) for run in some[2]}
+        by_file = {teacher.get("checkpoint_sha256"): teachers.get(teacher["seed"]) for teacher in some[0]}
+        taught = {run["seed"]: by_file.get(run["teacher"].get("sha256")) for run in some[2]}
         taught = {seed: teacher for seed, teacher in taught.items() if teacher}
         group["cost"] = comparison.group_cost(some)
         group["evidence"] = weigh(taught, before, after, args.metric, max(map(len, some[1:])))
@@ -183,20 +185,11 @@ def examine(members, groups, args, missing, notes):
     return [{kind: [*of.values()] for kind, of in zip(KINDS, some) if of} for some in predictions], galleries
 
 
-def write(output, report, runs, galleries, metric):
-    """report.json, .csv, .md and .html."""
-    cli.write_json(output / "report.json", report)
-    for name, text in (("report.csv", csv_text(report["runs"])), ("report.md", markdown(report, metric)),
-                       ("report.html", html(report, runs, metric, output, galleries))):  # fmt: skip
-        with cli.atomic_write(output / name) as temporary:
-            Path(temporary).write_text(text, encoding="utf-8")
-
-
 def main(args):
     output = Path(args.output)
     runs, missing = comparison.read_runs(comparison.find_run_folders(args.runs))
     known = comparison.measured(runs)
-    if args.metric not in known and not all(comparison.is_label_free(run["results"]) for run in runs):
+    if args.metric not in known and not all(comparison.is_label_free(run) for run in runs):
         raise cli.UserError(f"--metric {args.metric} stands in no run; there are: {', '.join(sorted(known))}")
     if output.exists() and not output.is_dir():
         raise cli.UserError(f"--output {output} is a file: give a folder")
@@ -215,10 +208,14 @@ def main(args):
         selected.update(test=comparison.stats(best, args.metric, [])[0], command=comparison.how_to_repeat(best[0])["command"])
     report = {"runs": [{**summarize(run), "cost": comparison.run_cost(run)} for run in runs], "groups": groups, "missing": missing,
               "notes": notes, "figures": figures, "selected": selected}
-    write(output, report, runs, galleries, args.metric)
+    cli.write_json(output / "report.json", report)
+    for name, text in (("report.csv", csv_text(report["runs"])), ("report.md", markdown(report, args.metric)),
+                       ("report.html", html(report, runs, args.metric, output, galleries))):
+        with cli.atomic_write(output / name) as temporary:
+            Path(temporary).write_text(text, encoding="utf-8")
     print("\n\n".join(map(table, comparison_tables(groups, args.metric))), *headline(groups),
           *(f"missing: {sentence}" for sentence in missing),
-          *(f"note: {sentence}" for sentence in [*(note for group in groups for note in group["notes"]), *notes]),
+          *(f"note: {sentence}" for sentence in sum((group["notes"] for group in groups), notes)),
           *(ranking(selected, args.metric) if selected else []), f"report: {output / 'report.html'}", sep="\n")
 
 

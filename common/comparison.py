@@ -39,9 +39,9 @@ def find_run_folders(paths):
     for path in map(Path, paths):
         if not path.is_dir():
             raise cli.UserError(f"{path} is no folder: give run folders, or folders that hold them")
-        files = [file for name in ("results.json", "config.json") for file in path.rglob(name)]
         # not in hidden folders: a batch job may be copying its results there
-        found = {file.parent for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts)}
+        found = {file.parent for name in ("results.json", "config.json") for file in path.rglob(name)
+                 if not any(part.startswith(".") for part in file.relative_to(path).parts)}
         for folder in [path] if path in found else sorted(found):
             folders.setdefault(folder.resolve(), folder)
     if not folders:
@@ -66,7 +66,7 @@ def is_label_free(results):
 
 
 def check(results):
-    """Fills in what is optional.  Raises KeyError, ValueError, TypeError or AttributeError where a comparison needs more."""
+    """Fills in what is optional.  Raises KeyError, ValueError, TypeError or AttributeError where more is missing."""
     if results["role"] not in ROLES:
         raise ValueError(f"the role is {results['role']!r}, not teacher, student or distill")
     results.update((key, results.get(key) or kind()) for key, kind in OPTIONAL.items())
@@ -90,8 +90,9 @@ def trained_on(results):
     dataset = results["dataset"]
     images = dataset["sizes"]["train"]
     labelled = (dataset.get("labelled") or {}).get("train", images) if dataset.get("classes") else 0
-    parts = [f"{labelled} labels"] * bool(labelled) + [f"{images - labelled} images without"] * (images > labelled)
-    return " and ".join(parts) + ("" if labelled else " labels")
+    if not labelled:
+        return f"{images} images without labels"
+    return f"{labelled} labels" + f" and {images - labelled} images without" * (images > labelled)
 
 
 def identity(results):
@@ -108,12 +109,14 @@ def identity(results):
         "classes": dataset.get("classes"),
         "positive": ", ".join(str(name) for key, name in results["test"].items() if key.endswith("positive")),
         "trained on": trained_on(results),
-        **{split: dataset["sha256"].get(split) for split in ("test", "train")},
+        "test": dataset["sha256"].get("test"),
+        "train": dataset["sha256"]["train"],
         "labels": (dataset.get("labelled") or {}).get("sha256", dataset["sha256"]["train"]),
         "teacher sha256": teacher.get("sha256"),
     }
     if is_fold(flags):  # each has its own images, which choose_baselines and find_teacher compare fold by fold
-        images, labels = flags.get("limit_train") or 0, flags.get("limit_labels") or flags.get("limit_train") or 0
+        images = flags.get("limit_train") or 0
+        labels = flags.get("limit_labels") or images
         found.update({"test": "a fold", "train": f"{images} of a fold", "labels": f"{labels} of a fold", "trained on": ""})
     return {**found, **{f"--{key.replace('_', '-')}": flags[key] for key in flags if key not in NOT_SETTINGS}}
 
@@ -123,15 +126,18 @@ def is_fold(flags):
 
 
 def read_run(folder):
-    """The run in a folder, or None where its config.json is of another tool.  Raises ValueError in words that follow the folder's name."""
+    """results.json of a folder with "path", "written", "id" and "seed"; None where its config.json is of another tool.
+
+    Raises ValueError in words that follow the folder's name.
+    """
     file = folder / "results.json"
     try:
         if file.is_file():
-            results = json.loads(file.read_text(encoding="utf-8"))
-            check(results)
-            flags = results["flags"]
-            seed = f"fold {flags['fold']}, seed {flags['seed']}" if is_fold(flags) else flags["seed"]
-            return {"path": str(folder), "results": results, "written": file.stat().st_mtime, "seed": seed, "id": identity(results)}
+            run = json.loads(file.read_text(encoding="utf-8"))
+            check(run)
+            flags, seed = run["flags"], run["flags"]["seed"]
+            return {**run, "path": str(folder), "written": file.stat().st_mtime, "id": identity(run),
+                    "seed": f"fold {flags['fold']}, seed {seed}" if is_fold(flags) else seed}
         if "flags" not in json.loads((folder / "config.json").read_text(encoding="utf-8")):
             return None  # a Hugging Face model's, say
     except KeyError as error:
@@ -163,8 +169,8 @@ def read_runs(folders):
             runs.append({**run, "rows": read_rows(folder / "metrics.json", missing)})
     if not runs:
         raise cli.UserError(f"no finished run in {len(folders)} folders: {'; '.join(missing) or 'none is a run'}")
-    for few in gather([run for run in runs if is_fold(run["results"]["flags"])], "id"):
-        if len({run["results"]["flags"]["fold"] for run in few}) == 1:  # each fold has a teacher of its own
+    for few in gather([run for run in runs if is_fold(run["flags"])], "id"):
+        if len({run["flags"]["fold"] for run in few}) == 1:  # each fold has a teacher of its own
             for run in few:
                 run["id"]["teacher sha256"] = None
     return runs, missing
@@ -235,7 +241,8 @@ def choose_baselines(distilled, students, notes, missing):
     baselines, twins = newest_per_seed(chosen, notes), {run["seed"]: run for run in distilled}
     strangers = [run for run in baselines if not same_images(run, twins.get(run["seed"], run), ("test", "val"))]
     if strangers:
-        missing.append(f"{paths(strangers)} are left out: their folds hold other images than those of {paths(distilled)}")
+        missing.append(f"{paths(strangers)} are left out: their folds hold other images than those of "
+                       f"{paths(distilled)}")
         baselines = [run for run in baselines if run not in strangers]
     seeds, others = [[run["seed"] for run in kind] for kind in (distilled, baselines)]
     if seeds != others:
@@ -245,7 +252,7 @@ def choose_baselines(distilled, students, notes, missing):
 
 def same_images(run, other, splits):
     """Of two runs, or of two runs' folds."""
-    one, two = (of["results"]["dataset"]["sha256"] for of in (run, other))
+    one, two = (of["dataset"]["sha256"] for of in (run, other))
     return all(one.get(split) == two.get(split) for split in splits)
 
 
@@ -253,30 +260,28 @@ def find_teacher(distilled, runs, notes, missing):
     """The runs whose checkpoints taught these: one, or one a fold."""
     used = {}
     for first in distilled:
-        teacher, sha = first["results"]["teacher"], first["results"]["teacher"].get("sha256")
+        teacher = first["teacher"]
+        sha = teacher.get("sha256")
         if sha in used:
             continue
-        found = [run for run in runs if sha and run["results"].get("checkpoint_sha256") == sha]
-        fitting = [run for run in found if is_label_free(first["results"])
+        found = [run for run in runs if sha and run.get("checkpoint_sha256") == sha]
+        fitting = [run for run in found if is_label_free(first)
                    or same_images(run, first, ("test",)) and same(run, first, ("classes", "positive"))]
-        *copies, used[sha] = sorted(fitting, key=lambda run: run["written"]) or [None]
+        used[sha] = max(fitting, key=lambda run: run["written"], default=None)  # copies have the same figures
         if not found:
-            missing.append(f"the teacher run of {teacher['name']} ({teacher.get('checkpoint')}, sha256 {str(sha)[:12]}) "
-                           f"is not among RUNS; it taught {paths(distilled)}")
+            missing.append(f"the teacher run of {teacher['name']} ({teacher.get('checkpoint')}, sha256 "
+                           f"{str(sha)[:12]}) is not among RUNS; it taught {paths(distilled)}")
         elif not fitting:
             missing.append(f"the teacher run {paths(found)} was tested on other images, or with its classes in another "
                            f"order, than {paths(distilled)}: its figures are left out")
         elif (not same(used[sha], first, ("dataset",))
               or not same_images(used[sha], first, ("train",)) and same(used[sha], first, ("trained on",))):
             notes.append("the teacher was trained on other data than the student")
-        if copies:
-            notes.append(f"the teacher's checkpoint stands more than once: {used[sha]['path']} is used, "
-                         f"left out: {paths(copies)}")
     return [run for run in used.values() if run]
 
 
 def of_role(runs, role):
-    return [run for run in runs if run["results"]["role"] == role]
+    return [run for run in runs if run["role"] == role]
 
 
 def collect(runs, missing):
@@ -287,13 +292,12 @@ def collect(runs, missing):
     for twins in gather([*taught, *alone], "id"):
         notes = []
         kept = newest_per_seed(twins, notes)
-        if twins[0]["results"]["role"] == "distill":
-            baselines = [] if is_label_free(kept[0]["results"]) else choose_baselines(kept, students, notes, missing)
+        if twins[0]["role"] == "distill":
+            baselines = [] if is_label_free(kept[0]) else choose_baselines(kept, students, notes, missing)
             members = find_teacher(kept, runs, notes, missing), baselines, kept
         else:
             able = [run for run in teachers if same(run, kept[0], TEST)]  # of several, which would teach is not known
             members = able if len(able) == 1 else [], kept, []
-            notes += ["the teacher is the only one on this test set; nothing here was distilled from it"] if members[0] else []
             missing.append(f"no distilled student {kept[0]['id']['student']} on {kept[0]['id']['dataset']} for {paths(kept)}")
         groups.append((members, notes))
     return groups
@@ -301,14 +305,15 @@ def collect(runs, missing):
 
 def measured(runs):
     """{name: None} of the test metrics that are a number in any run."""
-    return dict.fromkeys(key for run in runs for key, value in run["results"]["test"].items() if number(value) is not None)
+    return dict.fromkeys(key for run in runs for key, value in run["test"].items() if number(value) is not None)
 
 
 def stats(runs, metric, notes, split="test"):
     """Mean, sample standard deviation, n and seeds; and the values by seed."""
-    values = {run["seed"]: number(run["results"][split].get(metric)) for run in runs}
-    if None in values.values():
-        notes.append(f"no {split} {metric} in {paths(run for run in runs if values[run['seed']] is None)}")
+    values = {run["seed"]: number(run[split].get(metric)) for run in runs}
+    absent = paths(run for run in runs if values[run["seed"]] is None)
+    if absent:
+        notes.append(f"no {split} {metric} in {absent}")
     values = {seed: value for seed, value in values.items() if value is not None}
     return {"mean": mean(list(values.values())),
             "std": statistics.stdev(values.values()) if len(values) > 1 else None,
@@ -322,7 +327,7 @@ def compare(members, metric, notes):
     return {**{key.format(metric): part for key, part in zip(KEYS, parts)},
             "gain": parts[2]["mean"] - parts[1]["mean"] if before and after else None,
             "gain_std": statistics.stdev(pairs.values()) if len(pairs) > 1 else None,  # of the paired differences
-            "gain_paired": {"mean": mean(list(pairs.values())), "seeds": list(pairs)} if pairs else None}  # fmt: skip
+            "gain_paired": {"mean": mean(list(pairs.values())), "seeds": list(pairs)} if pairs else None}
 
 
 def cautions(members, metric, runs):
@@ -349,26 +354,27 @@ def cautions(members, metric, runs):
 def describe(members, notes, everyone, metric, runs):
     """One entry of report.json's groups; `variant` says in what it differs from groups of the same names."""
     teacher, baselines, distilled = members
-    first, *others = ((kinds[2] or kinds[1])[0] for kinds, _ in [(members, notes), *everyone])
-    differ, variant = varying([run for run in others if same(run, first, NAMES)]), []
+    first, variant = (distilled or baselines)[0], []
+    peers = ((kinds[2] or kinds[1])[0] for kinds, _ in everyone)
+    differ = varying([run for run in peers if same(run, first, NAMES)])
     for key in differ:
-        if key != "labels" and not (key == "train" and "trained on" in differ):  # which tells it in words that a reader knows
+        if key != "labels" and not (key == "train" and "trained on" in differ):  # which a reader knows
             text = shown(first["id"].get(key))
             variant.append(f"{key} {text[:8] if len(text) == 64 else text[:24]}")  # 64: a SHA-256
-    free = is_label_free(first["results"])
+    free = is_label_free(first)
     said = [] if free else notes
     group = {
         **{name: first["id"][name] for name in (*NAMES, "resolution")},
         "variant": ", ".join(variant),
-        "domain": first["results"]["dataset"].get("domain"),
-        "family": first["results"]["model"]["family"],
+        "domain": first["dataset"].get("domain"),
+        "family": first["model"]["family"],
         "label_free": free,
         **compare(members, "accuracy", said),
         "metrics": {key: {kind: stats(some, key, [])[0] for kind, some in zip(KINDS, members)}
                     for key in measured(sum(members, []))},
-        "trained_on": {kind: trained_on(some[0]["results"]) for kind, some in zip(KINDS, members) if some},
+        "trained_on": {kind: trained_on(some[0]) for kind, some in zip(KINDS, members) if some},
         "notes": notes,
-        "warnings": [] if free else cautions(members, metric, runs),
+        "warnings": cautions(members, metric, runs),
         "folds": isinstance(first["seed"], str),
         "runs": {"teacher": teacher[0]["path"] if teacher else None, "students": [run["path"] for run in baselines],
                  "distilled": [run["path"] for run in distilled]},
@@ -400,26 +406,26 @@ def select(runs, wanted, mode):
         runs = of_role(runs, "distill") or of_role(runs, "student")
         if len(gather(runs, "id")) < 2:
             return None
-        metric = runs[0]["results"]["select_metric"]
-        if not all(same(run, runs[0], ("dataset", "train", *TEST, "student")) and run["results"]["select_metric"] == metric
-                   and number(run["results"]["val"].get(metric)) is not None for run in runs):
+        metric = runs[0]["select_metric"]
+        if not all(same(run, runs[0], ("dataset", "train", *TEST, "student")) and run["select_metric"] == metric
+                   and number(run["val"].get(metric)) is not None for run in runs):
             return None
         wanted = f"val_{metric}"
-    split, _, chosen = wanted.partition("_")
-    known = {key for run in runs for key in run["results"]["val"]}
-    if split != "val" or chosen not in known:
-        raise cli.UserError(f"--select {wanted}: choose on val, by one of {', '.join(f'val_{key}' for key in sorted(known))}")
-    ranked, settings = [], (*NAMES, "resolution", "trained on")
-    differ = [key for key in varying(runs) if key.startswith("--") or key in settings]
+    known, chosen = sorted({f"val_{key}" for run in runs for key in run["val"]}), wanted.removeprefix("val_")
+    if wanted not in known:
+        raise cli.UserError(f"--select {wanted}: choose on val, by one of {', '.join(known)}")
+    differ = [key for key in varying(runs) if key.startswith("--") or key in (*NAMES, "resolution", "trained on")]
+    ranked = []
     for twins in gather(runs, "id"):
         twins = newest_per_seed(twins, [])
-        value = mean([number(run["results"]["val"].get(chosen)) for run in twins])
+        value = mean([number(run["val"].get(chosen)) for run in twins])
         if value is not None:
-            ranked.append({"runs": [run["path"] for run in twins], "value": value, "flags": {key: twins[0]["id"].get(key) for key in differ}})
+            ranked.append({"runs": [run["path"] for run in twins], "value": value,
+                           "flags": {key: twins[0]["id"].get(key) for key in differ}})
     if not ranked:
         raise cli.UserError(f"--select {wanted}: no setting has it in all of its runs")
-    low = mode == "min" if mode else better(chosen, 0, 1)
-    return {"metric": wanted, "ranked": sorted(ranked, key=lambda setting: setting["value"] if low else -setting["value"])}
+    high = mode == "max" if mode else better(chosen, 1, 0)
+    return {"metric": wanted, "ranked": sorted(ranked, key=lambda setting: setting["value"], reverse=high)}
 
 
 def label(group):
@@ -431,25 +437,29 @@ def run_cost(run):
     """What a run's student or teacher costs: parameters, multiply-adds of one image, images/s in inference and one image's latency on the
     run's own device, bytes of the weights in float32 and of best.pth (which holds the optimizer too), seconds of training.  None: not known.
     """
-    results, file = run["results"], Path(run["path"], run["results"]["checkpoint"])
-    measured = {key: number(results["model"].get(key)) for key in ("parameters", "multiply_adds", "images_per_second", "latency_ms")}
+    file = Path(run["path"], run["checkpoint"])
+    names = ("parameters", "multiply_adds", "images_per_second", "latency_ms")
+    measured = {key: number(run["model"].get(key)) for key in names}
     return {**measured, "weight_bytes": measured["parameters"] and 4 * measured["parameters"],
-            "checkpoint_bytes": file.stat().st_size if file.is_file() else None, "train_seconds": number(results.get("wall_time_s"))}  # fmt: skip
+            "checkpoint_bytes": file.stat().st_size if file.is_file() else None,
+            "train_seconds": number(run.get("wall_time_s"))}
 
 
 def group_cost(members):
     """{kind: run_cost}, mean over seeds of what was measured; kinds without a run are left out."""
     found = {kind: [run_cost(run) for run in runs] for kind, runs in zip(KINDS, members) if runs}
-    return {kind: {key: mean([cost[key] for cost in costs]) for key in costs[0]} for kind, costs in found.items()}  # fmt: skip
+    return {kind: {key: mean([cost[key] for cost in costs]) for key in costs[0]} for kind, costs in found.items()}
 
 
 def cost_notes(members):
     """A sentence where the images/s of a group were not all measured on one kind of device."""
     devices = {}
-    for run in (run for runs in members for run in runs if number(run["results"]["model"].get("images_per_second"))):
-        environment = run["results"]["environment"]
-        where = "this machine" if "recomputed" in run else f"{environment.get('device')} ({environment.get('threads')} threads)"
-        devices.setdefault(where, []).append(run)
+    for run in sum(members, []):
+        environment = run["environment"]
+        where = f"{environment.get('device')} ({environment.get('threads')} threads)"
+        where = "this machine" if "recomputed_test" in run else where
+        if number(run["model"].get("images_per_second")):
+            devices.setdefault(where, []).append(run)
     if len(devices) < 2:
         return []
     where = "; ".join(f"{device}: {paths(found)}" for device, found in devices.items())
@@ -458,7 +468,7 @@ def cost_notes(members):
 
 def how_to_repeat(run):
     """{"command", "commit", "versions", "hardware"} of a run, from its results.json."""
-    environment, script = run["results"]["environment"], run["results"]["script"] or f"{run['results']['role']}.py"
+    environment, script = run["environment"], run["script"] or f"{run['role']}.py"
     hardware = {key: environment.get(key) for key in ("device", "threads", "processes", "platform")}
     versions = {key: value for key, value in environment.items() if key not in (*hardware, "command", "git_commit")}
     words, count, path = shlex.split(environment.get("command") or ""), environment.get("processes") or 1, run["path"]
@@ -470,6 +480,11 @@ def how_to_repeat(run):
     return {"command": f"{start} {command}", "commit": environment.get("git_commit"), "versions": versions, "hardware": hardware}
 
 
+def scale(metric):
+    """100 for a metric that is shown in per cent, else 1."""
+    return 1 if metric.endswith(NOT_PERCENT) else 100
+
+
 def title(metric):
     """A metric's name, and of the partial AUC what it is of, which its value alone does not show."""
     return metric + " (above 80 % true-positive rate; at most 0.2, chance 0.02)" * metric.endswith("pauc")
@@ -479,5 +494,5 @@ def cell(value, metric, std=None, sign=""):
     """0.9123 as '91.23', or '91.23 ± 0.40' where there are several seeds; losses stay as they are."""
     if number(value) is None:
         return "-"
-    scale, digits = (1, 4) if metric.endswith(NOT_PERCENT) else (100, 2)
-    return f"{scale * value:{sign}.{digits}f}" + ("" if std is None else f" ± {scale * std:.{digits}f}")
+    by, digits = scale(metric), 4 if scale(metric) == 1 else 2
+    return f"{by * value:{sign}.{digits}f}" + ("" if std is None else f" ± {by * std:.{digits}f}")

@@ -109,7 +109,7 @@ def paired_bootstrap(before, after, metric="accuracy", repeats=2000, seed=0):
     for shift, positions in enumerate(by_images(before)):
         first = before[positions[0]]
         gains += np.concatenate([sum(measures[i][1](weights) - measures[i][0](weights) for i in positions)
-                                 for weights in metrics.resamples(len(first.ids), first.groups, repeats, seed + shift)])  # fmt: skip
+                                 for weights in metrics.resamples(len(first.ids), first.groups, repeats, seed + shift)])
         units += len(first.ids if first.groups is None else set(first.groups))
     gains = gains[np.isfinite(gains)] / len(before)  # a resample without a class has no curve of it
     whole = seed_gains(before, after, metric)
@@ -173,7 +173,7 @@ def verdict(gain, images, seeds, metric="accuracy", over=("test images", "seeds"
 def mean_fidelity(students, teachers):
     """`metrics.fidelity` of Predictions {seed: ...} to their teachers', mean over tasks and seeds; None where it is undefined."""
     found = [metrics.fidelity(student.logits[task], teachers[seed].logits[task], student.targets[task])
-             for seed, student in students.items() if seed in teachers for task in student.logits] or [{}]  # fmt: skip
+             for seed, student in students.items() if seed in teachers for task in student.logits] or [{}]
     return {name: mean([of[name] for of in found]) for name in found[0]}
 
 
@@ -184,9 +184,10 @@ def reliability(runs, task, bins=15):
     which = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
     counts = np.bincount(which, minlength=bins)
     with np.errstate(invalid="ignore"):
-        shown = {name: np.bincount(which, values, minlength=bins) / counts for name, values in (("confidence", confidence), ("accuracy", right))}
+        confidence, accuracy = (np.bincount(which, values, minlength=bins) / counts for values in (confidence, right))
     errors = [metrics.expected_calibration_error(run.probabilities(task), run.targets[task], bins) for run in runs]
-    return {**shown, "share": counts / counts.sum(), "ece": float(np.mean(errors))}
+    return {"confidence": confidence, "accuracy": accuracy, "share": counts / counts.sum(),
+            "ece": float(np.mean(errors))}
 
 
 def class_gains(before, after, task):
@@ -196,7 +197,7 @@ def class_gains(before, after, task):
     recalls = (np.array([metrics.class_recalls(run.logits[task], run.targets[task]) for run in runs], float).T
                for runs in (before, after))  # (C, runs), NaN for a class that a fold lacks
     return [{"class": name, "images": int(count), "before": float(np.nanmean(a)), "after": float(np.nanmean(b))}
-            for name, count, a, b in zip(classes, counts, *recalls) if count]  # fmt: skip
+            for name, count, a, b in zip(classes, counts, *recalls) if count]
 
 
 def disagreements(before, after, task, most=12):
@@ -205,11 +206,14 @@ def disagreements(before, after, task, most=12):
     """
     labels, rows = before.targets[task], np.arange(len(before.ids))
     change = after.probabilities(task)[rows, labels] - before.probabilities(task)[rows, labels]
-    gained, lost = (np.flatnonzero(a.right(task) & ~b.right(task)) for a, b in ((after, before), (before, after)))
-    gained, lost = gained[np.argsort(-change[gained], kind="stable")], lost[np.argsort(change[lost], kind="stable")]
-    if before.groups is not None:  # one image a lesion, patient or case
-        gained, lost = (rows[np.sort(np.unique(before.groups[rows], return_index=True)[1])] for rows in (gained, lost))
-    half = most // 2
+    found, half = [], most // 2
+    for one, two, sign in ((after, before, -1), (before, after, 1)):
+        rows = np.flatnonzero(one.right(task) & ~two.right(task))
+        rows = rows[np.argsort(sign * change[rows], kind="stable")]
+        if before.groups is not None:  # one image a lesion, patient or case
+            rows = rows[np.sort(np.unique(before.groups[rows], return_index=True)[1])]
+        found.append(rows)
+    gained, lost = found
     return [*gained[: max(most - half, most - len(lost))], *lost[: max(half, most - len(gained))]]
 
 
@@ -226,11 +230,12 @@ def weigh(teachers, before, after, metric, runs):
         paired, tasks = paired_bootstrap(*pairs, metric), after[seeds[0]].targets
         result["grouped"] = after[seeds[0]].groups is not None
         result["mcnemar"] = [{"seed": seed, "task": task, **mcnemar(one.right(task), two.right(task))}
-                             for seed, one, two in zip(seeds, *pairs) for task in tasks]  # fmt: skip
+                             for seed, one, two in zip(seeds, *pairs) for task in tasks]
         result["classes"] = {task: class_gains(*pairs, task) for task in tasks}
     if paired:
         result.update(paired, seeds=seeds, seeds_interval=seeds_interval(seed_gains(*pairs, metric)))
-        over = "groups of test images" if result["grouped"] else "test images", "folds" if isinstance(seeds[0], str) else "seeds"
+        over = ("groups of test images" if result["grouped"] else "test images",
+                "folds" if isinstance(seeds[0], str) else "seeds")
         result["verdict"], result["sentence"] = verdict(result["gain"], result["interval"], result["seeds_interval"], metric, over)
         if len(seeds) < runs:
             which = ", ".join(map(repeat_name, seeds))

@@ -30,15 +30,15 @@ def short(value):
 
 def cost_rows(group):
     """[[kind, ...]] of COSTS, as text."""
-    scale = {"checkpoint_bytes": 1e-6, "weight_bytes": 1e-6}
-    return [[kind, *("-" if cost[key] is None else short(cost[key] * scale.get(key, 1)) for key, _ in COSTS)] for kind, cost in group["cost"].items()]
+    return [[kind, *("-" if cost[key] is None else short(cost[key] * (1e-6 if key.endswith("bytes") else 1))
+                     for key, _ in COSTS)] for kind, cost in group["cost"].items()]
 
 
 def metric_rows(group):
     """[[name, value of each of KINDS]] of test metrics, mean over seeds, and of fidelity, as text: the one place that prints them all."""
     fidelity, rows = group["evidence"].get("fidelity", {}), []
     for key, found in group["metrics"].items():
-        if not key.endswith(tuple(name for name, _ in FIDELITY)):
+        if not key.endswith(tuple(dict(FIDELITY))):
             name = title(key) + ("" if key.endswith(NOT_PERCENT) else " (%)")
             rows.append([name, *(cell(found[kind]["mean"], key, found[kind]["std"]) for kind in KINDS)])
     return rows + [[name, *(cell(fidelity.get(kind, {}).get(key), key) for kind in KINDS)] for key, name in FIDELITY if fidelity]
@@ -47,7 +47,7 @@ def metric_rows(group):
 def mcnemar_rows(group):
     """[[seed, task, gained, lost, p]] as text."""
     return [[repeat_name(test["seed"]), test["task"], str(test["gained"]), str(test["lost"]), f"{test['p']:.3g}"]
-            for test in group["evidence"].get("mcnemar", [])]  # fmt: skip
+            for test in group["evidence"].get("mcnemar", [])]
 
 
 def headline(groups):
@@ -69,15 +69,15 @@ def saw(group):
 
 def csv_text(runs):
     """A row a run of report.json: names, cost, and each val and test metric that is a number."""
-    rows = []
-    for run in runs:
-        names = {key: run.get(key) for key in ("run", "role", "method", "dataset", "seed")}
-        names.update(teacher=run["teacher"].get("name"), model=run["model"]["name"], resolution=run["model"].get("resolution"),
-                     **{key: run.get(key) for key in ("best_epoch", "last_epoch", "stopped_early")}, **run["cost"])  # fmt: skip
-        rows.append({**names, **{f"{split}_{key}": run[split][key] for split in ("val", "test") for key in run[split]
-                                 if number(run[split][key]) is not None}})  # fmt: skip
+    rows = [{**{key: run.get(key) for key in ("run", "role", "method", "dataset", "seed")},
+             "teacher": run["teacher"].get("name"),
+             "model": run["model"]["name"], "resolution": run["model"].get("resolution"),
+             **{key: run.get(key) for key in ("best_epoch", "last_epoch", "stopped_early")}, **run["cost"],
+             **{f"{split}_{key}": value for split in ("val", "test")
+                for key, value in run[split].items() if number(value) is not None}}
+            for run in runs]
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
+    writer = csv.DictWriter(text, dict.fromkeys(key for row in rows for key in row), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
@@ -89,7 +89,7 @@ def comparison_rows(groups, metric):
     many = "folds" if all(group["folds"] for group in groups) else "seeds"
     points = "" if metric.endswith(NOT_PERCENT) else " (points)"
     rows = [[*NAMES, *(kind.removeprefix("student ") for kind in KINDS), f"difference{points}", "95 % over test images",
-             f"95 % over {many}", "verdict", many]]  # fmt: skip
+             f"95 % over {many}", "verdict", many]]
     for group in groups:
         part, evidence = group if metric == "accuracy" else group[metric], group["evidence"]
         kinds = [part[key.format(metric)] for key in KEYS]
@@ -99,17 +99,19 @@ def comparison_rows(groups, metric):
                      cell(gain["mean"], metric, part["gain_std"], "+"),
                      *(span(evidence.get(key), metric, False) for key in ("interval", "seeds_interval")),
                      evidence.get("verdict", "-"),
-                     f"{without} without, {with_kd} with" if unequal else str(with_kd or without)])  # fmt: skip
+                     f"{without} without, {with_kd} with" if unequal else str(with_kd or without)])
     return rows
 
 
 def label_free_rows(groups):
     """A head and a row a group that was trained without labels, as text."""
     rows = [[*NAMES, "val distillation loss", "val k-NN (%)", "teacher's k-NN (%)", "seeds"]]
-    for group in (group for group in groups if group["label_free"]):
-        loss, knn = group["val_distillation_loss"], group["knn"]
-        rows.append([*names(group), cell(loss["mean"], "loss", loss["std"]),
-                     *(cell(knn[of], "knn") for of in ("student", "teacher")), str(loss["n"])])  # fmt: skip
+    for group in groups:
+        if group["label_free"]:
+            loss, knn = group["val_distillation_loss"], group["knn"]
+            rows.append([*names(group), cell(loss["mean"], "loss", loss["std"]), cell(knn["student"], "knn"),
+                         cell(knn["teacher"], "knn"),
+                         str(loss["n"])])
     return rows
 
 
@@ -129,14 +131,15 @@ def ranking_rows(selected, metric):
     tests = [cell(selected["test"]["mean"], metric, selected["test"]["std"])] + [""] * len(selected["ranked"])
     return [[selected["metric"], f"test {metric}", "runs", *selected["ranked"][0]["flags"]],
             *([f"{setting['value']:.4f}", test, ", ".join(setting["runs"]), *map(shown, setting["flags"].values())]
-              for setting, test in zip(selected["ranked"], tests))]  # fmt: skip
+              for setting, test in zip(selected["ranked"], tests))]
 
 
 def ranking(selected, metric):
     """Paragraphs: the settings as a table, the best one's name, the command that repeats it."""
     best = selected["ranked"][0]
-    return [table(ranking_rows(selected, metric)), f"best {selected['metric']}: {best['value']:.4f}, {', '.join(best['runs'])}",
-            f"again: {selected['command']}"]  # fmt: skip
+    return [table(ranking_rows(selected, metric)),
+            f"best {selected['metric']}: {best['value']:.4f}, {', '.join(best['runs'])}",
+            f"again: {selected['command']}"]
 
 
 def table(rows):
@@ -144,23 +147,23 @@ def table(rows):
     rows = [[text.replace("|", "\\|") for text in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["| " + " | ".join(text.ljust(width) for text, width in zip(row, widths)) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines)
 
 
 def summarize(run):
     """A run in short: results.json without flags, environment and class names."""
-    left_out = ("flags", "environment", "script", "dataset")
-    short = {key: value for key, value in run["results"].items() if key not in left_out}
-    both = {f"{key}_test": run[key] for key in ("recorded", "recomputed") if key in run}
-    return {"run": run["path"], "dataset": run["id"]["dataset"], "seed": run["seed"], **short, **both}
+    left_out = ("flags", "environment", "script", "dataset", "path", "written", "id", "rows")
+    return {"run": run["path"], "dataset": run["id"]["dataset"],
+            **{key: run[key] for key in run if key not in left_out}}
 
 
 def run_rows(runs, metric):
     """A head and a row a run, as text; runs: of `summarize`.  A run without that test metric shows on val what chose its best epoch."""
     rows = [["run", "role", "method", "model", "dataset", "seed", "best epoch", "epochs", f"test {metric}", "at the last epoch"]]
     for run in runs:
-        row = [run["run"], run["role"], run.get("method") or "-", run["model"]["name"], run["dataset"], run["seed"]]
-        row += [run.get("best_epoch"), run.get("last_epoch")]
+        row = [run["run"], run["role"], run.get("method") or "-", run["model"]["name"], run["dataset"], run["seed"],
+               run.get("best_epoch"), run.get("last_epoch")]
         split, shown, of = "test", metric, ""
         if number(run["test"].get(metric)) is None:
             split, shown = "val", run["select_metric"] or metric
@@ -177,10 +180,13 @@ def markdown(report, metric):
     parts = ["# Report"]
     if chosen:
         parts += ["## Selection on val", *ranking(chosen, metric)]
-    parts += [f"## Test {title(metric)}" + ("" if metric.endswith(NOT_PERCENT) else " in %"), *map(table, comparison_tables(groups, metric)),
-              "Mean ± sample standard deviation over seeds; the difference is that between runs of one seed, where both kinds have one."]  # fmt: skip
+    parts += [f"## Test {title(metric)}" + ("" if metric.endswith(NOT_PERCENT) else " in %"),
+              *map(table, comparison_tables(groups, metric)),
+              "Mean ± sample standard deviation over seeds; the difference is that between runs of one seed, where "
+              "both kinds have one."]
     if costs:
-        parts += ["## Gain and noise", bullets(headline(groups)), "## Cost", table([["group", "model", *(name for _, name in COSTS)], *costs])]
+        parts += ["## Gain and noise", bullets(headline(groups)),
+                  "## Cost", table([["group", "model", *(name for _, name in COSTS)], *costs])]
     parts += ["## Runs", table(run_rows(report["runs"], metric))]
     for heading, sentences in (("Missing", report["missing"]), ("Notes", notes)):
         parts += [f"## {heading}", bullets(sentences)] if sentences else []
@@ -317,17 +323,21 @@ def html(report, runs, metric, folder, galleries):
     for name in report["figures"]:
         png = (Path(folder) / name).read_bytes()
         images[name] = {"png": base64.b64encode(png).decode(), "least": round(0.45 * Image.open(io.BytesIO(png)).width)}  # smaller is not readable
-    placed = {name for group in groups for name in group["figures"]}
     overview = [name for name in images if name.startswith("cost-")]
-    head, *rows = ([row[3], *(row[i] for i in (7, 8, 9, 6, 5, 4, 11))] for row in comparison_rows(groups, metric))  # the gain comes first
+    placed = {*overview, *(name for group in groups for name in group["figures"])}
+    order = 3, 7, 8, 9, 6, 5, 4, 11  # what distillation bought comes first
+    head, *rows = ([row[i] for i in order] for row in comparison_rows(groups, metric))
     for group, (method, *cells) in zip([group for group in groups if not group["label_free"]], rows):
         models = f"{group['teacher']} to {group['student']}" if group["teacher"] else f"{group['student']} alone"
         families.setdefault(f"{group['dataset']}: {models}", []).append((method, verdict_of(group), cells))
     page = jinja2.Environment(autoescape=True, trim_blocks=True).from_string(TEMPLATE)
     return page.render(
-        report=report, groups=list(zip(groups, galleries)), title=title(metric), percent="" if metric.endswith(NOT_PERCENT) else " in %",
-        kinds=list(KINDS), families=families, columns=[head[0], "verdict", *head[1:]], cost_names=[name for _, name in COSTS],
-        judged=[group for group in groups if "sentence" in group["evidence"]], images=images, overview=overview, free=label_free_rows(groups),
-        rest=[name for name in images if name not in {*placed, *overview}], selection=report["selected"] and ranking_rows(report["selected"], metric),
-        runs_table=run_rows(report["runs"], metric), repeats=[{"path": run["path"], **how_to_repeat(run)} for run in runs], label=label, saw=saw,
-        verdict_of=verdict_of, cost_rows=cost_rows, metric_rows=metric_rows, mcnemar_rows=mcnemar_rows)  # fmt: skip
+        report=report, groups=list(zip(groups, galleries)), title=title(metric),
+        percent="" if metric.endswith(NOT_PERCENT) else " in %", kinds=list(KINDS), families=families,
+        columns=[head[0], "verdict", *head[1:]], cost_names=[name for _, name in COSTS],
+        judged=[group for group in groups if "sentence" in group["evidence"]], images=images, overview=overview,
+        free=label_free_rows(groups), rest=[name for name in images if name not in placed],
+        selection=report["selected"] and ranking_rows(report["selected"], metric),
+        runs_table=run_rows(report["runs"], metric),
+        repeats=[{"path": run["path"], **how_to_repeat(run)} for run in runs], label=label, saw=saw,
+        verdict_of=verdict_of, cost_rows=cost_rows, metric_rows=metric_rows, mcnemar_rows=mcnemar_rows)

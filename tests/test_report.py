@@ -319,7 +319,7 @@ def test_damaged_runs_are_named_and_the_others_reported(tmp_path):
 def test_predictions_of_another_type_are_named(tmp_path, name):
     """Strings, or one value, where numbers or a row an image should stand."""
     arrays = {"ids": np.array(["a", "b"]), "labels": np.array([0, 1]), "logits": np.eye(2, dtype=np.float32), "classes": np.array(["x", "y"])}
-    run = {"path": str(tmp_path), "seed": 0, "results": {"test": {"accuracy": 1.0}, "dataset": {"sha256": {"test": ""}}}}
+    run = {"path": str(tmp_path), "seed": 0, "test": {"accuracy": 1.0}, "dataset": {"sha256": {"test": ""}}}
     for value in ([None] if name in ("labels", "logits") else []) + [np.array("a")]:
         np.savez(tmp_path / "predictions_test.npz", **{**arrays, name: arrays[name].astype(str) if value is None else value})
         missing = []

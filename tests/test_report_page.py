@@ -149,7 +149,7 @@ def test_selection_names_the_command_again(study):
 ])  # fmt: skip
 def test_the_command_again_is_one_for_the_shell(command, words):
     """A job's copy of the script is gone, paths may have spaces, and the run that is repeated stays."""
-    run = {"path": "runs/a b", "results": {"script": "train_student.py", "environment": {"command": command, "processes": 1}}}
+    run = {"path": "runs/a b", "script": "train_student.py", "environment": {"command": command, "processes": 1}}
     again = comparison.how_to_repeat(run)["command"]
     assert shlex.split(again) == ["python", "train_student.py", *words, "--output", "runs/a b_again"]
 
