@@ -110,7 +110,7 @@ def draw_cost(path, title, points, xlabel, ylabel):
             (names[textwrap.fill(name, 55)],) = axis.plot(x, mean, marker, color=colour, markersize=9)
         axis.set(xlabel=xlabel, ylabel=ylabel, xscale="log", xlim=(min(costs) / 2, max(costs) * 2))
         log_ticks(axis.xaxis, ticker.EngFormatter(sep=""))
-        axis.grid(which="both")
+        axis.grid(True, which="both")
         drawn.legend(names.values(), names, loc="outside lower center", fontsize=10, labelspacing=0.8)
 
 
