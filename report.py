@@ -3,14 +3,13 @@
     python report.py runs
     python report.py runs/teacher runs/student runs/distill --output report
     python report.py runs --metric balanced_accuracy
-    python report.py runs --dataset cifar10 --method response    # which group fills the entries cnn and vit
     python report.py runs/sweep --select val_loss                # name the best point of a sweep, chosen on val
     python report.py runs --reevaluate --device cpu              # load every checkpoint, test it again and measure its cost
 
 A group is the seeds, or the folds, of one distilled student: same test set, classes, training data, teacher file, student, method
 and flags. Beside it stand its teacher, found by the SHA-256 of its checkpoint, and its baseline: the same student on
 the same labels without a teacher. What is missing is named and left empty. Of several tasks --metric takes each task's figures,
-as location_accuracy, or their mean, accuracy. The entries cnn and vit hold students that read images alone.
+as location_accuracy, or their mean, accuracy.
 
 The gain over the baseline has a 95 % interval by a paired bootstrap of the test predictions, whole lesions, patients or cases where the
 dataset has such groups, and one over seeds or folds by Student's t; a gain is called one where neither interval holds 0.
@@ -22,14 +21,13 @@ Packages: torch, numpy, pillow, matplotlib, scikit-learn, jinja2 (it comes with 
 """
 
 import base64
-import importlib
 import io
 import sys
 from pathlib import Path
 
 from common import cli, comparison
 from common.charts import draw_report
-from common.comparison import KINDS, label, number, repeat_name
+from common.comparison import KINDS, number, repeat_name
 from common.evidence import align, disagreements, read_predictions, weigh
 from common.page import comparison_tables, csv_text, headline, html, markdown, ranking, summarize, table
 
@@ -38,18 +36,11 @@ def build_parser():
     parser = cli.Parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUNS", help="run folders, or folders searched for them")
     parser.add_argument("--output", default="report", help="folder for report.html, .md, .json, .csv and figures")
-    parser.add_argument(
-        "--metric", default="accuracy", help="test metric of tables and verdicts; cnn and vit always hold accuracy"
-    )
-    parser.add_argument(
-        "--select",
-        metavar="val_METRIC",
-        help="rank the settings by this val metric and name the best; as val_loss; by default "
-        "the settings of one student, where there are several, by the metric that chose their epochs",
-    )
+    parser.add_argument("--metric", default="accuracy", help="test metric of tables and verdicts")
+    parser.add_argument("--select", metavar="val_METRIC",
+                        help="rank the settings by this val metric and name the best; as val_loss; by default the "
+                             "settings of one student, where there are several, by the metric that chose their epochs")
     parser.add_argument("--mode", choices=("max", "min"), help="of --select; by default min for losses, else max")
-    parser.add_argument("--method", help="only a group of this method fills the entries cnn and vit; by default any")
-    parser.add_argument("--dataset", help="only a group on this dataset fills the entries cnn and vit; by default any")
     parser.add_argument("--gallery", type=cli.NATURAL, default=12, metavar="N", help="test images a group on which the students differ; 0 for none")
     parser.add_argument("--reevaluate", action="store_true",
                         help="compute test metrics and cost again from the checkpoints, on this machine; by default off")  # fmt: skip
@@ -58,79 +49,57 @@ def build_parser():
     return parser
 
 
-def script_defaults(role):
-    """{flag: default} of the script of a role, for runs that are older than a flag; {} where the script or a package of it is not here."""
-    try:
-        script = importlib.import_module(
-            {"teacher": "train_teacher", "student": "train_student", "distill": "distill"}[role]
-        )
-    except ImportError:
-        return {}
-    return vars(script.build_parser().parse_args([]))
-
-
 def reevaluate(runs, args):
     """Replaces each run's test metrics by recomputed ones, keeps the recorded beside them; returns warnings."""
     from common.evaluation import evaluate_checkpoint, measure_checkpoint
 
     warnings = []
     for run in runs:
-        checkpoint, recorded = Path(run["path"], run["results"].get("checkpoint") or "best.pth"), run["results"]["test"]
+        checkpoint, recorded = Path(run["path"], run["checkpoint"]), run["test"]
         try:
             again = evaluate_checkpoint(checkpoint, split="test", device=args.device, batch_size=args.batch_size, data_root=None)
-            run["results"]["model"].update(measure_checkpoint(checkpoint, args.device, args.batch_size))
+            run["model"].update(measure_checkpoint(checkpoint, args.device, args.batch_size))
         except Exception as error:
             if getattr(error, "exit_code", None) != 2 and not isinstance(error, OSError):
                 raise  # our own fault; the others are the user's to mend, as a checkpoint or data that are not here
             warnings.append(f"{run['path']} was not evaluated again, its recorded figures stand: {error}")
             continue
-        run["recorded"], run["recomputed"] = recorded, {key: again[key] for key in again if number(again[key]) is not None}
-        run["results"]["test"] = {**recorded, **run["recomputed"]}
-        for key in sorted({"accuracy", args.metric} & set(recorded) & set(run["recomputed"])):
+        run["recorded_test"] = recorded
+        run["recomputed_test"] = {key: again[key] for key in again if number(again[key]) is not None}
+        run["test"] = {**recorded, **run["recomputed_test"]}
+        for key in sorted({"accuracy", args.metric} & set(recorded) & set(run["recomputed_test"])):
             if number(recorded[key]) is None or abs(recorded[key] - again[key]) > 1e-4:
                 warnings.append(f"{run['path']}: test {key} was {recorded[key]}, evaluated again it is {again[key]:.6f}")
-    if not any("recomputed" in run for run in runs):
+    if not any("recomputed_test" in run for run in runs):
         raise cli.UserError(f"--reevaluate could evaluate no checkpoint: {warnings[0]}")
     return warnings
-
-
-def family_entry(groups, family, args, notes):
-    """The three mean accuracies of the one group with a student of this family, or None."""
-    chosen = [group for group in groups if group["family"] == family and not group["label_free"] and args.dataset in (None, group["dataset"])
-              and args.method in (None, group["method"])]  # fmt: skip
-    chosen = [group for group in chosen if group["method"]] or chosen  # a lone baseline yields to a distilled group
-    if len(chosen) > 1:
-        notes.append(f"the entry {family} is empty, {len(chosen)} groups have such a student: {'; '.join(map(label, chosen))}; "
-                     "pick one with --dataset and --method, or by naming its runs")  # fmt: skip
-    keys = [key.format("accuracy") for key in comparison.KEYS]
-    return {key: chosen[0][key]["mean"] for key in keys} if len(chosen) == 1 else None
 
 
 def load_predictions(members, missing, read):
     """The three kinds of runs as {seed: Predictions}, on the same rows; runs without usable ones are named in `missing`.
 
-    read: {path: Predictions or None} of runs met before.
+    read: {path: Predictions, None or False} of runs met before.
     """
     first, found = {}, ({}, {}, {})  # first: of each test set, as folds have several
     for part, runs in zip(found, members):
         for run in runs:
+            path, file = run["path"], Path(run["path"], "predictions_test.npz")
             try:
-                file = Path(run["path"], "predictions_test.npz")
-                if run["path"] not in read:
-                    read[run["path"]] = None  # named once
+                if path not in read:
+                    read[path] = False  # `examine` names these together
                     if not file.exists():
-                        continue  # main names them together
-                    predictions = read_predictions(file)
-                    accuracy, recorded = float(predictions.value("accuracy")[0]), run.get("recorded", run["results"]["test"])["accuracy"]
+                        continue
+                    read[path] = None  # named once
+                    predictions, recorded = read_predictions(file), run.get("recorded_test", run["test"])["accuracy"]
+                    accuracy = predictions.value("accuracy")[0]
                     if abs(accuracy - recorded) > 1e-6:
                         raise ValueError(f"their accuracy is {accuracy:.4f}, that of results.json {recorded:.4f}")
-                    read[run["path"]] = predictions
-                if read[run["path"]] is not None:
-                    images = run["results"]["dataset"]["sha256"]["test"]
-                    part[run["seed"]] = align(read[run["path"]], first.get(images, read[run["path"]]))
-                    first.setdefault(images, part[run["seed"]])
+                    read[path] = predictions
+                if read[path]:
+                    like = first.setdefault(run["dataset"]["sha256"]["test"], read[path])
+                    part[run["seed"]] = align(read[path], like)
             except (OSError, ValueError, TypeError, KeyError, EOFError) as error:
-                missing.append(f"{file} cannot be used, so {run['path']} has no interval, calibration or gallery: {error}")
+                missing.append(f"{file} cannot be used, so {path} has no interval, calibration or gallery: {error}")
     return found
 
 
@@ -138,7 +107,7 @@ def open_test_set(run, opened, notes):
     """The dataset of a run's test split, or None with a note where it is not here.  opened: {fingerprint: dataset} of those met before."""
     from common.data import load_splits
 
-    flags, key = run["results"]["flags"], run["results"]["dataset"]["sha256"]["test"]
+    flags, key = run["flags"], run["dataset"]["sha256"]["test"]
     if key not in opened:
         opened[key] = None
         options = {name: value for name, value in cli.split_flags(flags).items() if name not in ("limit_train", "limit_labels", "include_list", "extra_train")}
@@ -172,26 +141,26 @@ def thumbnail(pixels, side=200):
 
 def gallery(members, predictions, most, opened, notes):
     """Test images on which the students of one seed differ, with the answers of all: a list of dicts for the page."""
-    (teacher, before, after), items = predictions, []
-    seeds = [seed for seed in after if seed in before]
-    shown = [run for run in members[2] if run["seed"] in seeds[:1]]
-    dataset = open_test_set(shown[0], opened, notes) if shown and most else None
+    run = next((run for run in members[2] if all(run["seed"] in of for of in predictions[1:])), None)
+    dataset, items = open_test_set(run, opened, notes) if run and most else None, []
     if dataset is None:
         return items
     rows, texts = {sample: row for row, sample in enumerate(dataset.ids)}, getattr(dataset, "texts", None)
-    answering = {**({"teacher": teacher[seeds[0]]} if seeds[0] in teacher else {}), "without KD": before[seeds[0]], "with KD": after[seeds[0]]}
-    for task, classes in after[seeds[0]].classes.items():
-        for row in disagreements(before[seeds[0]], after[seeds[0]], task, most // len(after[seeds[0]].classes)):
-            sample = str(after[seeds[0]].ids[row])
+    teacher, before, after = (of.get(run["seed"]) for of in predictions)
+    for task, classes in after.classes.items():
+        for row in disagreements(before, after, task, most // len(after.classes)):
+            sample = str(after.ids[row])
             try:
                 picture = thumbnail(dataset.read(rows[sample]))
             except Exception as error:
                 notes.append(f"no picture of {sample}: {picture_trouble(error)}")
                 continue
-            found = {kind: of.probabilities(task)[row] for kind, of in answering.items()}
-            true = int(after[seeds[0]].targets[task][row])
+            found = {kind: of.probabilities(task)[row]
+                     for kind, of in (("teacher", teacher), ("without KD", before), ("with KD", after)) if of}
+            true = int(after.targets[task][row])
             text = texts[rows[sample]] if texts is not None else ""
-            items.append({"id": sample, "task": task if len(answering["with KD"].classes) > 1 else "", "true": classes[true], "seed": repeat_name(seeds[0]),
+            items.append({"id": sample, "task": task * (len(after.classes) > 1), "true": classes[true],
+                          "seed": repeat_name(run["seed"]),
                           "image": picture, "text": text[:160] + "…" * (len(text) > 160),
                           "answers": [{"kind": kind, "name": classes[p.argmax()], "probability": float(p.max()), "right": int(p.argmax()) == true}
                                       for kind, p in found.items()]})  # fmt: skip
@@ -202,13 +171,13 @@ def examine(members, groups, args, missing, notes):
     """Adds cost and evidence to each group.  Returns two lists, an entry a group: {kind: [Predictions]}, and the gallery's items."""
     read, opened, galleries = {}, {}, []
     predictions = [({}, {}, {}) if group["label_free"] else load_predictions(some, missing, read) for some, group in zip(members, groups)]
-    absent = [path for path, found in read.items() if found is None and not Path(path, "predictions_test.npz").exists()]
+    absent = [path for path, found in read.items() if found is False]
     if absent:
         missing.append(f"no predictions_test.npz, and so no interval, calibration or gallery: {', '.join(absent)}")
     for some, group, (teachers, before, after) in zip(members, groups, predictions):
-        by_file = {teacher["results"].get("checkpoint_sha256"): teachers.get(teacher["seed"]) for teacher in some[0]}
-        taught = {run["seed"]: by_file.get(run["results"]["teacher"].get("sha256")) for run in some[2]}
-        taught = {seed: found for seed, found in taught.items() if found}
+        by_file = {teacher.get("checkpoint_sha256"): teachers.get(teacher["seed"]) for teacher in some[0]}
+        taught = {run["seed"]: by_file.get(run["teacher"].get("sha256")) for run in some[2]}
+        taught = {seed: teacher for seed, teacher in taught.items() if teacher}
         group["cost"] = comparison.group_cost(some)
         group["evidence"] = weigh(taught, before, after, args.metric, max(map(len, some[1:])))
         group["notes"] += comparison.cost_notes(some)
@@ -216,33 +185,21 @@ def examine(members, groups, args, missing, notes):
     return [{kind: [*of.values()] for kind, of in zip(KINDS, some) if of} for some in predictions], galleries
 
 
-def write(output, report, runs, galleries, metric):
-    """report.json, .csv, .md and .html."""
-    cli.write_json(output / "report.json", report)
-    for name, text in (("report.csv", csv_text(report["runs"])), ("report.md", markdown(report, metric)),
-                       ("report.html", html(report, runs, metric, output, galleries))):  # fmt: skip
-        with cli.atomic_write(output / name) as temporary:
-            Path(temporary).write_text(text, encoding="utf-8")
-
-
 def main(args):
     output = Path(args.output)
-    runs, missing = comparison.read_runs(comparison.find_run_folders(args.runs), script_defaults)
-    known = {key for run in runs for key in run["results"]["test"] if number(run["results"]["test"][key]) is not None}
-    if args.metric not in known and not all(comparison.is_label_free(run["results"]) for run in runs):
+    runs, missing = comparison.read_runs(comparison.find_run_folders(args.runs))
+    known = comparison.measured(runs)
+    if args.metric not in known and not all(comparison.is_label_free(run) for run in runs):
         raise cli.UserError(f"--metric {args.metric} stands in no run; there are: {', '.join(sorted(known))}")
     if output.exists() and not output.is_dir():
         raise cli.UserError(f"--output {output} is a file: give a folder")
     selected = comparison.select(runs, args.select, args.mode)
     output.mkdir(parents=True, exist_ok=True)
     notes = reevaluate(runs, args) if args.reevaluate else []
-    print("".join(f"warning: {note}\n" for note in notes), end="", file=sys.stderr)
+    for note in notes:
+        print(f"warning: {note}", file=sys.stderr)
     found = comparison.collect(runs, missing)
     groups = [comparison.describe(members, own, found, args.metric, runs) for members, own in found]
-    for flag, name in (("method", args.method), ("dataset", args.dataset)):
-        if name and name not in [group[flag] for group in groups]:
-            missing.append(f"no group has the {flag} {name}")
-    entries = {family: family_entry(groups, family, args, notes) for family in ("cnn", "vit")}
     members = [some for some, _ in found]
     predictions, galleries = examine(members, groups, args, missing, notes)
     figures = draw_report(output, args.metric, members, groups, predictions, runs, missing)
@@ -250,15 +207,16 @@ def main(args):
         best = [run for run in runs if run["path"] in selected["ranked"][0]["runs"]]
         selected.update(test=comparison.stats(best, args.metric, [])[0], command=comparison.how_to_repeat(best[0])["command"])
     report = {"runs": [{**summarize(run), "cost": comparison.run_cost(run)} for run in runs], "groups": groups, "missing": missing,
-              "notes": notes, **entries, "figures": figures, "selected": selected}
-    write(output, report, runs, galleries, args.metric)
-    print("\n\n".join(map(table, comparison_tables(groups, args.metric))))
-    print("".join(f"{sentence}\n" for sentence in headline(groups)), end="")
-    for kind, sentences in (("missing", missing), ("note", [*(note for group in groups for note in group["notes"]), *notes])):
-        print("".join(f"{kind}: {sentence}\n" for sentence in sentences), end="")
-    if selected:
-        print(ranking(selected, args.metric))
-    print(f"report: {output / 'report.html'}")
+              "notes": notes, "figures": figures, "selected": selected}
+    cli.write_json(output / "report.json", report)
+    for name, text in (("report.csv", csv_text(report["runs"])), ("report.md", markdown(report, args.metric)),
+                       ("report.html", html(report, runs, args.metric, output, galleries))):
+        with cli.atomic_write(output / name) as temporary:
+            Path(temporary).write_text(text, encoding="utf-8")
+    print("\n\n".join(map(table, comparison_tables(groups, args.metric))), *headline(groups),
+          *(f"missing: {sentence}" for sentence in missing),
+          *(f"note: {sentence}" for sentence in sum((group["notes"] for group in groups), notes)),
+          *(ranking(selected, args.metric) if selected else []), f"report: {output / 'report.html'}", sep="\n")
 
 
 if __name__ == "__main__":

@@ -10,26 +10,11 @@ from pathlib import Path
 import numpy as np
 
 from common import figures
-from common.comparison import KEYS, KINDS, NOT_PERCENT, label, title
+from common.comparison import KEYS, KINDS, gather, label, scale, title
 from common.evidence import reliability
 
 MARKERS = "osD^vPX*<>h"  # eleven to twelve colours: 132 pairs
 COLOURS = ("#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999933", "#882255", "#44AA99", "#332288", "#661100", "#6699CC", "#AA4499", "#117733")
-
-
-def read_confusion(file, missing):
-    """A confusion matrix (C, C); None, and a sentence, where the file cannot be read."""
-    try:
-        counts = np.load(file, allow_pickle=False)
-        if counts.ndim != 2 or len(set(counts.shape)) != 1 or not counts.size:
-            raise ValueError(f"its shape is {counts.shape}")
-        return counts
-    except (OSError, ValueError, EOFError) as error:
-        missing.append(f"no figure of {file}: {error}")
-
-
-def percent(metric):
-    return 1 if metric.endswith(NOT_PERCENT) else 100
 
 
 class Charts:
@@ -37,8 +22,8 @@ class Charts:
 
     def __init__(self, folder, metric, missing):
         self.folder, self.metric, self.missing, self.titles = folder, metric, missing, {}
-        self.scale = percent(metric)
-        self.axis = f"test {metric} (%)" if self.scale == 100 else f"test {title(metric)}"
+        self.scale = scale(metric)
+        self.axis = f"test {title(metric)}" + " (%)" * (self.scale == 100)
 
     def add(self, draw, name, title, *content):
         name = re.sub(r"[^\w.-]+", "-", name)
@@ -50,9 +35,9 @@ class Charts:
 
     def of_group(self, draw_all, *content):
         """Names of the figures that draw_all(*content) adds."""
-        before = set(self.titles)
+        before = len(self.titles)
         draw_all(*content)
-        return [name for name in self.titles if name not in before]
+        return list(self.titles)[before:]
 
     def costs(self, groups):
         """One figure a dataset: teachers, baselines and each method against multiply-adds, or parameters where those are not known."""
@@ -74,19 +59,19 @@ class Charts:
             drawn = []
             for (kind, point, x, mean), std in points.items():
                 colour, marker = next(styles[kind])
-                colour = colour if kind == "student with KD" else KINDS[kind]
-                point = point if len(points) <= 30 else kind  # a longer legend would hide the figure
-                drawn.append((point, colour, marker, x, self.scale * mean, std and self.scale * std))
+                drawn.append((point if len(points) <= 30 else kind,  # a longer legend would hide the figure
+                              colour if kind == "student with KD" else KINDS[kind], marker, x, self.scale * mean,
+                              std and self.scale * std))
             if len(drawn) > 1:
                 self.add(figures.draw_cost, f"cost-{dataset}", f"Test {self.metric} against cost, {dataset}", f"{dataset}: {self.metric} against cost",
                          drawn, name, self.axis)  # fmt: skip
 
     def curves(self, name, heading, runs):
         """runs: [(name, colour, run)]; the last one's metric is shown."""
-        metric = runs[-1][2]["results"].get("select_metric") or "accuracy"
-        lines = [(kind, colour, run["rows"], run["results"]) for kind, colour, run in runs if run["rows"]]
+        metric = runs[-1][2]["select_metric"] or "accuracy"
+        lines = [(kind, colour, run["rows"], run) for kind, colour, run in runs if run["rows"]]
         if lines:
-            self.add(figures.draw_curves, name, f"Training curves: {heading}", heading, metric, percent(metric), lines)
+            self.add(figures.draw_curves, name, f"Training curves: {heading}", heading, metric, scale(metric), lines)
 
     def group(self, index, members, group):
         repeats = "folds" if group["folds"] else "seeds"
@@ -99,7 +84,7 @@ class Charts:
 
         first = next(iter(kinds.values()))[0]
         for task, classes in first.classes.items():
-            heading = label(group) + (f", {task}" if len(first.classes) > 1 else "")
+            heading = label(group) + f", {task}" * (len(first.classes) > 1)
             drawn = [(kind, KINDS[kind], reliability(runs, task)) for kind, runs in kinds.items()]
             self.add(figures.draw_reliability, f"reliability-{index}-{task}", f"Calibration: {heading}", heading, drawn)
             if len(classes) == 2 and len(set(first.targets[task])) == 2:
@@ -107,25 +92,29 @@ class Charts:
                 for kind, runs in kinds.items():
                     for run in runs:
                         true, scores = run.targets[task] == positive, run.probabilities(task)[:, positive]
-                        fpr, tpr, _ = roc_curve(true, scores)
-                        precision, recall, _ = precision_recall_curve(true, scores)
-                        curves.append((kind, KINDS[kind], fpr, tpr, recall, precision))
+                        curves.append((kind, KINDS[kind], *roc_curve(true, scores)[:2],
+                                       *precision_recall_curve(true, scores)[:2]))
                 self.add(figures.draw_two_class, f"curves-{index}-{task}-two-class", f"ROC and precision-recall: {heading}", heading, classes[positive], curves)
             rows = group["evidence"].get("classes", {}).get(task, [])
             if 1 < len(rows) <= 100:
-                colours = [KINDS[kind] for kind in list(KINDS)[1:]]
-                self.add(figures.draw_class_gains, f"classes-{index}-{task}", f"Recall of each class: {heading}", heading, rows, colours)
+                self.add(figures.draw_class_gains, f"classes-{index}-{task}", f"Recall of each class: {heading}",
+                         heading, rows)
 
     def confusion(self, index, run):
-        heading = f"{run['path']}: {run['results']['role']} {run['id']['student']}"
+        heading = f"{run['path']}: {run['role']} {run['id']['student']}"
         for file in sorted(Path(run["path"]).glob("confusion_test_*.npy")):
-            counts, task = read_confusion(file, self.missing), file.stem[len("confusion_test_") :]
-            if counts is not None:
-                classes, drawn = run["results"]["dataset"].get("classes") or [], heading
-                if isinstance(classes, dict):
-                    classes, drawn = classes.get(task, []), f"{heading}, {task}"
-                classes = classes if len(classes) == len(counts) else range(len(counts))
-                self.add(figures.draw_confusion, f"confusion-{index}-{task}", f"Confusion matrix, {heading}, {task}", drawn, counts, classes)
+            task, classes = file.stem.removeprefix("confusion_test_"), run["dataset"].get("classes") or []
+            classes, drawn = classes.get(task, []) if isinstance(classes, dict) else classes, f"{heading}, {task}"
+            try:
+                counts = np.load(file, allow_pickle=False)
+                if counts.ndim != 2 or len(set(counts.shape)) != 1 or not counts.size:
+                    raise ValueError(f"its shape is {counts.shape}")
+            except (OSError, ValueError, EOFError) as error:
+                self.missing.append(f"no figure of {file}: {error}")
+                continue
+            classes = classes if len(classes) == len(counts) else range(len(counts))
+            self.add(figures.draw_confusion, f"confusion-{index}-{task}", f"Confusion matrix, {drawn}", drawn, counts,
+                     classes)
 
 
 def draw_report(folder, metric, members, groups, predictions, runs, missing):
@@ -146,8 +135,7 @@ def draw_report(folder, metric, members, groups, predictions, runs, missing):
             group["figures"] += shown[run["path"]]
         grouped |= {run["path"] for seeds in some for run in seeds}
     others = [run for run in runs if run["path"] not in grouped]
-    for metric in dict.fromkeys(run["results"].get("select_metric") for run in others):
-        own = [run for run in others if run["results"].get("select_metric") == metric]
+    for own in gather(others, "select_metric"):
         for start in range(0, len(own), 6):  # more lines in a figure could not be told apart
             lines = [(run["path"], f"C{index}", run) for index, run in enumerate(own[start : start + 6])]
             charts.curves(f"curves-others-{len(charts.titles)}", "Runs in no group", lines)

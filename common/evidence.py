@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from common import metrics
-from common.comparison import NOT_PERCENT, cell, repeat_name
+from common.comparison import NOT_PERCENT, cell, mean, repeat_name
 
 
 @dataclass
@@ -37,8 +37,9 @@ class Predictions:
         None where it is another one, or of curves of more than 100 classes, which take hours.
         """
         named = {f"{task}_{name}": ([task], name) for task in self.targets for name in metrics.RESAMPLED}
-        tasks, name = {**named, **{name: (list(self.targets), name) for name in metrics.RESAMPLED}}.get(metric, ([], None))
-        if not tasks or (name not in metrics.RESAMPLED[:2] and max(len(self.classes[task]) for task in tasks) > 100):
+        named.update((name, (self.targets, name)) for name in metrics.RESAMPLED)
+        tasks, name = named.get(metric, ((), None))
+        if not tasks or name not in metrics.RESAMPLED[:2] and max(len(self.classes[task]) for task in tasks) > 100:
             return None
         weighed = [metrics.weighing(self.logits[task], self.targets[task], (name,), self.positive.get(task, 1)) for task in tasks]
         return lambda weights: np.mean([of(weights)[name] for of in weighed], axis=0)
@@ -56,22 +57,17 @@ def read_predictions(file):
             found = dict(arrays)
     except zipfile.BadZipFile as error:
         raise ValueError(str(error)) from None
-    tasks = {
-        name.removeprefix("logits_") if name != "logits" else "label": name.removeprefix("logits")
-        for name in found
-        if name.startswith("logits")
-    }
-    by_task = {key: {task: found[key + end] for task, end in tasks.items()} for key in ("labels", "logits", "classes")}
-    result = Predictions(found["ids"], found.get("groups"), by_task["labels"], by_task["logits"],
-                         {task: [str(name) for name in names] for task, names in by_task["classes"].items()})  # fmt: skip
-    for task in tasks:
-        name = found.get(f"positive{tasks[task]}")
-        if name is not None:
-            result.positive[task] = result.classes[task].index(str(name))
-        if result.logits[task].shape != (len(result.ids), len(result.classes[task])) or len(result.targets[task]) != len(result.ids):
-            raise ValueError(f"{len(result.ids)} ids and {len(result.classes[task])} classes with logits of shape {result.logits[task].shape}")
-        if not np.isfinite(result.logits[task]).all():
+    result = Predictions(found["ids"], found.get("groups"), {}, {}, {})
+    for end in [name.removeprefix("logits") for name in found if name.startswith("logits")]:
+        task, logits, labels = end[1:] or "label", found["logits" + end], found["labels" + end]
+        classes = [str(name) for name in found["classes" + end]]
+        if logits.shape != (len(result.ids), len(classes)) or len(labels) != len(result.ids):
+            raise ValueError(f"{len(result.ids)} ids and {len(classes)} classes with logits of shape {logits.shape}")
+        if not np.isfinite(logits).all():
             raise ValueError("some logits are not finite")
+        result.targets[task], result.logits[task], result.classes[task] = labels, logits, classes
+        if "positive" + end in found:
+            result.positive[task] = classes.index(str(found["positive" + end]))
     return result
 
 
@@ -106,25 +102,25 @@ def paired_bootstrap(before, after, metric="accuracy", repeats=2000, seed=0):
     resample draws the same images for all pairs that have the same, whole lesions, patients or cases where there are groups (Efron and
     Tibshirani 1993, chapter 8).  It covers the choice of test images, not that of seeds.
     """
-    if before[0].value(metric) is None:
+    measures = [(one.measure(metric), two.measure(metric)) for one, two in zip(before, after)]
+    if None in measures[0]:
         return None
-    whole, gains, units = 0, 0, 0
+    gains, units = 0, 0
     for shift, positions in enumerate(by_images(before)):
-        measures = [(before[i].measure(metric), after[i].measure(metric)) for i in positions]
         first = before[positions[0]]
-
-        def gain(weights, measures=measures):
-            return np.sum([b(weights) - a(weights) for a, b in measures], axis=0) / len(before)
-
-        whole += gain(np.ones((len(first.ids), 1), np.int32))[0]
-        gains += np.concatenate(
-            [gain(weights) for weights in metrics.resamples(len(first.ids), first.groups, repeats, seed + shift)]
-        )
+        gains += np.concatenate([sum(measures[i][1](weights) - measures[i][0](weights) for i in positions)
+                                 for weights in metrics.resamples(len(first.ids), first.groups, repeats, seed + shift)])
         units += len(first.ids if first.groups is None else set(first.groups))
-    gains = gains[np.isfinite(gains)]  # a resample without a class has no curve of it
-    if len(gains) < repeats / 2 or not np.isfinite(whole):
+    gains = gains[np.isfinite(gains)] / len(before)  # a resample without a class has no curve of it
+    whole = seed_gains(before, after, metric)
+    if len(gains) < repeats / 2 or not np.isfinite(whole).all():
         return None
-    return {"gain": float(whole), "interval": [float(value) for value in np.percentile(gains, (2.5, 97.5))], "units": units}
+    return {"gain": float(np.mean(whole)), "interval": np.percentile(gains, (2.5, 97.5)).tolist(), "units": units}
+
+
+def seed_gains(before, after, metric):
+    """The gain in `metric` of each pair."""
+    return [float((two.value(metric) - one.value(metric))[0]) for one, two in zip(before, after)]
 
 
 def mcnemar(before, after):
@@ -146,7 +142,7 @@ def seeds_interval(gains):
     if len(gains) < 2:
         return None
     half = t.ppf(0.975, len(gains) - 1) * np.std(gains, ddof=1) / np.sqrt(len(gains))
-    return [float(np.mean(gains) - half), float(np.mean(gains) + half)]
+    return (np.mean(gains) + half * np.array([-1, 1])).tolist()
 
 
 def span(interval, metric, unit=True):
@@ -160,9 +156,10 @@ def verdict(gain, images, seeds, metric="accuracy", over=("test images", "seeds"
 
     Words: gain, loss, "within noise".
     """
-    intervals = [(images, f"{span(images, metric)} over {over[0]}")] + ([(seeds, f"{span(seeds, metric)} over {over[1]}")] if seeds else [])
-    noisy = [text for interval, text in intervals if interval[0] <= 0 <= interval[1]]
-    clear = [text for interval, text in intervals if not interval[0] <= 0 <= interval[1]]
+    noisy, clear = [], []
+    for interval, name in zip((images, seeds), over):
+        if interval:
+            (noisy if interval[0] <= 0 <= interval[1] else clear).append(f"{span(interval, metric)} over {name}")
     word = "gain" if gain >= 0 else "loss"
     start = f"The {word} of {cell(abs(gain), metric)}{'' if metric.endswith(NOT_PERCENT) else ' points'} is"
     if noisy:
@@ -175,13 +172,9 @@ def verdict(gain, images, seeds, metric="accuracy", over=("test images", "seeds"
 
 def mean_fidelity(students, teachers):
     """`metrics.fidelity` of Predictions {seed: ...} to their teachers', mean over tasks and seeds; None where it is undefined."""
-    found = [
-        metrics.fidelity(student.logits[task], teachers[seed].logits[task], student.targets[task])
-        for seed, student in students.items()
-        if seed in teachers
-        for task in student.logits
-    ] or [{}]
-    return {name: None if any(of[name] is None for of in found) else float(np.mean([of[name] for of in found])) for name in found[0]}
+    found = [metrics.fidelity(student.logits[task], teachers[seed].logits[task], student.targets[task])
+             for seed, student in students.items() if seed in teachers for task in student.logits] or [{}]
+    return {name: mean([of[name] for of in found]) for name in found[0]}
 
 
 def reliability(runs, task, bins=15):
@@ -191,24 +184,20 @@ def reliability(runs, task, bins=15):
     which = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
     counts = np.bincount(which, minlength=bins)
     with np.errstate(invalid="ignore"):
-        shown = {name: np.bincount(which, values, minlength=bins) / counts for name, values in (("confidence", confidence), ("accuracy", right))}
+        confidence, accuracy = (np.bincount(which, values, minlength=bins) / counts for values in (confidence, right))
     errors = [metrics.expected_calibration_error(run.probabilities(task), run.targets[task], bins) for run in runs]
-    return {**shown, "share": counts / counts.sum(), "ece": float(np.mean(errors))}
+    return {"confidence": confidence, "accuracy": accuracy, "share": counts / counts.sum(),
+            "ece": float(np.mean(errors))}
 
 
 def class_gains(before, after, task):
     """[{"class", "images", "before", "after"}] recalls of each class that occurs, mean over seeds."""
-    present = [run.targets[task] for run in (before[few[0]] for few in by_images(before))]
-    counts = np.bincount(np.concatenate(present), minlength=len(before[0].classes[task]))
-    with np.errstate(invalid="ignore"):  # a class that a fold lacks
-        recalls = [
-            np.ma.masked_invalid(
-                [np.array(metrics.class_recalls(run.logits[task], run.targets[task]), float) for run in runs]
-            ).mean(0)
-            for runs in (before, after)
-        ]
-    return [{"class": name, "images": int(count), "before": float(a), "after": float(b)}
-            for name, count, a, b in zip(before[0].classes[task], counts, *recalls) if count]  # fmt: skip
+    classes = before[0].classes[task]
+    counts = sum(np.bincount(before[few[0]].targets[task], minlength=len(classes)) for few in by_images(before))
+    recalls = (np.array([metrics.class_recalls(run.logits[task], run.targets[task]) for run in runs], float).T
+               for runs in (before, after))  # (C, runs), NaN for a class that a fold lacks
+    return [{"class": name, "images": int(count), "before": float(np.nanmean(a)), "after": float(np.nanmean(b))}
+            for name, count, a, b in zip(classes, counts, *recalls) if count]
 
 
 def disagreements(before, after, task, most=12):
@@ -217,11 +206,14 @@ def disagreements(before, after, task, most=12):
     """
     labels, rows = before.targets[task], np.arange(len(before.ids))
     change = after.probabilities(task)[rows, labels] - before.probabilities(task)[rows, labels]
-    gained, lost = (np.flatnonzero(a.right(task) & ~b.right(task)) for a, b in ((after, before), (before, after)))
-    gained, lost = gained[np.argsort(-change[gained], kind="stable")], lost[np.argsort(change[lost], kind="stable")]
-    if before.groups is not None:  # one image a lesion, patient or case
-        gained, lost = (rows[np.sort(np.unique(before.groups[rows], return_index=True)[1])] for rows in (gained, lost))
-    half = most // 2
+    found, half = [], most // 2
+    for one, two, sign in ((after, before, -1), (before, after, 1)):
+        rows = np.flatnonzero(one.right(task) & ~two.right(task))
+        rows = rows[np.argsort(sign * change[rows], kind="stable")]
+        if before.groups is not None:  # one image a lesion, patient or case
+            rows = rows[np.sort(np.unique(before.groups[rows], return_index=True)[1])]
+        found.append(rows)
+    gained, lost = found
     return [*gained[: max(most - half, most - len(lost))], *lost[: max(half, most - len(gained))]]
 
 
@@ -232,28 +224,23 @@ def weigh(teachers, before, after, metric, runs):
     many runs the larger kind of student has, with or without predictions.  Keys are absent where there is nothing to compare: gain,
     interval, units, seeds, seeds_interval, verdict, sentence, mcnemar, grouped, classes, fidelity.
     """
-    seeds, result = [seed for seed in after if seed in before], {"metric": metric}
+    seeds, result, paired = [seed for seed in after if seed in before], {"metric": metric}, None
     pairs = [before[seed] for seed in seeds], [after[seed] for seed in seeds]
-    paired = paired_bootstrap(*pairs, metric) if seeds else None
     if seeds:
-        tasks, result["grouped"] = list(after[seeds[0]].targets), after[seeds[0]].groups is not None
-        result["mcnemar"] = [
-            {"seed": seed, "task": task, **mcnemar(before[seed].right(task), after[seed].right(task))}
-            for seed in seeds
-            for task in tasks
-        ]
+        paired, tasks = paired_bootstrap(*pairs, metric), after[seeds[0]].targets
+        result["grouped"] = after[seeds[0]].groups is not None
+        result["mcnemar"] = [{"seed": seed, "task": task, **mcnemar(one.right(task), two.right(task))}
+                             for seed, one, two in zip(seeds, *pairs) for task in tasks]
         result["classes"] = {task: class_gains(*pairs, task) for task in tasks}
     if paired:
-        gains = [float((after[seed].value(metric) - before[seed].value(metric))[0]) for seed in seeds]
-        result.update(paired, seeds=seeds, seeds_interval=seeds_interval(gains))
-        over = (
-            "groups of test images" if result["grouped"] else "test images",
-            "folds" if isinstance(seeds[0], str) else "seeds",
-        )
+        result.update(paired, seeds=seeds, seeds_interval=seeds_interval(seed_gains(*pairs, metric)))
+        over = ("groups of test images" if result["grouped"] else "test images",
+                "folds" if isinstance(seeds[0], str) else "seeds")
         result["verdict"], result["sentence"] = verdict(result["gain"], result["interval"], result["seeds_interval"], metric, over)
         if len(seeds) < runs:
             which = ", ".join(map(repeat_name, seeds))
             result["sentence"] = f"On {which} alone, of which both kinds have predictions: {result['sentence'][0].lower()}{result['sentence'][1:]}"
     if teachers:
-        result["fidelity"] = {kind: mean_fidelity(some, teachers) for kind, some in (("student without KD", before), ("student with KD", after)) if some}
+        kinds = ("student without KD", before), ("student with KD", after)
+        result["fidelity"] = {kind: mean_fidelity(some, teachers) for kind, some in kinds if some}
     return result

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from common.comparison import KEYS, KINDS, NOT_PERCENT, cell, how_to_repeat, label, number, repeat_name, shown, title
+from common.comparison import KEYS, KINDS, NAMES, NOT_PERCENT, cell, how_to_repeat, label, number, repeat_name, shown, title
 from common.evidence import span
 
 COSTS = (("parameters", "parameters"), ("weight_bytes", "weights (MB)"), ("multiply_adds", "multiply-adds"),
@@ -30,15 +30,15 @@ def short(value):
 
 def cost_rows(group):
     """[[kind, ...]] of COSTS, as text."""
-    scale = {"checkpoint_bytes": 1e-6, "weight_bytes": 1e-6}
-    return [[kind, *("-" if cost[key] is None else short(cost[key] * scale.get(key, 1)) for key, _ in COSTS)] for kind, cost in group["cost"].items()]
+    return [[kind, *("-" if cost[key] is None else short(cost[key] * (1e-6 if key.endswith("bytes") else 1))
+                     for key, _ in COSTS)] for kind, cost in group["cost"].items()]
 
 
 def metric_rows(group):
     """[[name, value of each of KINDS]] of test metrics, mean over seeds, and of fidelity, as text: the one place that prints them all."""
-    fidelity, rows = (group.get("evidence") or {}).get("fidelity", {}), []
+    fidelity, rows = group["evidence"].get("fidelity", {}), []
     for key, found in group["metrics"].items():
-        if not key.endswith(tuple(name for name, _ in FIDELITY)):
+        if not key.endswith(tuple(dict(FIDELITY))):
             name = title(key) + ("" if key.endswith(NOT_PERCENT) else " (%)")
             rows.append([name, *(cell(found[kind]["mean"], key, found[kind]["std"]) for kind in KINDS)])
     return rows + [[name, *(cell(fidelity.get(kind, {}).get(key), key) for kind in KINDS)] for key, name in FIDELITY if fidelity]
@@ -47,16 +47,18 @@ def metric_rows(group):
 def mcnemar_rows(group):
     """[[seed, task, gained, lost, p]] as text."""
     return [[repeat_name(test["seed"]), test["task"], str(test["gained"]), str(test["lost"]), f"{test['p']:.3g}"]
-            for test in (group.get("evidence") or {}).get("mcnemar", [])]  # fmt: skip
+            for test in group["evidence"].get("mcnemar", [])]
 
 
 def headline(groups):
     """Sentences of each distilled group: whether the gain is larger than the noise, what to be warned of, what each side saw."""
     result = []
     for group in groups:
-        result += [f"{label(group)}: {text}" for text in [(group.get("evidence") or {}).get("sentence")] if text]
+        if "sentence" in group["evidence"]:
+            result.append(f"{label(group)}: {group['evidence']['sentence']}")
         result += [f"warning: {label(group)}: {text}" for text in group["warnings"]]
-        result += [f"{label(group)}: {saw(group)}"] * bool(group["method"])
+        if group["method"]:
+            result.append(f"{label(group)}: {saw(group)}")
     return result
 
 
@@ -67,15 +69,15 @@ def saw(group):
 
 def csv_text(runs):
     """A row a run of report.json: names, cost, and each val and test metric that is a number."""
-    rows = []
-    for run in runs:
-        names = {key: run.get(key) for key in ("run", "role", "method", "dataset", "seed")}
-        names.update(teacher=(run.get("teacher") or {}).get("name"), model=run["model"]["name"], resolution=run["model"].get("resolution"),
-                     **{key: run.get(key) for key in ("best_epoch", "last_epoch", "stopped_early")}, **run["cost"])  # fmt: skip
-        metrics = {f"{split}_{key}": value for split in ("val", "test") for key, value in (run.get(split) or {}).items() if number(value) is not None}
-        rows.append({**names, **metrics})
+    rows = [{**{key: run.get(key) for key in ("run", "role", "method", "dataset", "seed")},
+             "teacher": run["teacher"].get("name"),
+             "model": run["model"]["name"], "resolution": run["model"].get("resolution"),
+             **{key: run.get(key) for key in ("best_epoch", "last_epoch", "stopped_early")}, **run["cost"],
+             **{f"{split}_{key}": value for split in ("val", "test")
+                for key, value in run[split].items() if number(value) is not None}}
+            for run in runs]
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
+    writer = csv.DictWriter(text, dict.fromkeys(key for row in rows for key in row), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
@@ -83,66 +85,33 @@ def csv_text(runs):
 
 def comparison_rows(groups, metric):
     """A head and a row a group that was trained with labels, as text."""
-    points, many = (
-        "" if metric.endswith(NOT_PERCENT) else " (points)",
-        "folds" if groups and all(group["folds"] for group in groups) else "seeds",
-    )
-    rows = [
-        [
-            "dataset",
-            "teacher",
-            "student",
-            "method",
-            *(kind.removeprefix("student ") for kind in KINDS),
-            f"difference{points}",
-            "95 % over test images",
-            f"95 % over {many}",
-            "verdict",
-            many,
-        ]
-    ]
-    for group in (group for group in groups if not group["label_free"]):
-        part, evidence = group if metric == "accuracy" else group[metric], group.get("evidence") or {}
+    groups = [group for group in groups if not group["label_free"]]
+    many = "folds" if all(group["folds"] for group in groups) else "seeds"
+    points = "" if metric.endswith(NOT_PERCENT) else " (points)"
+    rows = [[*NAMES, *(kind.removeprefix("student ") for kind in KINDS), f"difference{points}", "95 % over test images",
+             f"95 % over {many}", "verdict", many]]
+    for group in groups:
+        part, evidence = group if metric == "accuracy" else group[metric], group["evidence"]
         kinds = [part[key.format(metric)] for key in KEYS]
-        rows.append(
-            [
-                *names(group),
-                *(cell(kind["mean"], metric, kind["std"]) for kind in kinds),
-                cell(
-                    part["gain_paired"]["mean"] if part["gain_paired"] else part["gain"], metric, part["gain_std"], "+"
-                ),
-                *(span(evidence.get(key), metric, False) for key in ("interval", "seeds_interval")),
-                evidence.get("verdict", "-"),
-                repeats(kinds[1]["n"], kinds[2]["n"]),
-            ]
-        )
+        gain, without, with_kd = part["gain_paired"] or {"mean": part["gain"]}, kinds[1]["n"], kinds[2]["n"]
+        unequal = without and with_kd and without != with_kd
+        rows.append([*names(group), *(cell(kind["mean"], metric, kind["std"]) for kind in kinds),
+                     cell(gain["mean"], metric, part["gain_std"], "+"),
+                     *(span(evidence.get(key), metric, False) for key in ("interval", "seeds_interval")),
+                     evidence.get("verdict", "-"),
+                     f"{without} without, {with_kd} with" if unequal else str(with_kd or without)])
     return rows
 
 
 def label_free_rows(groups):
     """A head and a row a group that was trained without labels, as text."""
-    rows = [
-        [
-            "dataset",
-            "teacher",
-            "student",
-            "method",
-            "val distillation loss",
-            "val k-NN (%)",
-            "teacher's k-NN (%)",
-            "seeds",
-        ]
-    ]
-    for group in (group for group in groups if group["label_free"]):
-        loss, knn = group["val_distillation_loss"], group["knn"]
-        rows.append(
-            [
-                *names(group),
-                cell(loss["mean"], "loss", loss["std"]),
-                *(cell(knn[of], "knn") for of in ("student", "teacher")),
-                repeats(0, loss["n"]),
-            ]
-        )
+    rows = [[*NAMES, "val distillation loss", "val k-NN (%)", "teacher's k-NN (%)", "seeds"]]
+    for group in groups:
+        if group["label_free"]:
+            loss, knn = group["val_distillation_loss"], group["knn"]
+            rows.append([*names(group), cell(loss["mean"], "loss", loss["std"]), cell(knn["student"], "knn"),
+                         cell(knn["teacher"], "knn"),
+                         str(loss["n"])])
     return rows
 
 
@@ -152,47 +121,25 @@ def comparison_tables(groups, metric):
 
 
 def names(group):
-    return [
-        group["dataset"],
-        group["teacher"] or "-",
-        group["student"],
-        ", ".join(filter(None, (group["method"], group["variant"]))) or "-",
-    ]
-
-
-def repeats(without, with_kd):
-    return (
-        str(with_kd or without)
-        if not (with_kd and without) or with_kd == without
-        else f"{without} without, {with_kd} with"
-    )
+    """The cells under NAMES."""
+    method = ", ".join(filter(None, (group["method"], group["variant"])))
+    return [group["dataset"], group["teacher"] or "-", group["student"], method or "-"]
 
 
 def ranking_rows(selected, metric):
     """A head and a row a setting of `select`, as text; the test figure of the best alone, for the choice is val's."""
-    ranked, test = selected["ranked"], selected["test"]
-    flags = list(ranked[0]["flags"])
-    return [
-        [selected["metric"], f"test {metric}", "runs", *flags],
-        *(
-            [
-                f"{s['value']:.4f}",
-                cell(test["mean"], metric, test["std"]) if s is ranked[0] else "",
-                ", ".join(s["runs"]),
-                *(shown(s["flags"][flag]) for flag in flags),
-            ]
-            for s in ranked
-        ),
-    ]
+    tests = [cell(selected["test"]["mean"], metric, selected["test"]["std"])] + [""] * len(selected["ranked"])
+    return [[selected["metric"], f"test {metric}", "runs", *selected["ranked"][0]["flags"]],
+            *([f"{setting['value']:.4f}", test, ", ".join(setting["runs"]), *map(shown, setting["flags"].values())]
+              for setting, test in zip(selected["ranked"], tests))]
 
 
 def ranking(selected, metric):
-    """The settings as a table, then the best one's name, then the command that repeats it."""
+    """Paragraphs: the settings as a table, the best one's name, the command that repeats it."""
     best = selected["ranked"][0]
-    return (
-        f"{table(ranking_rows(selected, metric))}\nbest {selected['metric']}: {best['value']:.4f}, {', '.join(best['runs'])}\n"
-        f"again: {selected['command']}"
-    )
+    return [table(ranking_rows(selected, metric)),
+            f"best {selected['metric']}: {best['value']:.4f}, {', '.join(best['runs'])}",
+            f"again: {selected['command']}"]
 
 
 def table(rows):
@@ -200,49 +147,55 @@ def table(rows):
     rows = [[text.replace("|", "\\|") for text in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["| " + " | ".join(text.ljust(width) for text, width in zip(row, widths)) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines)
 
 
 def summarize(run):
     """A run in short: results.json without flags, environment and class names."""
-    left_out = ("flags", "environment", "script", "dataset")
-    short = {key: value for key, value in run["results"].items() if key not in left_out}
-    both = {f"{key}_test": run[key] for key in ("recorded", "recomputed") if key in run}
-    return {"run": run["path"], "dataset": run["id"]["dataset"], "seed": run["seed"], **short, **both}
+    left_out = ("flags", "environment", "script", "dataset", "path", "written", "id", "rows")
+    return {"run": run["path"], "dataset": run["id"]["dataset"],
+            **{key: run[key] for key in run if key not in left_out}}
 
 
 def run_rows(runs, metric):
     """A head and a row a run, as text; runs: of `summarize`.  A run without that test metric shows on val what chose its best epoch."""
     rows = [["run", "role", "method", "model", "dataset", "seed", "best epoch", "epochs", f"test {metric}", "at the last epoch"]]
     for run in runs:
-        row = [run["run"], run["role"], run.get("method") or "-", run["model"]["name"], run["dataset"], run["seed"]]
-        row += [run.get("best_epoch"), run.get("last_epoch")]
-        own = run.get("select_metric") or metric
-        split, shown, of = (
-            ("test", metric, "") if number(run["test"].get(metric)) is not None else ("val", own, f" (val {own})")
-        )
-        values = [number((run.get(part) or {}).get(shown)) for part in (split, f"final_{split}")]
+        row = [run["run"], run["role"], run.get("method") or "-", run["model"]["name"], run["dataset"], run["seed"],
+               run.get("best_epoch"), run.get("last_epoch")]
+        split, shown, of = "test", metric, ""
+        if number(run["test"].get(metric)) is None:
+            split, shown = "val", run["select_metric"] or metric
+            of = f" (val {shown})"
+        values = [number(run[part].get(shown)) for part in (split, f"final_{split}")]
         rows.append([*map(str, row), *("-" if value is None else cell(value, shown) + of for value in values)])
     return rows
 
 
 def markdown(report, metric):
-    rows = run_rows(report["runs"], metric)
-    notes = [f"{label(group)}: {note}" for group in report["groups"] for note in group["notes"]] + report["notes"]
-    costs = [[label(group), *row] for group in report["groups"] for row in cost_rows(group)]
-    chosen = report["selected"] and ranking(report["selected"], metric).replace("\nbest", "\n\nbest").replace(
-        "\nagain", "\n\nagain"
-    )
-    parts = ["# Report", *(["## Selection on val", chosen] if chosen else []),
-             f"## Test {title(metric)}" + ("" if metric.endswith(NOT_PERCENT) else " in %"), *map(table, comparison_tables(report["groups"], metric)),
-             "Mean ± sample standard deviation over seeds; the difference is that between runs of one seed, where both kinds have one.",
-             *(["## Gain and noise", "\n".join(f"- {sentence}" for sentence in headline(report["groups"]))] if report["groups"] else []),
-             *(["## Cost", table([["group", "model", *(name for _, name in COSTS)], *costs])] if costs else []),
-             "## Runs", table(rows)]  # fmt: skip
+    groups, chosen = report["groups"], report["selected"]
+    notes = [f"{label(group)}: {note}" for group in groups for note in group["notes"]] + report["notes"]
+    costs = [[label(group), *row] for group in groups for row in cost_rows(group)]
+    parts = ["# Report"]
+    if chosen:
+        parts += ["## Selection on val", *ranking(chosen, metric)]
+    parts += [f"## Test {title(metric)}" + ("" if metric.endswith(NOT_PERCENT) else " in %"),
+              *map(table, comparison_tables(groups, metric)),
+              "Mean ± sample standard deviation over seeds; the difference is that between runs of one seed, where "
+              "both kinds have one."]
+    if costs:
+        parts += ["## Gain and noise", bullets(headline(groups)),
+                  "## Cost", table([["group", "model", *(name for _, name in COSTS)], *costs])]
+    parts += ["## Runs", table(run_rows(report["runs"], metric))]
     for heading, sentences in (("Missing", report["missing"]), ("Notes", notes)):
-        parts += [f"## {heading}", "\n".join(f"- {sentence}" for sentence in sentences)] if sentences else []
+        parts += [f"## {heading}", bullets(sentences)] if sentences else []
     parts += ["## Figures", *(f"![{text}]({name})" for name, text in report["figures"].items())]
     return "\n\n".join(parts) + "\n"
+
+
+def bullets(sentences):
+    return "\n".join(f"- {sentence}" for sentence in sentences)
 
 
 TEMPLATE = """<!doctype html>
@@ -339,7 +292,7 @@ pre { background: var(--band); padding: 0.6rem; overflow-x: auto; white-space: p
 </details>
 {% endfor %}
 
-{% for name, sentences in lists %}{% if sentences %}<h2>{{ name }}</h2>
+{% for name, sentences in (("Missing", report.missing), ("Notes", report.notes)) %}{% if sentences %}<h2>{{ name }}</h2>
 <ul>{% for sentence in sentences %}<li>{{ sentence }}</li>{% endfor %}</ul>{% endif %}{% endfor %}
 {% if rest %}<h2>Runs in no group</h2>{{ figures(rest) }}{% endif %}
 
@@ -356,40 +309,35 @@ pre { background: var(--band); padding: 0.6rem; overflow-x: auto; white-space: p
 
 def verdict_of(group):
     """(word, CSS class): one seed alone is no proof, and has no colour."""
-    evidence = group.get("evidence") or {}
-    word = evidence.get("verdict", "-")
+    word = group["evidence"].get("verdict", "-")
     if word not in ("gain", "loss"):
         return word, "noise"
-    return (word, word) if evidence["seeds_interval"] else (f"{word}, one seed", "noise")
+    return (word, word) if group["evidence"]["seeds_interval"] else (f"{word}, one seed", "noise")
 
 
 def html(report, runs, metric, folder, galleries):
     """The whole page as text, figures within.  runs: of read_runs; folder: of the figures; galleries: a list of items a group."""
     import jinja2
 
-    groups, percent, images = report["groups"], not metric.endswith(NOT_PERCENT), {}
+    groups, images, families = report["groups"], {}, {}
     for name in report["figures"]:
         png = (Path(folder) / name).read_bytes()
         images[name] = {"png": base64.b64encode(png).decode(), "least": round(0.45 * Image.open(io.BytesIO(png)).width)}  # smaller is not readable
-    placed = {name for group in groups for name in group["figures"]}
     overview = [name for name in images if name.startswith("cost-")]
-    (head, *rows), families, free, runs_table = (
-        comparison_rows(groups, metric),
-        {},
-        label_free_rows(groups),
-        run_rows(report["runs"], metric),
-    )
-    for group, row in zip([group for group in groups if not group["label_free"]], rows):
+    placed = {*overview, *(name for group in groups for name in group["figures"])}
+    order = 3, 7, 8, 9, 6, 5, 4, 11  # what distillation bought comes first
+    head, *rows = ([row[i] for i in order] for row in comparison_rows(groups, metric))
+    for group, (method, *cells) in zip([group for group in groups if not group["label_free"]], rows):
         models = f"{group['teacher']} to {group['student']}" if group["teacher"] else f"{group['student']} alone"
-        cells = [row[7], row[8], row[9], row[6], row[5], row[4], row[11]]  # what distillation bought comes first
-        families.setdefault(f"{group['dataset']}: {models}", []).append((row[3], verdict_of(group), cells))
+        families.setdefault(f"{group['dataset']}: {models}", []).append((method, verdict_of(group), cells))
     page = jinja2.Environment(autoescape=True, trim_blocks=True).from_string(TEMPLATE)
     return page.render(
-        report=report, groups=list(zip(groups, galleries)), title=title(metric), percent=" in %" if percent else "", kinds=list(KINDS), families=families,
-        columns=["method", "verdict", head[7], head[8], head[9], "with KD", "without KD", "teacher", head[11]], cost_names=[name for _, name in COSTS],
-        judged=[group for group in groups if group.get("evidence", {}).get("sentence")], images=images, overview=overview, free=free,
-        rest=[name for name in images if name not in {*placed, *overview}], selection=report["selected"] and ranking_rows(report["selected"], metric),
-        lists=[("Missing", report["missing"]), ("Notes", report["notes"])], runs_table=runs_table,
-        repeats=[{"path": run["path"], **how_to_repeat(run)} for run in runs], label=label, saw=saw, verdict_of=verdict_of, cost_rows=cost_rows,
-        metric_rows=metric_rows, mcnemar_rows=mcnemar_rows,
-    )  # fmt: skip
+        report=report, groups=list(zip(groups, galleries)), title=title(metric),
+        percent="" if metric.endswith(NOT_PERCENT) else " in %", kinds=list(KINDS), families=families,
+        columns=[head[0], "verdict", *head[1:]], cost_names=[name for _, name in COSTS],
+        judged=[group for group in groups if "sentence" in group["evidence"]], images=images, overview=overview,
+        free=label_free_rows(groups), rest=[name for name in images if name not in placed],
+        selection=report["selected"] and ranking_rows(report["selected"], metric),
+        runs_table=run_rows(report["runs"], metric),
+        repeats=[{"path": run["path"], **how_to_repeat(run)} for run in runs], label=label, saw=saw,
+        verdict_of=verdict_of, cost_rows=cost_rows, metric_rows=metric_rows, mcnemar_rows=mcnemar_rows)

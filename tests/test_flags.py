@@ -451,8 +451,6 @@ REPORTED = """
 --metric auc | one | | lines
 --select val_loss | one | | lines
 --mode max | one --select val_loss | | lines
---method mmd | one | | results
---dataset digits | one | | results
 --gallery 0 | one | | arrays
 --reevaluate | one | | results
 --device nowhere | one --reevaluate | | lines

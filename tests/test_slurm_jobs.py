@@ -496,7 +496,8 @@ def test_lab_without_slurm(project):
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((project / "runs" / "all" / "report" / "report.json").read_text())
     assert len(report["runs"]) == 6 and not report["missing"]
-    assert all(report[family][f"student_accuracy_{kind}_kd"] for family in ("cnn", "vit") for kind in ("with", "without"))
+    assert {group["family"] for group in report["groups"]} == {"cnn", "vit"}
+    assert all(group[f"student_accuracy_{kind}_kd"]["mean"] for group in report["groups"] for kind in ("with", "without"))
 
 
 # ----------------------------------------------------------------------------------- several GPUs, several nodes
