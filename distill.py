@@ -215,7 +215,8 @@ def take_dataset_from(checkpoint, path, args, labelled):
     if args.limit_labels is None:  # labels are scarce, images are not
         args.limit_labels = DATASETS[args.dataset].student_labels if labelled and not args.limit_train else 0
     if args.limit_labels and args.sampler == "balanced":
-        raise cli.UserError(f"--sampler balanced cannot be combined with --limit-labels {args.limit_labels}, whose other images are of no class: --limit-labels 0 is all")
+        raise cli.UserError(f"--sampler balanced cannot be combined with --limit-labels {args.limit_labels}, "
+                            "whose other images are of no class: --limit-labels 0 is all")
 
 
 def make_loss(args, weights, model, source, train, shown, classes):

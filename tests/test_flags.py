@@ -73,7 +73,8 @@ def small_and_quick(monkeypatch):
         monkeypatch.setattr(module, "remove_hair", lambda image: 255 - image)
     # what cannot be done here is noted instead: the hub, a download, a compiler, workers
     medmnist, build, loads = common.data._medmnist, common.models._build, torch.utils.data.DataLoader
-    monkeypatch.setattr(common.data, "_cifar", lambda name, root, download: CALLS.append(f"download {download}") or medmnist(root, None, {"train", "val", "test"}))
+    splits = {"train", "val", "test"}
+    monkeypatch.setattr(common.data, "_cifar", lambda name, root, download: CALLS.append(f"download {download}") or medmnist(root, None, splits))
     monkeypatch.setattr(common.models, "_build", lambda name, *args: CALLS.append(f"{name} pretrained {args[3]}") or build(name, *args[:3], False, *args[4:]))
     monkeypatch.setattr(nn.Module, "compile", lambda self: CALLS.append("compile"))
     start = common.loader.Loader.__init__
