@@ -474,7 +474,7 @@ def check(args):
     samples = given("save_samples")
     if samples:
         folder = os.path.dirname(os.path.abspath(samples))
-        if os.path.isdir(samples) or folder != os.path.abspath(args.output) and not os.access(folder, os.W_OK):
+        if os.path.isdir(samples) or folder != os.path.abspath(args.output) and not (os.path.isdir(folder) and os.access(folder, os.W_OK)):
             raise UserError(f"--save-samples {samples}: no file can be written there, name one in a folder that exists")
     frozen = "--freeze-backbone" if given("freeze_backbone") else "--freeze" if given("freeze") else None
     if frozen and not (args.pretrained or args.weights or args.init_checkpoint):

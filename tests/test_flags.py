@@ -258,8 +258,8 @@ TRAINED = """
 --data-root b.npz | | | weights
 --download | --dataset cifar10 | | calls
 --val-split 0.4 | LOOSE | | results
---folds 4 | --fold 0 | --folds 3 | results
---fold 1 | --folds 3 | --fold 0 | results
+--folds 4 | LOOSE --fold 0 | --folds 3 | results
+--fold 1 | LOOSE --folds 3 | --fold 0 | results
 --split-seed 1 | LOOSE | | weights
 --limit-train 12 | | | weights
 --resolution 12 | | | weights
@@ -339,7 +339,7 @@ TRAINED = """
 DISTILLED = """
 --teacher-checkpoint vit/best.pth | --allow-weak-teacher | TAUGHT | weights
 --teacher-model vit_6_192 | --allow-weak-teacher --teacher-weights vit.pth | TAUGHT | lines
---teacher-pretrained | --allow-weak-teacher --teacher-model resnet18 | --teacher-weights narrow.pth | calls
+--teacher-pretrained | --allow-weak-teacher --teacher-model resnet18 --method mmd | --teacher-weights narrow.pth | calls
 --teacher-weights other.pth | --allow-weak-teacher --teacher-model resnet18 | --teacher-weights narrow.pth | weights
 --teacher-embeddings stored | --allow-weak-teacher --method mmd | --teacher-checkpoint start/best.pth | weights
 --num-views 1 | --allow-weak-teacher --teacher-embeddings stored --method mmd | | weights
