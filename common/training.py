@@ -467,6 +467,8 @@ class Recorder:
 
     def check_resumed(self, saved):
         """Refuse to go on with other data than the checkpoint's, or to fewer epochs.  Raises UserError."""
+        if "data" not in saved:
+            raise UserError(f"--resume {self.run.folder}: an earlier version of these scripts wrote it, start a new run")
         begun = saved["epoch"] if saved["step"] else saved["epoch"] - 1
         if self.epochs_wanted < begun:
             raise UserError(f"--epochs {self.epochs_wanted} beside --resume: {begun} epochs of {self.run.folder} are done or begun")

@@ -155,8 +155,9 @@ def differing(folder):
     for resume in (False, True, True):
         model = build_model("resnet8", 10, 8)
         updater = Updater(model, torch.optim.SGD(model.parameters(), 0.1), Schedule("constant", 0.1, 9, 1), precision)
+        content = {"classes": [], "preprocess": {}, "flags": {"dataset": "d", "data_root": None}, "data": {"classes": [], "sha256": {}}}
         recorder = Recorder(RunFolder(f"{folder}/run", resume, not resume), updater, Interrupts(), epochs=9, metric="accuracy", patience=0,
-                            save_every=0, content={"classes": [], "preprocess": {}, "flags": {}})  # fmt: skip
+                            save_every=0, content=content)  # fmt: skip
         torch.manual_seed(0)
         recorder.open(SimpleNamespace(resume=resume, seed=0))
         dropped.append(torch.rand(8))

@@ -255,6 +255,14 @@ def test_a_process_without_labels_does_not_count(tmp_path, monkeypatch):
     assert made.train_means == {"loss": 2.0, "accuracy": 0.5}
 
 
+def test_a_run_of_an_earlier_version_is_not_resumed(tmp_path):
+    run_epochs(recorder(tmp_path, epochs=1), [0.5])
+    saved = torch.load(tmp_path / "latest.pth", weights_only=True)
+    torch.save({key: value for key, value in saved.items() if key != "data"}, tmp_path / "latest.pth")
+    with pytest.raises(UserError, match="an earlier version of these scripts wrote it"):
+        recorder(tmp_path, True)
+
+
 def test_epochs_may_not_shrink_below_what_is_done(tmp_path):
     run_epochs(recorder(tmp_path, epochs=3), [0.5] * 3)
     with pytest.raises(UserError, match="--epochs 2 .* 3 epochs of .* are done"):
