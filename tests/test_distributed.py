@@ -128,8 +128,9 @@ def differing(folder):
     from common.augment import normalize
     from common.cli import RunFolder
     from common.data import load_splits
-    from common.evaluation import predict
+    from common.evaluation import distillation_loss, predict
     from common.loader import Loader
+    from common.losses import DistillationLoss
     from common.models import build_model
     from common.optimizer import NonFiniteLoss, Schedule, Updater
     from common.training import Interrupts, Precision, Preprocess, Recorder, select_device
@@ -143,7 +144,11 @@ def differing(folder):
     pixels = torch.stack([val[i]["image"] for i in range(40)]) / 255
     with torch.no_grad():
         own = model({"image": normalize(pixels, *torch.full((2, 3), 0.5))})["logits"]  # (40, 10)
-    found = predict(model, Loader(val, 8, device), Preprocess(8, [0.5] * 3, [0.5] * 3), precision)["label"]
+    judged = Loader(val, 8, device), Preprocess(8, [0.5] * 3, [0.5] * 3), precision
+    found = predict(model, *judged)["label"]
+    model.backbone.bn1.running_mean += 0.5 * rank
+    even = lambda batch: {"logits": torch.zeros(len(batch["index"]), 10)}  # noqa: E731
+    loss = distillation_loss(model, DistillationLoss({"kl": 1.0}, 1.0), even, *judged)
     updater = Updater(model, torch.optim.SGD(model.parameters(), 0.1), Schedule("constant", 0.1, 9, 1), precision)
     updater(sum(p.sum() for p in model.parameters()) * (float("nan") if rank else 1.0))
     try:
@@ -163,7 +168,7 @@ def differing(folder):
         dropped.append(torch.rand(8))
         if not resume:
             recorder.save()
-    return {"own": own, "found": torch.from_numpy(found), "message": message, "dropped": torch.stack(dropped)}
+    return {"own": own, "found": torch.from_numpy(found), "loss": loss, "message": message, "dropped": torch.stack(dropped)}
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +184,9 @@ def test_batch_norm_of_rank_0_is_what_is_judged(two_ranks):
     assert (a["own"] - b["own"]).abs().max() > 0.01
     for found in (a["found"], b["found"]):
         torch.testing.assert_close(found, a["own"], rtol=1e-4, atol=1e-4)
+    divergence = [(-np.log(10) - found["own"].log_softmax(1).mean()).item() for found in two_ranks]  # KL(even || student)
+    assert abs(divergence[0] - divergence[1]) > 0.001
+    assert a["loss"] == b["loss"] == pytest.approx(divergence[0], abs=1e-5)
 
 
 def test_a_loss_that_is_not_finite_on_one_process_stops_both(two_ranks):
