@@ -443,7 +443,7 @@ class Recorder:
         self.epochs_wanted, self.metric, self.patience, self.save_every = epochs, metric, patience, save_every
         self.content, self.meter = content, Meter()
         self.epoch, self.step = 1, 0  # `step` batches of `epoch` are done
-        self.best, self.best_epoch, self.stopped_early = None, 0, False
+        self.best, self.best_epoch, self.last_gain, self.stopped_early = None, 0, 0, False
         self.started, self.seconds_before = time.time(), 0.0
 
     def open(self, args):
@@ -521,9 +521,11 @@ class Recorder:
         self.updater.check_finite()
         gain = better(self.metric, values[self.metric], self.best)
         if gain or not self.best_epoch:
-            self.best, self.best_epoch = values[self.metric], self.epoch
+            self.best, self.last_gain = values[self.metric], self.epoch
+        if values[self.metric] == self.best or not self.best_epoch:  # of equal ones the later, which has learned for longer
+            self.best_epoch = self.epoch
         self.updater.schedule.end_epoch(self.metric, values[self.metric])
-        self.stopped_early = bool(self.patience) and self.epoch - self.best_epoch >= self.patience
+        self.stopped_early = bool(self.patience) and self.epoch - self.last_gain >= self.patience
         row = {"epoch": self.epoch, "lr": self.updater.lr}
         row.update({f"train_{name}": value for name, value in self.train_means.items()})
         row.update({f"val_{name}": value for name, value in values.items()})
@@ -556,7 +558,7 @@ class Recorder:
             "raw_model": None if updater.average is None else updater.model.state_dict(),
             "loss": None if self.loss is None else self.loss.state_dict(),
             "updater": updater.state_dict(), "processes": processes, "epoch": self.epoch, "step": self.step,
-            "metric": self.metric, "best": self.best, "best_epoch": self.best_epoch,
+            "metric": self.metric, "best": self.best, "best_epoch": self.best_epoch, "last_gain": self.last_gain,
             "stopped_early": self.stopped_early, "seconds": self.seconds, "rows": len(self.run.rows),
             "log_bytes": self.run.log_bytes,
         }  # fmt: skip
@@ -572,7 +574,7 @@ class Recorder:
         if self.loss is not None:
             self.loss.load_state_dict(checkpoint["loss"])
         self.updater.load_state_dict(checkpoint["updater"])
-        for name in ("epoch", "step", "best", "best_epoch", "stopped_early"):
+        for name in ("epoch", "step", "best", "best_epoch", "last_gain", "stopped_early"):
             setattr(self, name, checkpoint[name])
         self.seconds_before = checkpoint["seconds"]
         processes, rank = checkpoint["processes"], distributed.rank()

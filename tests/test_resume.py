@@ -209,6 +209,12 @@ def test_patience_is_a_number_of_epochs_without_gain(tmp_path):
     assert run_epochs(recorder(tmp_path, patience=3), [0.5, 0.6, 0.6, 0.5, 0.59, 0.9, 0.9]) == [1, 2, 3, 4, 5]
     again = recorder(tmp_path, True, patience=3)
     assert again.stopped_early and run_epochs(again, [1.0] * 9) == []
+    assert again.best_epoch == 3  # of two that are equally good the later
+
+
+def test_patience_goes_on_after_a_resume(tmp_path):
+    assert run_epochs(recorder(tmp_path, epochs=3, patience=3), [0.6, 0.5, 0.6]) == [1, 2, 3]
+    assert run_epochs(recorder(tmp_path, True, patience=3), [0.6, 0.5, 0.6, 0.6, 0.6]) == [4]  # epoch 3 was no gain
 
 
 @pytest.mark.parametrize("change, words", [
