@@ -96,7 +96,7 @@ def build_parser():
     g.add_argument("--limit-labels", type=cli.NATURAL, metavar="N", help="show all images of train, N of them with their labels: those that "
                    "train_student.py --limit-train N takes; the others have the teacher's terms alone. 0 is all "
                    "(the default, but 100 on digits)")
-    g.add_argument("--distillation-warmup-epochs", type=cli.AMOUNT, default=0, help="in epoch e all terms but the cross-entropy have min(1, e / this) of "
+    g.add_argument("--distillation-warmup-epochs", type=cli.AMOUNT, default=0.0, help="in epoch e all terms but the cross-entropy have min(1, e / this) of "
                    "their weights; 0: their whole weights from the start")  # fmt: skip
     g.add_argument("--ce-weight", type=float, help="of the cross-entropy; by default the method's")
     g.add_argument("--kl-weight", type=float, help="of T^2 * KL(teacher || student); by default the method's")

@@ -421,7 +421,7 @@ def add_training_flags(parser, epochs, select=CLASSIFICATION):
     g.add_argument("--milestones", type=POSITIVE, nargs="+", metavar="EPOCH", help="epochs after which multistep multiplies by --gamma")
     g.add_argument("--gamma", type=SHARE, default=0.1, help="factor of multistep and plateau")
     g.add_argument("--plateau-patience", type=POSITIVE, default=5, help="epochs without gain before plateau lowers the rate")
-    g.add_argument("--warmup-epochs", type=AMOUNT, default=0, help="linear warm-up, epochs")
+    g.add_argument("--warmup-epochs", type=AMOUNT, default=0.0, help="linear warm-up, epochs")
     g.add_argument("--sampler", default="shuffle", choices=("shuffle", "balanced"), help="each image once an epoch, or each class equally often")
     g.add_argument("--class-weights", default="none", metavar="WEIGHTS",
                    help="of the cross-entropy: none, balanced (by 1 / count in train) or numbers W0,W1,...")  # fmt: skip

@@ -553,6 +553,16 @@ def test_every_flag_has_a_line(script):
         assert flag in (Path(__file__).parent / ELSEWHERE[flag]).read_text()
 
 
+@pytest.mark.parametrize("script", BY_SCRIPT)
+def test_a_default_is_what_its_text_would_be(script):
+    """Else a run that was resumed, or repeated from its config.json, has another value (0.0 for 0) than the others of its group."""
+    for action in runpy.run_path(str(ROOT / f"{script}.py"))["build_parser"]()._actions:
+        for value in action.default if isinstance(action.default, list) else [action.default]:
+            if action.type and isinstance(value, (int, float, str)) and value != "==SUPPRESS==":
+                again = action.type(str(value))
+                assert (again, type(again)) == (value, type(value)), action.dest
+
+
 def test_the_positive_class_from_the_flag_to_the_figures(leaves, place):
     """Cancer and normal: by default cancer, as asked for normal; a checkpoint knows, evaluate.py may be told anew."""
 
