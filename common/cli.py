@@ -65,12 +65,12 @@ class Stops:
     """
 
     CODES = {signal.SIGTERM: 143, signal.SIGUSR1: 75, signal.SIGINT: 130}
-    defer, hint, left = None, "", ""  # how to go on and which of --seeds are left, for the last line
+    defer, hint, seeds = None, "", []  # how to go on and, of several runs, this one's seed and those after it, for the last line
 
     @contextlib.contextmanager
     def heard(self):
         """Hear signals within this block."""
-        self.defer, self.hint, self.left = None, "", ""
+        self.defer, self.hint, self.seeds = None, "", []
         read, write = os.pipe()
         os.set_blocking(write, False)
         handlers = {number: signal.signal(number, lambda *_: None) for number in self.CODES}
@@ -92,10 +92,15 @@ class Stops:
             if number in self.CODES:
                 (self.defer or self.end)(number)
 
+    def left(self):
+        """Which of --seeds have left nothing that could be resumed, in words."""
+        seeds = self.seeds[1:] if self.hint else self.seeds
+        return f" (not run: --seeds {' '.join(map(str, seeds))})" if seeds else ""
+
     def end(self, number):
         """End this process and its workers now, whatever its threads are doing."""
         if distributed.environment().rank == 0:  # of several processes a scheduler stops all
-            os.write(2, f"interrupted by {signal.Signals(number).name}{self.hint}{self.left}\n".encode(errors="surrogateescape"))
+            os.write(2, f"interrupted by {signal.Signals(number).name}{self.hint}{self.left()}\n".encode(errors="surrogateescape"))
         for worker in multiprocessing.active_children():
             worker.kill()
         os._exit(self.CODES[number])
@@ -119,12 +124,11 @@ def run_script(main, build_parser):
     try:
         with stops.heard():
             runs = [(argv, parse_flags(build_parser(), argv)) for argv in expand_seeds(build_parser(), sys.argv[1:])]
-            for _, args in runs[1:]:
+            for _, args in runs if len(runs) > 1 else ():
                 RunFolder(args.output, overwrite=args.overwrite, dry=is_dry(args))  # one that holds a run is refused now
-            for number, (argv, args) in enumerate(runs, 1):
+            for number, (argv, args) in enumerate(runs):
                 sys.argv[1:] = argv  # what results.json tells to repeat
-                seeds = " ".join(str(later.seed) for _, later in runs[number:])
-                stops.hint, stops.left = "", f" (not run: --seeds {seeds})" if seeds else ""
+                stops.hint, stops.seeds = "", [later.seed for _, later in runs[number:]] if len(runs) > 1 else []
                 if getattr(args, "data_root", None) and "KD_STAGED" not in os.environ:  # a job's stage is gone afterwards
                     args.data_root = os.path.abspath(args.data_root)  # saved so: a run is resumed from any folder
                 code = main(args) or 0
@@ -136,7 +140,7 @@ def run_script(main, build_parser):
     except Exception as error:
         text = " ".join(str(error).split())
         if getattr(error, "exit_code", None):
-            fail(text + stops.left, error.exit_code)
+            fail(text + stops.left(), error.exit_code)
         if isinstance(error, OSError) and error.errno in DISK_ERRORS:
             fail(f"{error.strerror}: {error.filename or 'while writing'}", 2)
         if "out of memory" in text or "can't allocate memory" in text or isinstance(error, MemoryError):

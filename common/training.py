@@ -51,6 +51,7 @@ class Interrupts:
 
     def __init__(self):
         self.requested, self.agreement, self.saving = 0, distributed.Agreement(), False
+        self.checked, self.slowest, stops.defer = time.monotonic(), 0.0, None
 
     def begin(self):
         """From here on signals wait for the end of a step."""
@@ -543,7 +544,6 @@ class Recorder:
         if self.save_every and epoch % self.save_every == 0:
             names.append(f"epoch_{epoch}.pth")
         self.save(*names)
-        stops.hint = f": {self.again} continues"
 
     def save(self, *names):
         """Write latest.pth: plain tensors and built-in types, all that rebuilds and resumes. `names`: the same file."""
@@ -565,6 +565,7 @@ class Recorder:
         stopping, self.interrupts.saving = self.interrupts.saving, True  # a slow disk may take its time
         save_checkpoint(self.run.path("latest.pth"), content, [self.run.path(name) for name in names])
         self.interrupts.saving = stopping
+        stops.hint = f": {self.again} continues"
         distributed.barrier()
 
     def restore(self, checkpoint):

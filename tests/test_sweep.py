@@ -157,3 +157,12 @@ def test_seeds_go_to_folders_beside_each_other(parser):
 def test_bad_seeds(refused, argv, words):
     refused("train_student.py", *SMALL, *argv, words=words)
     assert not os.listdir()
+
+
+def test_which_seeds_are_left_is_said(refused, monkeypatch):
+    refused("train_student.py", *SMALL, "--limit-train", 10**6, "--seeds", 0, 1, words=["(not run: --seeds 0 1)"])
+    monkeypatch.setattr(cli.stops, "seeds", [0, 1, 2])
+    monkeypatch.setattr(cli.stops, "hint", ": python train_student.py --resume runs/student_0 continues")
+    assert cli.stops.left() == " (not run: --seeds 1 2)"
+    monkeypatch.setattr(cli.stops, "seeds", [2])
+    assert cli.stops.left() == ""
