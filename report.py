@@ -1,20 +1,26 @@
-"""Read many runs and write one comparison: report.html (one page, nothing else needed), report.md, report.json, report.csv and figures.
+"""Read many runs and write one comparison: report.html (one page, nothing else needed), report.md, report.json,
+report.csv and figures.
 
     python report.py runs
     python report.py runs/teacher runs/student runs/distill --output report
     python report.py runs --metric balanced_accuracy
     python report.py runs/sweep --select val_loss                # name the best point of a sweep, chosen on val
-    python report.py runs --reevaluate --device cpu              # load every checkpoint, test it again and measure its cost
+    python report.py runs --reevaluate --device cpu              # load every checkpoint, test it again
 
-A group is the seeds, or the folds, of one distilled student: same test set, classes, training data, teacher file, student, method
+A group is the seeds, or the folds, of one distilled student: same test set, classes, training data, teacher file,
+student, method
 and flags. Beside it stand its teacher, found by the SHA-256 of its checkpoint, and its baseline: the same student on
-the same labels without a teacher. What is missing is named and left empty. Of several tasks --metric takes each task's figures,
+the same labels without a teacher. What is missing is named and left empty. Of several tasks --metric takes each task's
+figures,
 as location_accuracy, or their mean, accuracy.
 
-The gain over the baseline has a 95 % interval by a paired bootstrap of the test predictions, whole lesions, patients or cases where the
-dataset has such groups, and one over seeds or folds by Student's t; a gain is called one where neither interval holds 0.
+The gain over the baseline has a 95 % interval by a paired bootstrap of the test predictions, whole lesions, patients or
+cases where the
+dataset has such groups, and one over seeds or folds by Student's t; a gain is called one where neither interval holds
+0.
 
-Needs from common: augment.py, charts.py, cli.py, comparison.py, data.py, dermatology.py, distributed.py, evidence.py, figures.py, images.py,
+Needs from common: augment.py, charts.py, cli.py, comparison.py, data.py, dermatology.py, distributed.py, evidence.py,
+figures.py, images.py,
 metrics.py, page.py, splitting.py, tables.py; with --reevaluate also evaluation.py, loader.py, models.py, training.py.
 Runs on images and texts need image_text.py too, and multimodal.py with --reevaluate.
 Packages: torch, numpy, pillow, matplotlib, scikit-learn, jinja2 (it comes with torch); with --reevaluate timm too.
@@ -37,13 +43,25 @@ def build_parser():
     parser.add_argument("runs", nargs="+", metavar="RUNS", help="run folders, or folders searched for them")
     parser.add_argument("--output", default="report", help="folder for report.html, .md, .json, .csv and figures")
     parser.add_argument("--metric", default="accuracy", help="test metric of tables and verdicts")
-    parser.add_argument("--select", metavar="val_METRIC",
-                        help="rank the settings by this val metric and name the best; as val_loss; by default the "
-                             "settings of one student, where there are several, by the metric that chose their epochs")
+    parser.add_argument(
+        "--select",
+        metavar="val_METRIC",
+        help="rank the settings by this val metric and name the best; as val_loss; by default the "
+        "settings of one student, where there are several, by the metric that chose their epochs",
+    )
     parser.add_argument("--mode", choices=("max", "min"), help="of --select; by default min for losses, else max")
-    parser.add_argument("--gallery", type=cli.NATURAL, default=12, metavar="N", help="test images a group on which the students differ; 0 for none")
-    parser.add_argument("--reevaluate", action="store_true",
-                        help="compute test metrics and cost again from the checkpoints, on this machine; by default off")  # fmt: skip
+    parser.add_argument(
+        "--gallery",
+        type=cli.NATURAL,
+        default=12,
+        metavar="N",
+        help="test images a group on which the students differ; 0 for none",
+    )
+    parser.add_argument(
+        "--reevaluate",
+        action="store_true",
+        help="compute test metrics and cost again from the checkpoints, on this machine; by default off",
+    )
     parser.add_argument("--device", default="auto", help="of --reevaluate: auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--batch-size", type=cli.POSITIVE, default=256, help="of --reevaluate: images a step")
     return parser
@@ -57,7 +75,9 @@ def reevaluate(runs, args):
     for run in runs:
         checkpoint, recorded = Path(run["path"], run["checkpoint"]), run["test"]
         try:
-            again = evaluate_checkpoint(checkpoint, split="test", device=args.device, batch_size=args.batch_size, data_root=None)
+            again = evaluate_checkpoint(
+                checkpoint, split="test", device=args.device, batch_size=args.batch_size, data_root=None
+            )
             run["model"].update(measure_checkpoint(checkpoint, args.device, args.batch_size))
         except Exception as error:
             if getattr(error, "exit_code", None) != 2 and not isinstance(error, OSError):
@@ -69,14 +89,17 @@ def reevaluate(runs, args):
         run["test"] = {**recorded, **run["recomputed_test"]}
         for key in sorted({"accuracy", args.metric} & set(recorded) & set(run["recomputed_test"])):
             if number(recorded[key]) is None or abs(recorded[key] - again[key]) > 1e-4:
-                warnings.append(f"{run['path']}: test {key} was {recorded[key]}, evaluated again it is {again[key]:.6f}")
+                warnings.append(
+                    f"{run['path']}: test {key} was {recorded[key]}, evaluated again it is {again[key]:.6f}"
+                )
     if not any("recomputed_test" in run for run in runs):
         raise cli.UserError(f"--reevaluate could evaluate no checkpoint: {warnings[0]}")
     return warnings
 
 
 def load_predictions(members, missing, read):
-    """The three kinds of runs as {seed: Predictions}, on the same rows; runs without usable ones are named in `missing`.
+    """The three kinds of runs as {seed: Predictions}, on the same rows; runs without usable ones are named in
+    `missing`.
 
     read: {path: Predictions, None or False} of runs met before.
     """
@@ -104,16 +127,26 @@ def load_predictions(members, missing, read):
 
 
 def open_test_set(run, opened, notes):
-    """The dataset of a run's test split, or None with a note where it is not here.  opened: {fingerprint: dataset} of those met before."""
+    """The dataset of a run's test split, or None with a note where it is not here.  opened: {fingerprint: dataset} of
+    those met before."""
     from common.data import load_splits
 
     flags, key = run["flags"], run["dataset"]["sha256"]["test"]
     if key not in opened:
         opened[key] = None
-        options = {name: value for name, value in cli.split_flags(flags).items() if name not in ("limit_train", "limit_labels", "include_list", "extra_train")}
+        options = {
+            name: value
+            for name, value in cli.split_flags(flags).items()
+            if name not in ("limit_train", "limit_labels", "include_list", "extra_train")
+        }
         try:
-            found = load_splits(flags["dataset"], cli.data_root(flags.get("data_root")), classes=run["id"]["classes"] or None,
-                                splits=("test",), **options)  # fmt: skip
+            found = load_splits(
+                flags["dataset"],
+                cli.data_root(flags.get("data_root")),
+                classes=run["id"]["classes"] or None,
+                splits=("test",),
+                **options,
+            )
             if found.test.fingerprint(found.classes) != key:
                 raise cli.UserError("the test images that are here now are others than the run's")
             opened[key] = found.test
@@ -123,7 +156,8 @@ def open_test_set(run, opened, notes):
 
 
 def picture_trouble(error):
-    """The error's words where it is the user's, as data that are not here, which costs the pictures alone; else it is raised again."""
+    """The error's words where it is the user's, as data that are not here, which costs the pictures alone; else it is
+    raised again."""
     if getattr(error, "exit_code", None) != 2 and not isinstance(error, (OSError, KeyError, ImportError)):
         raise error
     return str(error)
@@ -155,22 +189,43 @@ def gallery(members, predictions, most, opened, notes):
             except Exception as error:
                 notes.append(f"no picture of {sample}: {picture_trouble(error)}")
                 continue
-            found = {kind: of.probabilities(task)[row]
-                     for kind, of in (("teacher", teacher), ("without KD", before), ("with KD", after)) if of}
+            found = {
+                kind: of.probabilities(task)[row]
+                for kind, of in (("teacher", teacher), ("without KD", before), ("with KD", after))
+                if of
+            }
             true = int(after.targets[task][row])
             text = texts[rows[sample]] if texts is not None else ""
-            items.append({"id": sample, "task": task * (len(after.classes) > 1), "true": classes[true],
-                          "seed": repeat_name(run["seed"]),
-                          "image": picture, "text": text[:160] + "…" * (len(text) > 160),
-                          "answers": [{"kind": kind, "name": classes[p.argmax()], "probability": float(p.max()), "right": int(p.argmax()) == true}
-                                      for kind, p in found.items()]})  # fmt: skip
+            items.append(
+                {
+                    "id": sample,
+                    "task": task * (len(after.classes) > 1),
+                    "true": classes[true],
+                    "seed": repeat_name(run["seed"]),
+                    "image": picture,
+                    "text": text[:160] + "…" * (len(text) > 160),
+                    "answers": [
+                        {
+                            "kind": kind,
+                            "name": classes[p.argmax()],
+                            "probability": float(p.max()),
+                            "right": int(p.argmax()) == true,
+                        }
+                        for kind, p in found.items()
+                    ],
+                }
+            )
     return items
 
 
 def examine(members, groups, args, missing, notes):
-    """Adds cost and evidence to each group.  Returns two lists, an entry a group: {kind: [Predictions]}, and the gallery's items."""
+    """Adds cost and evidence to each group.  Returns two lists, an entry a group: {kind: [Predictions]}, and the
+    gallery's items."""
     read, opened, galleries = {}, {}, []
-    predictions = [({}, {}, {}) if group["label_free"] else load_predictions(some, missing, read) for some, group in zip(members, groups)]
+    predictions = [
+        ({}, {}, {}) if group["label_free"] else load_predictions(some, missing, read)
+        for some, group in zip(members, groups)
+    ]
     absent = [path for path, found in read.items() if found is False]
     if absent:
         missing.append(f"no predictions_test.npz, and so no interval, calibration or gallery: {', '.join(absent)}")
@@ -205,18 +260,34 @@ def main(args):
     figures = draw_report(output, args.metric, members, groups, predictions, runs, missing)
     if selected:
         best = [run for run in runs if run["path"] in selected["ranked"][0]["runs"]]
-        selected.update(test=comparison.stats(best, args.metric, [])[0], command=comparison.how_to_repeat(best[0])["command"])
-    report = {"runs": [{**summarize(run), "cost": comparison.run_cost(run)} for run in runs], "groups": groups, "missing": missing,
-              "notes": notes, "figures": figures, "selected": selected}
+        selected.update(
+            test=comparison.stats(best, args.metric, [])[0], command=comparison.how_to_repeat(best[0])["command"]
+        )
+    report = {
+        "runs": [{**summarize(run), "cost": comparison.run_cost(run)} for run in runs],
+        "groups": groups,
+        "missing": missing,
+        "notes": notes,
+        "figures": figures,
+        "selected": selected,
+    }
     cli.write_json(output / "report.json", report)
-    for name, text in (("report.csv", csv_text(report["runs"])), ("report.md", markdown(report, args.metric)),
-                       ("report.html", html(report, runs, args.metric, output, galleries))):
+    for name, text in (
+        ("report.csv", csv_text(report["runs"])),
+        ("report.md", markdown(report, args.metric)),
+        ("report.html", html(report, runs, args.metric, output, galleries)),
+    ):
         with cli.atomic_write(output / name) as temporary:
             Path(temporary).write_text(text, encoding="utf-8")
-    print("\n\n".join(map(table, comparison_tables(groups, args.metric))), *headline(groups),
-          *(f"missing: {sentence}" for sentence in missing),
-          *(f"note: {sentence}" for sentence in sum((group["notes"] for group in groups), notes)),
-          *(ranking(selected, args.metric) if selected else []), f"report: {output / 'report.html'}", sep="\n")
+    print(
+        "\n\n".join(map(table, comparison_tables(groups, args.metric))),
+        *headline(groups),
+        *(f"missing: {sentence}" for sentence in missing),
+        *(f"note: {sentence}" for sentence in sum((group["notes"] for group in groups), notes)),
+        *(ranking(selected, args.metric) if selected else []),
+        f"report: {output / 'report.html'}",
+        sep="\n",
+    )
 
 
 if __name__ == "__main__":

@@ -23,7 +23,16 @@ from common.images import tasks_of
 from common.loader import Loader, save_sample_grid
 from common.losses import task_accuracy, task_class_weights, task_cross_entropy
 from common.optimizer import make_updater
-from common.training import Interrupts, Precision, Preprocess, Recorder, check_normalization, select_device, start_model, use_compile
+from common.training import (
+    Interrupts,
+    Precision,
+    Preprocess,
+    Recorder,
+    check_normalization,
+    select_device,
+    start_model,
+    use_compile,
+)
 
 
 def build_parser():
@@ -48,9 +57,21 @@ def main(args):
     resolution = args.resolution or info.resolution
     policy = cli.augment_policy(args)
     augment = Augmenter(policy, args.seed)
-    splits = load_splits(args.dataset, cli.data_root(args.data_root), download=args.download, **cli.split_flags(vars(args)))
+    splits = load_splits(
+        args.dataset, cli.data_root(args.data_root), download=args.download, **cli.split_flags(vars(args))
+    )
     balanced = cli.balanced_classes(args, tasks_of(splits.classes))
-    train = Loader(splits.train, args.batch_size, device, True, args.seed, args.cache, args.workers, args.accumulation_steps, balanced)
+    train = Loader(
+        splits.train,
+        args.batch_size,
+        device,
+        True,
+        args.seed,
+        args.cache,
+        args.workers,
+        args.accumulation_steps,
+        balanced,
+    )
     val = Loader(splits.val, args.batch_size, device, cache=args.cache, workers=args.workers)
 
     # model, optimizer
@@ -63,7 +84,9 @@ def main(args):
         model.compile()
     updater = make_updater(args, model, precision, len(train))
     tasks = tasks_of(splits.classes)
-    weights = task_class_weights(args.class_weights, splits.train.targets, {task: len(names) for task, names in tasks.items()})
+    weights = task_class_weights(
+        args.class_weights, splits.train.targets, {task: len(names) for task, names in tasks.items()}
+    )
     task_weights = cli.task_weights(args, tasks)
 
     if cli.is_dry(args):
@@ -71,11 +94,23 @@ def main(args):
 
     # run folder
     recorder = Recorder(
-        run, updater, interrupts, epochs=args.epochs, metric=args.select_metric, patience=args.patience,
+        run,
+        updater,
+        interrupts,
+        epochs=args.epochs,
+        metric=args.select_metric,
+        patience=args.patience,
         save_every=args.save_every,
-        content={"role": "teacher", "classes": splits.classes, "positive": splits.positive, "preprocess": preprocess.to_dict(),
-                 "data": splits.describe(), "augment": policy.to_dict(), "flags": vars(args)},
-    )  # fmt: skip
+        content={
+            "role": "teacher",
+            "classes": splits.classes,
+            "positive": splits.positive,
+            "preprocess": preprocess.to_dict(),
+            "data": splits.describe(),
+            "augment": policy.to_dict(),
+            "flags": vars(args),
+        },
+    )
     recorder.open(args)
     run.log(f"{model.name}: {model.num_parameters:,} parameters, {resolution} px, {device}, {precision.name}")
     run.log(f"normalization: {preprocess}")
@@ -89,18 +124,24 @@ def main(args):
         for _ in recorder.epochs():
             model.train()
             for batch in recorder.batches(train):
-                inputs = preprocess.inputs(batch, augment(batch, resolution))  # "image" (B, 3, R, R), and of texts "input_ids" (B, L)
+                inputs = preprocess.inputs(
+                    batch, augment(batch, resolution)
+                )  # "image" (B, 3, R, R), and of texts "input_ids" (B, L)
                 targets = batch["targets"]  # {task: (B,)}
                 with precision.autocast():
                     out = updater.parallel(inputs)  # "logits" (B, C), or "logits_<task>"
-                    loss = task_cross_entropy(out, targets, args.label_smoothing, weights, batch["batch_targets"], task_weights)
+                    loss = task_cross_entropy(
+                        out, targets, args.label_smoothing, weights, batch["batch_targets"], task_weights
+                    )
                 updater(loss)
                 recorder.meter.add(loss=loss, accuracy=task_accuracy(out, targets))
             logits = predict(updater.evaluated_model, val, preprocess, precision, interrupts)  # {task: (N, C)}
             recorder.end_epoch(task_metrics(logits, splits.val.targets, positive=splits.positive))
 
         test = Loader(splits.test, args.batch_size, device, cache=args.cache, workers=args.workers)
-        write_results(run, splits, {"val": val, "test": test}, recorder, preprocess, precision, script="train_teacher.py")
+        write_results(
+            run, splits, {"val": val, "test": test}, recorder, preprocess, precision, script="train_teacher.py"
+        )
 
 
 if __name__ == "__main__":

@@ -22,7 +22,9 @@ CROPS = ("none", "pad", "resized")
 COLOURS = ("brightness", "contrast", "saturation", "hue")
 CROP_TRIES = 10  # at a random resized crop that fits into the image
 POSITION_STEPS = 1024  # source positions are rounded to 1/1024 pixel, see `render`
-PIXELS_A_CORE = 400_000  # of images and of their fine samples, resampled together by one core of a CPU (measured on AMD EPYC)
+PIXELS_A_CORE = (
+    400_000  # of images and of their fine samples, resampled together by one core of a CPU (measured on AMD EPYC)
+)
 
 
 class PolicyError(ValueError):
@@ -77,7 +79,9 @@ class Policy:
 
 PRESETS = {
     # skin lesions have no upright; the camera's distance, light and white balance vary
-    "derm": Policy(hflip=0.5, vflip=0.5, rotation=30, scale=(0.8, 1.2), brightness=0.2, contrast=0.2, saturation=0.2, hue=0.2),
+    "derm": Policy(
+        hflip=0.5, vflip=0.5, rotation=30, scale=(0.8, 1.2), brightness=0.2, contrast=0.2, saturation=0.2, hue=0.2
+    ),
 }
 
 
@@ -123,7 +127,8 @@ def _resized_crop(scale, draws, size):
     """Sides (2, B) of random resized crops in whole pixels, and whether a try fits (B,), else they are central.
 
     As torchvision's RandomResizedCrop: the first try that fits into the image counts; where none does, the largest crop
-    of an allowed aspect ratio.  draws: (B, 2 * tries), of area and aspect ratio (3/4 to 4/3) in turn; size: (2, B), width
+    of an allowed aspect ratio.  draws: (B, 2 * tries), of area and aspect ratio (3/4 to 4/3) in turn; size: (2, B),
+    width
     and height.
     """
     area = (scale[0] + draws[:, ::2] * (scale[1] - scale[0])) * size.prod(0)[:, None]  # (B, tries)
@@ -231,7 +236,8 @@ def _padded_side(images):
 
 
 def _images_at_once(images, samples):
-    """How many a CPU resamples together, so that they stay in its caches: 1.8 times as fast for 16 of 176 px to 96 px.  A GPU takes all."""
+    """How many a CPU resamples together, so that they stay in its caches: 1.8 times as fast for 16 of 176 px to 96 px.
+    A GPU takes all."""
     if images.device.type != "cpu":
         return len(images)
     pixels = _padded_side(images) ** 2 + samples
@@ -250,7 +256,8 @@ def _pad_to_power_of_two(images):
 
 
 def _grid_positions(along_x, along_y, shift, size, side):
-    """One coordinate of grid_sample's positions: (B, 1, S_x) + (B, S_y, 1) + shift, relative to the image -> (B, S_y, S_x) of the padded side.
+    """One coordinate of grid_sample's positions: (B, 1, S_x) + (B, S_y, 1) + shift, relative to the image -> (B, S_y,
+    S_x) of the padded side.
 
     In place, for the passes over memory, not the arithmetic, are what it costs.  Scaling by powers of two is exact.
     """
@@ -268,7 +275,8 @@ def _grid_positions(along_x, along_y, shift, size, side):
 def _shrink(samples, count, resolution):
     """Rows (B, 3, S, W), of which each image has its own first `count` (B,), resized to (B, 3, R, W) by a triangle.
 
-    It reaches count / R rows to both sides and ends with the rows, as torchvision's with antialias=True.  One product and
+    It reaches count / R rows to both sides and ends with the rows, as torchvision's with antialias=True.  One product
+    and
     one sum a tap, for a fused sum's last bit depends on the batch's size.
     """
     images, channels, most, _ = samples.shape
@@ -355,7 +363,8 @@ def normalize(images, mean, std):
 
 
 class Augmenter:
-    """A policy and a seed, applied to raw batches; stream: 0 is the view's own, each local crop of it has one of its own.
+    """A policy and a seed, applied to raw batches; stream: 0 is the view's own, each local crop of it has one of its
+    own.
 
     `augmenter(batch, resolution)` -> (B, 3, R, R) float32 in 0..1.  batch: `image` (B, 3, H, W) uint8 on the model's
     device; `size` (B, 2), `key` (B,), `view` (B,) int64 on the CPU.

@@ -1,6 +1,7 @@
 """Which figures report.py draws of which runs.
 
-Needs cli.py, comparison.py, evidence.py, figures.py and metrics.py of `common` (and what these need), numpy, scikit-learn and matplotlib.
+Needs cli.py, comparison.py, evidence.py, figures.py and metrics.py of `common` (and what these need), numpy,
+scikit-learn and matplotlib.
 """
 
 import itertools
@@ -14,7 +15,20 @@ from common.comparison import KEYS, KINDS, gather, label, scale, title
 from common.evidence import reliability
 
 MARKERS = "osD^vPX*<>h"  # eleven to twelve colours: 132 pairs
-COLOURS = ("#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999933", "#882255", "#44AA99", "#332288", "#661100", "#6699CC", "#AA4499", "#117733")
+COLOURS = (
+    "#009E73",
+    "#CC79A7",
+    "#56B4E9",
+    "#D55E00",
+    "#999933",
+    "#882255",
+    "#44AA99",
+    "#332288",
+    "#661100",
+    "#6699CC",
+    "#AA4499",
+    "#117733",
+)
 
 
 class Charts:
@@ -40,7 +54,8 @@ class Charts:
         return list(self.titles)[before:]
 
     def costs(self, groups):
-        """One figure a dataset: teachers, baselines and each method against multiply-adds, or parameters where those are not known."""
+        """One figure a dataset: teachers, baselines and each method against multiply-adds, or parameters where those
+        are not known."""
         for dataset in dict.fromkeys(group["dataset"] for group in groups):
             own = [group for group in groups if group["dataset"] == dataset and not group["label_free"]]
             known = all(cost["multiply_adds"] for group in own for cost in group["cost"].values())
@@ -49,8 +64,11 @@ class Charts:
             for group in own:
                 part = group if self.metric == "accuracy" else group[self.metric]
                 alone = "" if group["method"] else group["variant"]
-                names = (f"{group['teacher']} (teacher)", ", ".join(filter(None, (group["student"], "alone", alone))),
-                         ", ".join(filter(None, (group["student"], group["method"], group["variant"]))))  # fmt: skip
+                names = (
+                    f"{group['teacher']} (teacher)",
+                    ", ".join(filter(None, (group["student"], "alone", alone))),
+                    ", ".join(filter(None, (group["student"], group["method"], group["variant"]))),
+                )
                 for kind, stats_key, point in zip(KINDS, KEYS, names):
                     stats, x = part[stats_key.format(self.metric)], group["cost"].get(kind, {}).get(key)
                     if stats["mean"] is not None and x:
@@ -59,12 +77,26 @@ class Charts:
             drawn = []
             for (kind, point, x, mean), std in points.items():
                 colour, marker = next(styles[kind])
-                drawn.append((point if len(points) <= 30 else kind,  # a longer legend would hide the figure
-                              colour if kind == "student with KD" else KINDS[kind], marker, x, self.scale * mean,
-                              std and self.scale * std))
+                drawn.append(
+                    (
+                        point if len(points) <= 30 else kind,  # a longer legend would hide the figure
+                        colour if kind == "student with KD" else KINDS[kind],
+                        marker,
+                        x,
+                        self.scale * mean,
+                        std and self.scale * std,
+                    )
+                )
             if len(drawn) > 1:
-                self.add(figures.draw_cost, f"cost-{dataset}", f"Test {self.metric} against cost, {dataset}", f"{dataset}: {self.metric} against cost",
-                         drawn, name, self.axis)  # fmt: skip
+                self.add(
+                    figures.draw_cost,
+                    f"cost-{dataset}",
+                    f"Test {self.metric} against cost, {dataset}",
+                    f"{dataset}: {self.metric} against cost",
+                    drawn,
+                    name,
+                    self.axis,
+                )
 
     def curves(self, name, heading, runs):
         """runs: [(name, colour, run)]; the last one's metric is shown."""
@@ -75,7 +107,11 @@ class Charts:
 
     def group(self, index, members, group):
         repeats = "folds" if group["folds"] else "seeds"
-        lines = [(f"{kind} ({len(some)} {repeats})" if some[1:] else kind, colour, run) for (kind, colour), some in zip(KINDS.items(), members) for run in some]
+        lines = [
+            (f"{kind} ({len(some)} {repeats})" if some[1:] else kind, colour, run)
+            for (kind, colour), some in zip(KINDS.items(), members)
+            for run in some
+        ]
         self.curves(f"curves-{index}", label(group), lines)
 
     def predicted(self, index, group, kinds):
@@ -92,13 +128,26 @@ class Charts:
                 for kind, runs in kinds.items():
                     for run in runs:
                         true, scores = run.targets[task] == positive, run.probabilities(task)[:, positive]
-                        curves.append((kind, KINDS[kind], *roc_curve(true, scores)[:2],
-                                       *precision_recall_curve(true, scores)[:2]))
-                self.add(figures.draw_two_class, f"curves-{index}-{task}-two-class", f"ROC and precision-recall: {heading}", heading, classes[positive], curves)
+                        curves.append(
+                            (kind, KINDS[kind], *roc_curve(true, scores)[:2], *precision_recall_curve(true, scores)[:2])
+                        )
+                self.add(
+                    figures.draw_two_class,
+                    f"curves-{index}-{task}-two-class",
+                    f"ROC and precision-recall: {heading}",
+                    heading,
+                    classes[positive],
+                    curves,
+                )
             rows = group["evidence"].get("classes", {}).get(task, [])
             if 1 < len(rows) <= 100:
-                self.add(figures.draw_class_gains, f"classes-{index}-{task}", f"Recall of each class: {heading}",
-                         heading, rows)
+                self.add(
+                    figures.draw_class_gains,
+                    f"classes-{index}-{task}",
+                    f"Recall of each class: {heading}",
+                    heading,
+                    rows,
+                )
 
     def confusion(self, index, run):
         heading = f"{run['path']}: {run['role']} {run['id']['student']}"
@@ -113,8 +162,14 @@ class Charts:
                 self.missing.append(f"no figure of {file}: {error}")
                 continue
             classes = classes if len(classes) == len(counts) else range(len(counts))
-            self.add(figures.draw_confusion, f"confusion-{index}-{task}", f"Confusion matrix, {drawn}", drawn, counts,
-                     classes)
+            self.add(
+                figures.draw_confusion,
+                f"confusion-{index}-{task}",
+                f"Confusion matrix, {drawn}",
+                drawn,
+                counts,
+                classes,
+            )
 
 
 def draw_report(folder, metric, members, groups, predictions, runs, missing):

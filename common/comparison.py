@@ -16,12 +16,53 @@ from common.metrics import better
 
 # Flags that say where and how fast a run ran, not what it learned, and those whose outcome results.json tells. Data and
 # teacher are told apart by their fingerprints, so their paths may differ from machine to machine.
-NOT_SETTINGS = {"seed", "fold", "limit_train", "limit_labels", "output", "device", "workers", "overwrite", "resume", "cache", "config",
-                "sweep", "sweep_index", "save_every", "save_samples", "download", "data_root", "teacher_checkpoint", "dataset", "model",
-                "method", "resolution", "eval_dataset", "eval_data_root", "eval_every", "positive"}  # fmt: skip
-NEEDED = {"flags.seed": int, "dataset.name": str, "dataset.sha256.train": str, "dataset.sizes.train": int, "model.name": str, "model.family": str}
-OPTIONAL = {"environment": dict, "teacher": dict, "val": dict, "test": dict, "final_val": dict, "final_test": dict,
-            "script": str, "checkpoint": str, "select_metric": str}  # of results.json, empty where absent
+NOT_SETTINGS = {
+    "seed",
+    "fold",
+    "limit_train",
+    "limit_labels",
+    "output",
+    "device",
+    "workers",
+    "overwrite",
+    "resume",
+    "cache",
+    "config",
+    "sweep",
+    "sweep_index",
+    "save_every",
+    "save_samples",
+    "download",
+    "data_root",
+    "teacher_checkpoint",
+    "dataset",
+    "model",
+    "method",
+    "resolution",
+    "eval_dataset",
+    "eval_data_root",
+    "eval_every",
+    "positive",
+}
+NEEDED = {
+    "flags.seed": int,
+    "dataset.name": str,
+    "dataset.sha256.train": str,
+    "dataset.sizes.train": int,
+    "model.name": str,
+    "model.family": str,
+}
+OPTIONAL = {
+    "environment": dict,
+    "teacher": dict,
+    "val": dict,
+    "test": dict,
+    "final_val": dict,
+    "final_test": dict,
+    "script": str,
+    "checkpoint": str,
+    "select_metric": str,
+}  # of results.json, empty where absent
 OF_DISTILLED = {"method": str, "teacher.name": str}
 OF_LABELLED = {"dataset.sha256.test": str, "test.accuracy": (int, float)}
 ROLES = ("teacher", "student", "distill")
@@ -40,13 +81,19 @@ def find_run_folders(paths):
         if not path.is_dir():
             raise cli.UserError(f"{path} is no folder: give run folders, or folders that hold them")
         # not in hidden folders: a batch job may be copying its results there
-        found = {file.parent for name in ("results.json", "config.json") for file in path.rglob(name)
-                 if not any(part.startswith(".") for part in file.relative_to(path).parts)}
+        found = {
+            file.parent
+            for name in ("results.json", "config.json")
+            for file in path.rglob(name)
+            if not any(part.startswith(".") for part in file.relative_to(path).parts)
+        }
         for folder in [path] if path in found else sorted(found):
             folders.setdefault(folder.resolve(), folder)
     if not folders:
-        raise cli.UserError(f"no run in {', '.join(paths)}: neither results.json nor config.json was found; give folders that "
-                            "train_teacher.py, train_student.py or distill.py wrote")  # fmt: skip
+        raise cli.UserError(
+            f"no run in {', '.join(paths)}: neither results.json nor config.json was found; give folders that "
+            "train_teacher.py, train_student.py or distill.py wrote"
+        )
     return list(folders.values())
 
 
@@ -117,7 +164,9 @@ def identity(results):
     if is_fold(flags):  # each has its own images, which choose_baselines and find_teacher compare fold by fold
         images = flags.get("limit_train") or 0
         labels = flags.get("limit_labels") or images
-        found.update({"test": "a fold", "train": f"{images} of a fold", "labels": f"{labels} of a fold", "trained on": ""})
+        found.update(
+            {"test": "a fold", "train": f"{images} of a fold", "labels": f"{labels} of a fold", "trained on": ""}
+        )
     return {**found, **{f"--{key.replace('_', '-')}": flags[key] for key in flags if key not in NOT_SETTINGS}}
 
 
@@ -136,8 +185,13 @@ def read_run(folder):
             run = json.loads(file.read_text(encoding="utf-8"))
             check(run)
             flags, seed = run["flags"], run["flags"]["seed"]
-            return {**run, "path": str(folder), "written": file.stat().st_mtime, "id": identity(run),
-                    "seed": f"fold {flags['fold']}, seed {seed}" if is_fold(flags) else seed}
+            return {
+                **run,
+                "path": str(folder),
+                "written": file.stat().st_mtime,
+                "id": identity(run),
+                "seed": f"fold {flags['fold']}, seed {seed}" if is_fold(flags) else seed,
+            }
         if "flags" not in json.loads((folder / "config.json").read_text(encoding="utf-8")):
             return None  # a Hugging Face model's, say
     except KeyError as error:
@@ -199,8 +253,12 @@ def repeat_name(seed):
 
 def newest_per_seed(runs, notes):
     copies = gather(runs, "seed")
-    notes += [f"{repeat_name(newest['seed'])} stands more than once: {newest['path']} is the newest and is used, left out: {paths(older)}"
-              for *older, newest in copies if older]  # fmt: skip
+    notes += [
+        f"{repeat_name(newest['seed'])} stands more than once: {newest['path']} is the newest and is used, left "
+        f"out: {paths(older)}"
+        for *older, newest in copies
+        if older
+    ]
     return sorted((group[-1] for group in copies), key=lambda run: run["seed"])
 
 
@@ -217,19 +275,26 @@ def varying(runs):
 
 def differences(run, other):
     """Flags that both runs have, with different values: '--epochs 10 (not 30)'."""
-    return [f"{key} {shown(value)} (not {shown(other['id'][key])})" for key, value in run["id"].items()
-            if key.startswith("--") and key in other["id"] and other["id"][key] != value]  # fmt: skip
+    return [
+        f"{key} {shown(value)} (not {shown(other['id'][key])})"
+        for key, value in run["id"].items()
+        if key.startswith("--") and key in other["id"] and other["id"][key] != value
+    ]
 
 
 def choose_baselines(distilled, students, notes, missing):
     """The baseline whose flags agree best with the distilled runs', one run a seed; other settings are named."""
     first = distilled[0]
-    ranked = sorted(gather([run for run in students if same(run, first, STUDENT)], "id"),
-                    key=lambda runs: (len(differences(runs[0], first)), -len({run["seed"] for run in runs})))  # fmt: skip
+    ranked = sorted(
+        gather([run for run in students if same(run, first, STUDENT)], "id"),
+        key=lambda runs: (len(differences(runs[0], first)), -len({run["seed"] for run in runs})),
+    )
     if not ranked:
         near = paths(run for run in students if same(run, first, ("dataset", "student")))
         near = near and f"; other test set, classes, training data or resolution: {near}"
-        missing.append(f"no baseline student {first['id']['student']} on {first['id']['dataset']} for {paths(distilled)}{near}")
+        missing.append(
+            f"no baseline student {first['id']['student']} on {first['id']['dataset']} for {paths(distilled)}{near}"
+        )
         return []
     chosen, *rest = ranked
     for others in rest:
@@ -241,8 +306,9 @@ def choose_baselines(distilled, students, notes, missing):
     baselines, twins = newest_per_seed(chosen, notes), {run["seed"]: run for run in distilled}
     strangers = [run for run in baselines if not same_images(run, twins.get(run["seed"], run), ("test", "val"))]
     if strangers:
-        missing.append(f"{paths(strangers)} are left out: their folds hold other images than those of "
-                       f"{paths(distilled)}")
+        missing.append(
+            f"{paths(strangers)} are left out: their folds hold other images than those of {paths(distilled)}"
+        )
         baselines = [run for run in baselines if run not in strangers]
     seeds, others = [[run["seed"] for run in kind] for kind in (distilled, baselines)]
     if seeds != others:
@@ -265,17 +331,27 @@ def find_teacher(distilled, runs, notes, missing):
         if sha in used:
             continue
         found = [run for run in runs if sha and run.get("checkpoint_sha256") == sha]
-        fitting = [run for run in found if is_label_free(first)
-                   or same_images(run, first, ("test",)) and same(run, first, ("classes", "positive"))]
+        fitting = [
+            run
+            for run in found
+            if is_label_free(first) or same_images(run, first, ("test",)) and same(run, first, ("classes", "positive"))
+        ]
         used[sha] = max(fitting, key=lambda run: run["written"], default=None)  # copies have the same figures
         if not found:
-            missing.append(f"the teacher run of {teacher['name']} ({teacher.get('checkpoint')}, sha256 "
-                           f"{str(sha)[:12]}) is not among RUNS; it taught {paths(distilled)}")
+            missing.append(
+                f"the teacher run of {teacher['name']} ({teacher.get('checkpoint')}, sha256 "
+                f"{str(sha)[:12]}) is not among RUNS; it taught {paths(distilled)}"
+            )
         elif not fitting:
-            missing.append(f"the teacher run {paths(found)} was tested on other images, or with its classes in another "
-                           f"order, than {paths(distilled)}: its figures are left out")
-        elif (not same(used[sha], first, ("dataset",))
-              or not same_images(used[sha], first, ("train",)) and same(used[sha], first, ("trained on",))):
+            missing.append(
+                f"the teacher run {paths(found)} was tested on other images, or with its classes in another "
+                f"order, than {paths(distilled)}: its figures are left out"
+            )
+        elif (
+            not same(used[sha], first, ("dataset",))
+            or not same_images(used[sha], first, ("train",))
+            and same(used[sha], first, ("trained on",))
+        ):
             notes.append("the teacher was trained on other data than the student")
     return [run for run in used.values() if run]
 
@@ -298,7 +374,9 @@ def collect(runs, missing):
         else:
             able = [run for run in teachers if same(run, kept[0], TEST)]  # of several, which would teach is not known
             members = able if len(able) == 1 else [], kept, []
-            missing.append(f"no distilled student {kept[0]['id']['student']} on {kept[0]['id']['dataset']} for {paths(kept)}")
+            missing.append(
+                f"no distilled student {kept[0]['id']['student']} on {kept[0]['id']['dataset']} for {paths(kept)}"
+            )
         groups.append((members, notes))
     return groups
 
@@ -315,23 +393,29 @@ def stats(runs, metric, notes, split="test"):
     if absent:
         notes.append(f"no {split} {metric} in {absent}")
     values = {seed: value for seed, value in values.items() if value is not None}
-    return {"mean": mean(list(values.values())),
-            "std": statistics.stdev(values.values()) if len(values) > 1 else None,
-            "n": len(values), "seeds": list(values)}, values  # fmt: skip
+    return {
+        "mean": mean(list(values.values())),
+        "std": statistics.stdev(values.values()) if len(values) > 1 else None,
+        "n": len(values),
+        "seeds": list(values),
+    }, values
 
 
 def compare(members, metric, notes):
     """The three statistics; the gain over all seeds, and over the seeds that both kinds of student have."""
     parts, (_, before, after) = zip(*(stats(runs, metric, notes) for runs in members))
     pairs = {seed: after[seed] - before[seed] for seed in after if seed in before}
-    return {**{key.format(metric): part for key, part in zip(KEYS, parts)},
-            "gain": parts[2]["mean"] - parts[1]["mean"] if before and after else None,
-            "gain_std": statistics.stdev(pairs.values()) if len(pairs) > 1 else None,  # of the paired differences
-            "gain_paired": {"mean": mean(list(pairs.values())), "seeds": list(pairs)} if pairs else None}
+    return {
+        **{key.format(metric): part for key, part in zip(KEYS, parts)},
+        "gain": parts[2]["mean"] - parts[1]["mean"] if before and after else None,
+        "gain_std": statistics.stdev(pairs.values()) if len(pairs) > 1 else None,  # of the paired differences
+        "gain_paired": {"mean": mean(list(pairs.values())), "seeds": list(pairs)} if pairs else None,
+    }
 
 
 def cautions(members, metric, runs):
-    """What a reader of the gain must know: a teacher worse than the student alone, a student alone that beats the baseline."""
+    """What a reader of the gain must know: a teacher worse than the student alone, a student alone that beats the
+    baseline."""
     teacher, before, after = (stats(some, metric, [])[0]["mean"] for some in members)
     result = []
     if teacher is not None and better(metric, before, teacher):
@@ -346,8 +430,10 @@ def cautions(members, metric, runs):
     if rivals:
         how = ", ".join(differences(rivals[0], first)) or f"resolution {rivals[0]['id']['resolution']}"
         most = f", and than the student with KD ({cell(after, metric)})" * better(metric, best, after)
-        result.append(f"another student alone, with {how}, is better ({cell(best, metric)}) than this baseline "
-                      f"({cell(before, metric)}){most}: {paths(rivals)}")
+        result.append(
+            f"another student alone, with {how}, is better ({cell(best, metric)}) than this baseline "
+            f"({cell(before, metric)}){most}: {paths(rivals)}"
+        )
     return result
 
 
@@ -370,14 +456,19 @@ def describe(members, notes, everyone, metric, runs):
         "family": first["model"]["family"],
         "label_free": free,
         **compare(members, "accuracy", said),
-        "metrics": {key: {kind: stats(some, key, [])[0] for kind, some in zip(KINDS, members)}
-                    for key in measured(sum(members, []))},
+        "metrics": {
+            key: {kind: stats(some, key, [])[0] for kind, some in zip(KINDS, members)}
+            for key in measured(sum(members, []))
+        },
         "trained_on": {kind: trained_on(some[0]) for kind, some in zip(KINDS, members) if some},
         "notes": notes,
         "warnings": cautions(members, metric, runs),
         "folds": isinstance(first["seed"], str),
-        "runs": {"teacher": teacher[0]["path"] if teacher else None, "students": [run["path"] for run in baselines],
-                 "distilled": [run["path"] for run in distilled]},
+        "runs": {
+            "teacher": teacher[0]["path"] if teacher else None,
+            "students": [run["path"] for run in baselines],
+            "distilled": [run["path"] for run in distilled],
+        },
     }
     if metric.endswith(POSITIVE) and first["id"]["positive"]:
         notes.append(f"{metric}: the positive class is {first['id']['positive']}")
@@ -387,8 +478,10 @@ def describe(members, notes, everyone, metric, runs):
         group[metric] = compare(members, metric, said)
     if free:
         group["val_distillation_loss"] = stats(distilled, "distillation_loss", notes, "val")[0]
-        group["knn"] = {of: mean([last(run["rows"], key) for run in distilled])
-                        for of, key in (("teacher", "val_teacher_knn"), ("student", "val_knn"))}
+        group["knn"] = {
+            of: mean([last(run["rows"], key) for run in distilled])
+            for of, key in (("teacher", "val_teacher_knn"), ("student", "val_knn"))
+        }
     return group
 
 
@@ -398,17 +491,23 @@ def last(rows, key):
 
 
 def select(runs, wanted, mode):
-    """{"metric", "ranked"}: settings ranked by a val metric, best first: [{"runs", "value" (mean over seeds), "flags" in which they differ}].
+    """{"metric", "ranked"}: settings ranked by a val metric, best first: [{"runs", "value" (mean over seeds), "flags"
+    in which they differ}].
 
-    wanted: val_METRIC, of all runs; None: the runs' own, where they hold several settings of one student, else the result is None.
+    wanted: val_METRIC, of all runs; None: the runs' own, where they hold several settings of one student, else the
+    result is None.
     """
     if not wanted:
         runs = of_role(runs, "distill") or of_role(runs, "student")
         if len(gather(runs, "id")) < 2:
             return None
         metric = runs[0]["select_metric"]
-        if not all(same(run, runs[0], ("dataset", "train", *TEST, "student")) and run["select_metric"] == metric
-                   and number(run["val"].get(metric)) is not None for run in runs):
+        if not all(
+            same(run, runs[0], ("dataset", "train", *TEST, "student"))
+            and run["select_metric"] == metric
+            and number(run["val"].get(metric)) is not None
+            for run in runs
+        ):
             return None
         wanted = f"val_{metric}"
     known, chosen = sorted({f"val_{key}" for run in runs for key in run["val"]}), wanted.removeprefix("val_")
@@ -420,8 +519,13 @@ def select(runs, wanted, mode):
         twins = newest_per_seed(twins, [])
         value = mean([number(run["val"].get(chosen)) for run in twins])
         if value is not None:
-            ranked.append({"runs": [run["path"] for run in twins], "value": value,
-                           "flags": {key: twins[0]["id"].get(key) for key in differ}})
+            ranked.append(
+                {
+                    "runs": [run["path"] for run in twins],
+                    "value": value,
+                    "flags": {key: twins[0]["id"].get(key) for key in differ},
+                }
+            )
     if not ranked:
         raise cli.UserError(f"--select {wanted}: no setting has it in all of its runs")
     high = mode == "max" if mode else better(chosen, 1, 0)
@@ -434,15 +538,20 @@ def label(group):
 
 
 def run_cost(run):
-    """What a run's student or teacher costs: parameters, multiply-adds of one image, images/s in inference and one image's latency on the
-    run's own device, bytes of the weights in float32 and of best.pth (which holds the optimizer too), seconds of training.  None: not known.
+    """What a run's student or teacher costs: parameters, multiply-adds of one image, images/s in inference and one
+    image's latency on the
+    run's own device, bytes of the weights in float32 and of best.pth (which holds the optimizer too), seconds of
+    training.  None: not known.
     """
     file = Path(run["path"], run["checkpoint"])
     names = ("parameters", "multiply_adds", "images_per_second", "latency_ms")
     measured = {key: number(run["model"].get(key)) for key in names}
-    return {**measured, "weight_bytes": measured["parameters"] and 4 * measured["parameters"],
-            "checkpoint_bytes": file.stat().st_size if file.is_file() else None,
-            "train_seconds": number(run.get("wall_time_s"))}
+    return {
+        **measured,
+        "weight_bytes": measured["parameters"] and 4 * measured["parameters"],
+        "checkpoint_bytes": file.stat().st_size if file.is_file() else None,
+        "train_seconds": number(run.get("wall_time_s")),
+    }
 
 
 def group_cost(members):
@@ -477,7 +586,12 @@ def how_to_repeat(run):
     words = cli.without_flags(words[1:], ("--output",))  # words[0] may be a copy in a job's $TMPDIR
     command = shlex.join([script, *words, "--output", f"{path}_again"])
     start = "python" if count == 1 else f"torchrun --nproc-per-node {count}"
-    return {"command": f"{start} {command}", "commit": environment.get("git_commit"), "versions": versions, "hardware": hardware}
+    return {
+        "command": f"{start} {command}",
+        "commit": environment.get("git_commit"),
+        "versions": versions,
+        "hardware": hardware,
+    }
 
 
 def scale(metric):

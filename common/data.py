@@ -1,7 +1,8 @@
 """Datasets and their splits.
 
 Needs augment.py, dermatology.py, distributed.py, images.py, splitting.py and tables.py of `common`, torch and numpy
-(loader.py too for medmnist, image_text.py for medpix and image_text; scikit-learn for digits, torchvision for CIFAR, h5py for ISIC 2024,
+(loader.py too for medmnist, image_text.py for medpix and image_text; scikit-learn for digits, torchvision for CIFAR,
+h5py for ISIC 2024,
 opencv-python-headless for hair removal, datasets for --hf-dataset).
 
     splits = load_splits("imagefolder", "data/cifar10")              # .train .val .test .classes .domain
@@ -18,7 +19,15 @@ import numpy as np
 
 from common import distributed
 from common.augment import PRESETS, Policy
-from common.dermatology import BINARY, STREAM_NEGATIVES, add_positives, fixed_test, read_ham10000, read_isic2017, read_isic2024
+from common.dermatology import (
+    BINARY,
+    STREAM_NEGATIVES,
+    add_positives,
+    fixed_test,
+    read_ham10000,
+    read_isic2017,
+    read_isic2024,
+)
 from common.images import (
     HIDDEN,
     IMAGE_SUFFIXES,
@@ -84,7 +93,16 @@ OWN_OPTIONS = {
 }
 WITHOUT_TEST = ("csv", "isic2024")  # the first may have one
 WITH_TEXTS = ("medpix", "image_text")  # and several tasks
-NEGATIVE = ("0", "benign", "control", "false", "healthy", "negative", "no", "normal")  # beside one of these the other class is positive
+NEGATIVE = (
+    "0",
+    "benign",
+    "control",
+    "false",
+    "healthy",
+    "negative",
+    "no",
+    "normal",
+)  # beside one of these the other class is positive
 
 
 @dataclass
@@ -110,13 +128,24 @@ class Splits:
     def __str__(self):
         sizes = ", ".join(f"{len(part)} {k}" for k, part in self.parts.items())
         sizes = sizes.replace(" train", f" train ({self.labelled} with labels)") if self.labelled is not None else sizes
-        counts = ", ".join(f"{len(names)} classes" + ("" if task == TASK else f" of {task}") for task, names in tasks_of(self.classes).items())
-        return ", ".join([f"{self.name}: {sizes}, {counts}", *(f"{key} class: {name}" for key, name in self.positive_names().items())])
+        counts = ", ".join(
+            f"{len(names)} classes" + ("" if task == TASK else f" of {task}")
+            for task, names in tasks_of(self.classes).items()
+        )
+        return ", ".join(
+            [
+                f"{self.name}: {sizes}, {counts}",
+                *(f"{key} class: {name}" for key, name in self.positive_names().items()),
+            ]
+        )
 
     def positive_names(self):
         """For results.json: {"positive": name}, of several tasks <task>_positive for those of two classes."""
         tasks = tasks_of(self.classes)
-        return {f"{task}_positive" if len(tasks) > 1 else "positive": tasks[task][index] for task, index in self.positive.items()}
+        return {
+            f"{task}_positive" if len(tasks) > 1 else "positive": tasks[task][index]
+            for task, index in self.positive.items()
+        }
 
     def describe(self):
         """Plain types for results.json."""
@@ -128,30 +157,60 @@ class Splits:
             "classes": self.classes if isinstance(self.classes, dict) else list(self.classes),
             "sizes": {k: len(v) for k, v in self.parts.items()},
             "sha256": {k: v.fingerprint(self.classes) for k, v in self.parts.items()},
-            **({} if self.labelled is None else {"labelled": {"train": self.labelled, "sha256": few.fingerprint(self.classes)}}),
+            **(
+                {}
+                if self.labelled is None
+                else {"labelled": {"train": self.labelled, "sha256": few.fingerprint(self.classes)}}
+            ),
         }
 
 
 def positive_classes(classes, given=()):
-    """{task: index of the positive class} of the tasks with two classes; given: names of --positive.  Raises DataError."""
+    """{task: index of the positive class} of the tasks with two classes; given: names of --positive.  Raises
+    DataError."""
     binary = {task: list(names) for task, names in tasks_of(classes).items() if len(names) == 2}
     unknown = [name for name in given if not any(name in names for names in binary.values())]
     if unknown:
         known = " or ".join(", ".join(names) for names in binary.values())
-        raise DataError(f"--positive {unknown[0]} is no class: choose {known}" if binary else f"--positive {unknown[0]}: no task here has two classes")
+        raise DataError(
+            f"--positive {unknown[0]} is no class: choose {known}"
+            if binary
+            else f"--positive {unknown[0]}: no task here has two classes"
+        )
     found = {}
     for task, names in binary.items():
         chosen = [name for name in names if name in given]
         if len(chosen) == 2:
-            raise DataError(f"--positive {' '.join(given)}: {names[0]} and {names[1]} are the two classes of one task, name one")
+            raise DataError(
+                f"--positive {' '.join(given)}: {names[0]} and {names[1]} are the two classes of one task, name one"
+            )
         chosen = chosen or [b for a, b in (names, names[::-1]) if a.lower() in NEGATIVE]
         found[task] = names.index(chosen[0]) if len(chosen) == 1 else 1
     return found
 
 
-def load_splits(name, root=None, *, val_split=None, split_seed=0, limit_train=None, limit_labels=None, splits=SPLITS,
-                classes=None, download=False, on_bad_image="error", decode_size=512, window=None, hair_removal=False,
-                folds=None, fold=None, include_list=None, labels=True, positive=None, **own):
+def load_splits(
+    name,
+    root=None,
+    *,
+    val_split=None,
+    split_seed=0,
+    limit_train=None,
+    limit_labels=None,
+    splits=SPLITS,
+    classes=None,
+    download=False,
+    on_bad_image="error",
+    decode_size=512,
+    window=None,
+    hair_removal=False,
+    folds=None,
+    fold=None,
+    include_list=None,
+    labels=True,
+    positive=None,
+    **own,
+):
     """Read a dataset's splits; see DATASETS for the names.
 
     root: the folder (medmnist: the .npz, or a folder with one); val_split: share of train that becomes val where the
@@ -160,14 +219,18 @@ def load_splits(name, root=None, *, val_split=None, split_seed=0, limit_train=No
     leave; the others get -1); splits: those wanted, the others are None; classes: the names a checkpoint
     knows, in its order, for an outside test set; window: see `to_uint8`; hair_removal: see `remove_hair`; folds, fold:
     see `_divide`; include_list: a file of images' names, a line each, train keeps only these, or, beside extra_train,
-    all of its own and of the extra images these: see `_only_listed`; positive: see `positive_classes`; labels: whether the run needs them, which
+    all of its own and of the extra images these: see `_only_listed`; positive: see `positive_classes`; labels: whether
+    the run needs them, which
     "unlabeled" has not (-1, no classes, no test); own: see OWN_OPTIONS and the readers.  Patients and lesions are never
     cut, where the dataset has groups.  Raises DataError.
     """
     if name not in DATASETS:
         raise DataError(f"unknown dataset {name!r}: choose one of {', '.join(DATASETS)}")
     if name == "unlabeled" and labels:
-        raise DataError("--dataset unlabeled has no labels: it is for distill.py --method tokens or embedding without them, and extract_embeddings.py")
+        raise DataError(
+            "--dataset unlabeled has no labels: it is for distill.py --method tokens or embedding without them, "
+            "and extract_embeddings.py"
+        )
     _check_options(name, own, folds, fold)
     if hair_removal:
         opencv()  # refuses where it is missing
@@ -192,8 +255,15 @@ def load_splits(name, root=None, *, val_split=None, split_seed=0, limit_train=No
             own["group_field"] = own.pop("group_column")
         known = classes if isinstance(classes, dict) else None
         reader = read_medpix if name == "medpix" else read_image_text
-        parts, found = reader(root, splits=[split for split in SPLITS if split in wanted], classes=known, on_bad_image=on_bad_image,
-                              decode_size=decode_size, window=window, **own)  # fmt: skip
+        parts, found = reader(
+            root,
+            splits=[split for split in SPLITS if split in wanted],
+            classes=known,
+            on_bad_image=on_bad_image,
+            decode_size=decode_size,
+            window=window,
+            **own,
+        )
     else:
         decoding = {"decode_size": decode_size, "window": window, "on_bad_image": on_bad_image}
         if name == "csv":
@@ -205,7 +275,10 @@ def load_splits(name, root=None, *, val_split=None, split_seed=0, limit_train=No
         else:
             parts, found = read_isic2024(root, **decoding)
     if classes is not None and isinstance(classes, dict) != isinstance(found, dict):
-        raise DataError(f"--dataset {name} has the tasks {', '.join(tasks_of(found))}, the checkpoint knows {', '.join(tasks_of(classes))}")
+        raise DataError(
+            f"--dataset {name} has the tasks {', '.join(tasks_of(found))}, the checkpoint knows "
+            f"{', '.join(tasks_of(classes))}"
+        )
     if classes is not None and not isinstance(found, dict) and list(classes) != list(found):
         parts = {k: _with_classes(v, found, list(classes), name) for k, v in parts.items()}
         found = classes
@@ -215,7 +288,9 @@ def load_splits(name, root=None, *, val_split=None, split_seed=0, limit_train=No
     pool = [parts[k] for k in ("train", "val") if k in parts and (k == "train" or folds)]  # what train is chosen from
     given = set() if name == "ham10000" else {"val", "test"} & set(parts) - ({"val"} if folds else set())
     parts = _divide(name, parts, val_split, split_seed, folds, fold, negatives)
-    result = Splits(name, DATASETS[name].domain, found if isinstance(found, dict) else list(found), **parts, positive=positive)
+    result = Splits(
+        name, DATASETS[name].domain, found if isinstance(found, dict) else list(found), **parts, positive=positive
+    )
     own = len(result.train) if "train" in splits and extra_train else None
     if own is not None:
         result.train = add_positives(result.train, extra_train, known)
@@ -272,10 +347,17 @@ def _unlabeled(root, decode_size, window, hf_dataset=None):
         source = os.path.abspath(hf_dataset) if os.path.isdir(hf_dataset) else hf_dataset
         split, column, rows = rows_with_images(source)
         paths = [RowImage(source, split, column, row) for row in range(len(rows))]
-        return ImageDataset([f"{split}/{row:08d}" for row in range(len(rows))], np.full(len(rows), -1), paths=paths,
-                            decode_size=decode_size, window=window)  # fmt: skip
+        return ImageDataset(
+            [f"{split}/{row:08d}" for row in range(len(rows))],
+            np.full(len(rows), -1),
+            paths=paths,
+            decode_size=decode_size,
+            window=window,
+        )
     if root is None:
-        raise DataError("--dataset unlabeled needs --data-root FOLDER, any tree of images, or --hf-dataset NAME_OR_FOLDER")
+        raise DataError(
+            "--dataset unlabeled needs --data-root FOLDER, any tree of images, or --hf-dataset NAME_OR_FOLDER"
+        )
     return _tree("--data-root", root, decode_size, window)
 
 
@@ -331,9 +413,11 @@ def _fewer_negatives(dataset, count, seed):
 
 
 def _only_listed(train, path, pool, own=None):
-    """Train's samples that a file names, a line each; own: the first that many are kept in any case, the others are extra.
+    """Train's samples that a file names, a line each; own: the first that many are kept in any case, the others are
+    extra.
 
-    A name is an id, or else the path in --extra-train (of "extra/a/x.png" a/x.png), or else what one image alone has, of
+    A name is an id, or else the path in --extra-train (of "extra/a/x.png" a/x.png), or else what one image alone has,
+    of
     the extra ones or of `pool`, the datasets that train was chosen from (so that no name means another image where val
     takes its own): the end of its id's path, its file's name, or that without its ending.  Raises DataError.
     """
@@ -358,20 +442,26 @@ def _only_listed(train, path, pool, own=None):
     for name in names:
         found = next((place[name] for place in places if name in place), [])
         if len(found) > 1:
-            raise DataError(f"{path}: {name!r} is the name of {len(found)} images of {where}: write their ids, as {found[0]}")
+            raise DataError(
+                f"{path}: {name!r} is the name of {len(found)} images of {where}: write their ids, as {found[0]}"
+            )
         if found and found[0] in rows:
             kept.add(rows[found[0]])
         else:
             unknown.append(name)
     if not kept:
-        raise DataError(f"--include-list {path} leaves {where} empty: none of its {len(names)} names is in {where}, as {train.ids[own or 0]}")
+        raise DataError(
+            f"--include-list {path} leaves {where} empty: none of its {len(names)} names is in {where}, as "
+            f"{train.ids[own or 0]}"
+        )
     if unknown:
         note(counted(unknown, f"names of {path} are not in {where}"))
     return train.subset(np.array([*range(own or 0), *sorted(kept)]))
 
 
 def _limited(train, images, labels, seed):
-    """`images` of train, of which `labels` keep theirs (None: all); chosen alike, so that the fewer are among the more."""
+    """`images` of train, of which `labels` keep theirs (None: all); chosen alike, so that the fewer are among the
+    more."""
     for flag, count, most in (("train", images, len(train)), ("labels", labels, images or len(train))):
         if count is not None and not 1 <= count <= most:
             raise DataError(f"--limit-{flag} {count} is not in 1 to {most}, the images of train")
@@ -393,7 +483,9 @@ def _check_classes(result, given, labels, refuse):
     for task, names in tasks_of(result.classes).items():
         kind = "" if task == TASK else f"{task} "
         if len(names) == 1 and labels:
-            raise DataError(f"--dataset {result.name} has one {kind}class only, {names[0]!r}: there is nothing to tell apart")
+            raise DataError(
+                f"--dataset {result.name} has one {kind}class only, {names[0]!r}: there is nothing to tell apart"
+            )
         for split, part in result.parts.items():
             present = set(part.targets[task].tolist())
             lacking = [name for label, name in enumerate(names) if label not in present]
@@ -468,10 +560,14 @@ def _medmnist(root, window, wanted):
         if labels.ndim == 2 and labels.shape[1] == 1:
             labels = labels[:, 0]
         if labels.ndim != 1 or not len(labels) or split in kept and images.shape[:1] != labels.shape:
-            raise DataError(f"{path}: {split}_labels of shape {labels.shape} are not one class for each image "
-                            "(multi-label data are not supported)")
+            raise DataError(
+                f"{path}: {split}_labels of shape {labels.shape} are not one class for each image "
+                "(multi-label data are not supported)"
+            )
         with np.errstate(invalid="ignore"):
-            if labels.dtype.kind == "f" and not (labels % 1).any():  # whole numbers; NaN % 1 is NaN, which counts as true
+            if (
+                labels.dtype.kind == "f" and not (labels % 1).any()
+            ):  # whole numbers; NaN % 1 is NaN, which counts as true
                 labels = labels.astype(np.int64)
         if labels.dtype.kind not in "ui" or labels.min() < 0:
             raise DataError(f"{path}: {split}_labels are out of range ({labels.dtype}, from {labels.min()})")
@@ -493,12 +589,15 @@ def _medmnist(root, window, wanted):
         if split == "train" and side > default:
             note(f"{path} has images of {side} px: --resolution {side} keeps them, the default is {default}")
         images = to_uint8(images, window, f"{path}: {split}_images")
-        parts[split] = ImageDataset([f"{split}/{i:06d}" for i in range(len(images))], np.searchsorted(classes, labels), images)
+        parts[split] = ImageDataset(
+            [f"{split}/{i:06d}" for i in range(len(images))], np.searchsorted(classes, labels), images
+        )
     return parts, [str(i) for i in classes]
 
 
 def _read_npz(path, names):
-    """{name: array} of a MedMNIST file; refused before it is read where it does not fit in memory: 3 MB may unpack to 3 GB.
+    """{name: array} of a MedMNIST file; refused before it is read where it does not fit in memory: 3 MB may unpack to 3
+    GB.
 
     Raises DataError.
     """
@@ -529,7 +628,12 @@ def _imagefolder(root, splits, classes, decode_size, window):
         raise DataError("--dataset imagefolder needs --data-root FOLDER with train/ and test/ (val/ if there is one)")
     if not os.path.isdir(root):
         raise DataError(f"--data-root {root} is no folder")
-    folders, parts, wanted, found = _split_folders(root), {}, set(splits), list(classes) if classes is not None else None
+    folders, parts, wanted, found = (
+        _split_folders(root),
+        {},
+        set(splits),
+        list(classes) if classes is not None else None,
+    )
     if "train" in wanted or ("val" in wanted and "val" not in folders):  # val is split off train where it has no folder
         wanted |= {"train", "val"}
     for split in SPLITS:
@@ -538,7 +642,9 @@ def _imagefolder(root, splits, classes, decode_size, window):
         if split not in folders:
             raise DataError(f"{root} has no folder {split}/: imagefolder wants train/CLASS/..., test/CLASS/...")
         folder, paths, labels, others = os.path.join(root, folders[split]), [], [], []
-        names = sorted((nfc(e.name), e.path) for e in os.scandir(folder) if e.is_dir() and not e.name.startswith(HIDDEN))
+        names = sorted(
+            (nfc(e.name), e.path) for e in os.scandir(folder) if e.is_dir() and not e.name.startswith(HIDDEN)
+        )
         if not names:
             raise DataError(f"{folder} has no class folders")
         if found is None:

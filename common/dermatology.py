@@ -11,12 +11,27 @@ import numpy as np
 
 from common.images import DataError, HDF5Image, ImageDataset, hdf5_ids, images_below
 from common.splitting import split_off
-from common.tables import check_folder, counted, images_by_name, label_numbers, match_images, note, read_table, select_rows
+from common.tables import (
+    check_folder,
+    counted,
+    images_by_name,
+    label_numbers,
+    match_images,
+    note,
+    read_table,
+    select_rows,
+)
 
 BINARY = ["benign", "malignant"]
 HAM10000 = ["akiec", "bcc", "bkl", "df", "mel", "nv", "vasc"]
 HAM10000_MALIGNANT = ("akiec", "bcc", "mel")
-HAM10000_FOLDERS = ("images", "HAM10000_images_part_1", "HAM10000_images_part_2", "ham10000_images_part_1", "ham10000_images_part_2")
+HAM10000_FOLDERS = (
+    "images",
+    "HAM10000_images_part_1",
+    "HAM10000_images_part_2",
+    "ham10000_images_part_1",
+    "ham10000_images_part_2",
+)
 ISIC2017 = ["melanoma", "nevus", "seborrheic_keratosis"]
 ISIC2017_SPLITS = {"train": "Training", "val": "Validation", "test": "Test_v2"}
 TEST_SHARE = 0.2  # of a dataset that comes without a test split

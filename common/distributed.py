@@ -44,14 +44,18 @@ def environment():
         for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", get("SLURM_STEP_TASKS_PER_NODE", "1")):
             counts += [int(count)] * int(times or 1)
         node = int(get("SLURM_NODEID") or 0)
-        return Processes(int(get("SLURM_PROCID")), size, int(get("SLURM_LOCALID") or 0), counts[node] if node < len(counts) else 1)
+        return Processes(
+            int(get("SLURM_PROCID")), size, int(get("SLURM_LOCALID") or 0), counts[node] if node < len(counts) else 1
+        )
     return Processes()
 
 
 def start(device):
-    """Join the other processes, if there are any: nccl between GPUs, gloo between CPUs.  Raises RuntimeError, ValueError.
+    """Join the other processes, if there are any: nccl between GPUs, gloo between CPUs.  Raises RuntimeError,
+    ValueError.
 
-    Says whom it waits for after some seconds and gives up after a minute: a shell of `srun --pty`, or one where RANK and
+    Says whom it waits for after some seconds and gives up after a minute: a shell of `srun --pty`, or one where RANK
+    and
     WORLD_SIZE were left, promises processes that nobody starts.
     """
     global _cpu_group, _alone
@@ -70,7 +74,10 @@ def start(device):
     backend = "nccl" if device.type == "cuda" else "gloo"
     own = device if device.type == "cuda" else None
     whence = "WORLD_SIZE" if os.environ.get("RANK") else "SLURM_STEP_NUM_TASKS"
-    waiting = f"process {here.rank} waits for the others of {here.size} ({whence}={here.size}) at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    waiting = (
+        f"process {here.rank} waits for the others of {here.size} ({whence}={here.size}) at "
+        f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    )
     advice = "start them with torchrun or srun; for one process alone: env -u RANK -u SLURM_STEP_ID python ..."
     timer = threading.Timer(5, print, [f"{waiting}: {advice}"], {"flush": True})
     timer.daemon, _alone = True, True
@@ -80,8 +87,17 @@ def start(device):
             _await_first()
         store, *_ = next(dist.rendezvous("env://", here.rank, here.size, timeout=MEETING))
         store.set_timeout(MEETING)
-        dist.init_process_group(backend, store=dist.PrefixStore("default_pg", store), rank=here.rank, world_size=here.size, timeout=TIMEOUT, device_id=own)
-        _cpu_group = dist.new_group(backend="gloo", timeout=TIMEOUT)  # for objects and signals, which must not wait for a GPU
+        dist.init_process_group(
+            backend,
+            store=dist.PrefixStore("default_pg", store),
+            rank=here.rank,
+            world_size=here.size,
+            timeout=TIMEOUT,
+            device_id=own,
+        )
+        _cpu_group = dist.new_group(
+            backend="gloo", timeout=TIMEOUT
+        )  # for objects and signals, which must not wait for a GPU
     except (RuntimeError, ValueError) as error:
         raise RuntimeError(f"{waiting}, in vain ({str(error).splitlines()[0][:100]}): {advice}") from None
     finally:

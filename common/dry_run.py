@@ -2,7 +2,8 @@
 
     dry_run.show(args, run, splits, [train, val], updater, preprocess, splits.classes)
 
-Needs cli.py, distributed.py, images.py, models.py and training.py of `common` (and what these need), torch and numpy.  MB are 2^20 bytes,
+Needs cli.py, distributed.py, images.py, models.py and training.py of `common` (and what these need), torch and numpy.
+MB are 2^20 bytes,
 as in results.json.
 """
 
@@ -20,15 +21,32 @@ MOST_CLASSES = 20  # a table lists no more
 PROBED = (2, 4)  # images of the forward passes from which the activations are extrapolated
 
 
-def show(args, run, splits, loaders, updater, preprocess, classes, weights_from=None, *, source=None, criterion=None, views=None):
+def show(
+    args,
+    run,
+    splits,
+    loaders,
+    updater,
+    preprocess,
+    classes,
+    weights_from=None,
+    *,
+    source=None,
+    criterion=None,
+    views=None,
+):
     """Print all of it, from one process; nothing is trained or written.
 
     loaders: of train, of val and any others that cache images; classes: of the student's head, empty where it has none;
-    weights_from: where its weights come from, or None; source: teacher.Source of a distillation, criterion: its loss with
+    weights_from: where its weights come from, or None; source: teacher.Source of a distillation, criterion: its loss
+    with
     projectors; views: [(side in pixels, views of an image a step)], by default one at the model's resolution.
     Raises UserError where --resume names a damaged checkpoint.
     """
-    model, train = copy.copy(updater.model), loaders[0]  # a copy shares the weights but is not compiled, which takes minutes
+    model, train = (
+        copy.copy(updater.model),
+        loaders[0],
+    )  # a copy shares the weights but is not compiled, which takes minutes
     done = load_checkpoint(run.path("latest.pth"))["epoch"] - 1 if args.resume else 0
     if distributed.rank() == 0:
         lines = ["dry run: nothing is trained or written"]
@@ -48,7 +66,12 @@ def show(args, run, splits, loaders, updater, preprocess, classes, weights_from=
 def aligned(rows):
     """Rows of cells -> lines: the first column to the left, the others to the right."""
     widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(max(map(len, rows)))]
-    return ["  ".join([row[0].ljust(max(24, widths[0])), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]).rstrip() for row in rows]
+    return [
+        "  ".join(
+            [row[0].ljust(max(24, widths[0])), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]
+        ).rstrip()
+        for row in rows
+    ]
 
 
 def described(label, text):
@@ -64,17 +87,25 @@ def about_data(splits, resolution):
     parts = splits.parts
     rows = [["split", *parts], ["images", *(f"{len(part):,}" for part in parts.values())]]
     for task, names in tasks_of(splits.classes).items():
-        counts = [np.bincount(part.targets[task][part.targets[task] >= 0], minlength=len(names)) for part in parts.values()]
+        counts = [
+            np.bincount(part.targets[task][part.targets[task] >= 0], minlength=len(names)) for part in parts.values()
+        ]
         shown = sorted(np.argsort(-counts[0], kind="stable")[:MOST_CLASSES])
         rows += [[f"{'' if task == TASK else task + ': '}{names[c]}", *(f"{of[c]:,}" for of in counts)] for c in shown]
         if len(names) > len(shown):
             rows.append([f"and {len(names) - len(shown)} more{'' if task == TASK else ' of ' + task}"])
     unlabelled = [] if splits.classes else ["no labels"]
-    return [described("dataset", f"{splits.name} ({splits.domain})"), described("resolution", f"{resolution} px"), *aligned(rows), *unlabelled]
+    return [
+        described("dataset", f"{splits.name} ({splits.domain})"),
+        described("resolution", f"{resolution} px"),
+        *aligned(rows),
+        *unlabelled,
+    ]
 
 
 def about_models(model, resolution, source, criterion, weights_from):
-    """Name and size of the model, and of what teaches it: a model, or a store, which knows its teacher's parameters alone."""
+    """Name and size of the model, and of what teaches it: a model, or a store, which knows its teacher's parameters
+    alone."""
     columns = {"model" if source is None else "student": model_cells(model, resolution)}
     notes = [described("start", weights_from)] if weights_from else []
     if source is not None and source.model:
@@ -94,13 +125,28 @@ def about_models(model, resolution, source, criterion, weights_from):
 
 def model_cells(model, resolution):
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return [model.name, f"{model.num_parameters:,}", f"{trained:,}", f"{multiply_adds(model, resolution):,}", megabytes(state_bytes(model))]
+    return [
+        model.name,
+        f"{model.num_parameters:,}",
+        f"{trained:,}",
+        f"{multiply_adds(model, resolution):,}",
+        megabytes(state_bytes(model)),
+    ]
 
 
 def about_steps(args, train, done):
     """Steps and images; done: epochs of the run that is resumed."""
-    figures = {"steps an epoch": len(train), "epochs": args.epochs, "steps": len(train) * args.epochs, "images a step": train.batch_size}
-    cut = [f"{count} {name}" for count, name in ((distributed.size(), "processes"), (train.accumulate, "parts")) if count > 1]
+    figures = {
+        "steps an epoch": len(train),
+        "epochs": args.epochs,
+        "steps": len(train) * args.epochs,
+        "images a step": train.batch_size,
+    }
+    cut = [
+        f"{count} {name}"
+        for count, name in ((distributed.size(), "processes"), (train.accumulate, "parts"))
+        if count > 1
+    ]
     return [
         *aligned([[name, f"{figure:,}"] for name, figure in figures.items()]),
         *([described("a step is cut into", " x ".join(cut))] if cut else []),
@@ -116,7 +162,10 @@ def about_memory(model, updater, loaders, source, criterion, views):
     if source is not None and source.model:
         parts["teacher"] = state_bytes(source.model[0])
     parts["activations"] = sum(activations(model, updater.precision, side, rows) for side, rows in passes)
-    cached = {place: sum(cache_bytes(loader) for loader in loaders if loader.cache_kind == place) for place in ("device", "ram")}
+    cached = {
+        place: sum(cache_bytes(loader) for loader in loaders if loader.cache_kind == place)
+        for place in ("device", "ram")
+    }
     parts["data cache"] = cached["device"] + (cached["ram"] if device.type == "cpu" else 0)
     lines = aligned([[name, megabytes(size)] for name, size in {**parts, "together": sum(parts.values())}.items()])
     if device.type != "cpu":
@@ -125,7 +174,8 @@ def about_memory(model, updater, loaders, source, criterion, views):
     return [
         f"memory on {device_name(device)}, estimate ({updater.precision.name}; images at once: {seen})",
         *lines,
-        "the estimate leaves out the libraries' workspace, single batches and what a teacher or the loss keeps for a moment",
+        "the estimate leaves out the libraries' workspace, single batches and what a teacher or the loss keeps "
+        "for a moment",
     ]
 
 
@@ -147,7 +197,11 @@ def about_files(args, run, splits, classes, checkpoint, done):
     return [
         described("run folder", f"{run.folder} ({state})"),
         described("files", ", ".join(files)),
-        described("checkpoints", f"{', '.join(weights)}: {megabytes(checkpoint)} each, {megabytes(checkpoint * (2 + kept))} together at most (estimate)"),
+        described(
+            "checkpoints",
+            f"{', '.join(weights)}: {megabytes(checkpoint)} each, {megabytes(checkpoint * (2 + kept))} together "
+            "at most (estimate)",
+        ),
         *([described("samples", args.save_samples)] if args.save_samples else []),
     ]
 
@@ -157,7 +211,11 @@ def about_files(args, run, splits, classes, checkpoint, done):
 
 def state_bytes(module):
     """Of a module's weights and buffers as a checkpoint keeps them; 0 for None."""
-    return 0 if module is None else sum(value.nbytes for value in module.state_dict().values() if isinstance(value, torch.Tensor))
+    return (
+        0
+        if module is None
+        else sum(value.nbytes for value in module.state_dict().values() if isinstance(value, torch.Tensor))
+    )
 
 
 def trained_bytes(module):
@@ -165,18 +223,28 @@ def trained_bytes(module):
 
 
 def training_bytes(updater):
-    """{part: bytes} of what training adds to the weights: all parameters that the optimizer has get a gradient, sgd keeps
-    one figure of each with momentum, adam and adamw two; under DDP each gradient has a second place, to be sent from."""
+    """{part: bytes} of what training adds to the weights: all parameters that the optimizer has get a gradient, sgd
+    keeps
+    one figure of each with momentum, adam and adamw two; under DDP each gradient has a second place, to be sent
+    from."""
     trained, defaults = sum(p.nbytes for p in updater.parameters), updater.optimizer.defaults
     figures = 2 if "betas" in defaults else 1 if defaults["momentum"] else 0
     average = {} if updater.average is None else {"average of the weights": state_bytes(updater.average.module)}
-    return {"gradients": trained * (2 if distributed.size() > 1 else 1), "optimizer state": trained * figures, **average}
+    return {
+        "gradients": trained * (2 if distributed.size() > 1 else 1),
+        "optimizer state": trained * figures,
+        **average,
+    }
 
 
 def checkpoint_bytes(updater, criterion):
     """Of a checkpoint: the weights, their average, the projectors and the optimizer's state."""
     added = training_bytes(updater)
-    return state_bytes(updater.model) + state_bytes(criterion) + sum(size for name, size in added.items() if name != "gradients")
+    return (
+        state_bytes(updater.model)
+        + state_bytes(criterion)
+        + sum(size for name, size in added.items() if name != "gradients")
+    )
 
 
 def cache_bytes(loader):

@@ -6,7 +6,8 @@
     rows = store.rows(["a.jpg", "b.jpg"])
     store.read("embeddings", rows, views)                  # (B, D) float32, of view number views[i] of row i
 
-View 0 is the plain image; view v is that of `Augmenter(store.policy, store.seed)`, so that a student can be shown it again.
+View 0 is the plain image; view v is that of `Augmenter(store.policy, store.seed)`, so that a student can be shown it
+again.
 Needs augment.py, cli.py and images.py of `common`, torch and numpy.
 """
 
@@ -33,7 +34,7 @@ def split_folder(root, split):
 
 
 def shard_suffix(shard):
-    """".I-of-N" of shard (I, N), counted from 0; "" of the only one."""
+    """ ".I-of-N" of shard (I, N), counted from 0; "" of the only one."""
     return f".{shard[0]}-of-{shard[1]}" if shard[1] > 1 else ""
 
 
@@ -59,17 +60,35 @@ class Writer:
     """One split, or a shard of it, while it grows.
 
     folder: where; meta: dict of all that makes the values; ids, labels: of the whole split; shapes: {name: shape of a
-    row}, as {"embeddings": (V, D)}; dtype: "float16" or "float32"; shard: (I, N); groups: as a dataset's.  What an interrupted extraction of the
+    row}, as {"embeddings": (V, D)}; dtype: "float16" or "float32"; shard: (I, N); groups: as a dataset's.  What an
+    interrupted extraction of the
     same meta has done is kept (`todo` are the rows that are left); another one's is refused unless overwrite is set.
     Several processes of one machine may write disjoint rows.  Raises UserError.
     """
 
-    def __init__(self, folder, meta, ids, labels, shapes, dtype="float16", shard=(0, 1), overwrite=False, creates=True,
-                 groups=None):  # fmt: skip
+    def __init__(
+        self,
+        folder,
+        meta,
+        ids,
+        labels,
+        shapes,
+        dtype="float16",
+        shard=(0, 1),
+        overwrite=False,
+        creates=True,
+        groups=None,
+    ):
         self.folder, self.suffix = folder, shard_suffix(shard)
         self.start, self.stop = shard_rows(len(ids), shard)
         self.ids, self.labels, self.groups = np.asarray(ids), np.asarray(labels), groups
-        self.meta = {**meta, "format": FORMAT, "dtype": dtype, "count": len(ids), "shapes": {k: list(v) for k, v in shapes.items()}}
+        self.meta = {
+            **meta,
+            "format": FORMAT,
+            "dtype": dtype,
+            "count": len(ids),
+            "shapes": {k: list(v) for k, v in shapes.items()},
+        }
         self.meta = json.loads(json.dumps(self.meta))  # as it will be read
         self.complete = False
         if creates:
@@ -90,14 +109,19 @@ class Writer:
         whole = os.path.join(self.folder, "meta.json")
         found = [p for p in (whole, self._meta_path, self._meta_path + PART) if os.path.exists(p)]
         if found and overwrite:
-            for path in dict.fromkeys([*found, *(self.path(n) + end for n in (*self.meta["shapes"], "done") for end in ("", PART))]):
+            for path in dict.fromkeys(
+                [*found, *(self.path(n) + end for n in (*self.meta["shapes"], "done") for end in ("", PART))]
+            ):
                 with contextlib.suppress(FileNotFoundError):
                     os.remove(path)
             found = []
         if found:
             differs = difference(self.meta, read_json(found[0]))
             if differs:
-                raise UserError(f"{self.folder} holds other embeddings ({differs}): --overwrite replaces them, --output names another folder")
+                raise UserError(
+                    f"{self.folder} holds other embeddings ({differs}): --overwrite replaces them, --output names "
+                    "another folder"
+                )
             self._check_ids()
             self.complete = not found[0].endswith(PART)
             if self.complete or os.path.exists(self.path("done") + PART):
@@ -117,7 +141,10 @@ class Writer:
     def _check_ids(self):
         ids = load(os.path.join(self.folder, "ids.npy"))
         if not np.array_equal(ids, self.ids):
-            raise UserError(f"{self.folder} holds embeddings of other images: --overwrite replaces them, --output names another folder")
+            raise UserError(
+                f"{self.folder} holds embeddings of other images: --overwrite replaces them, --output names "
+                "another folder"
+            )
 
     @property
     def todo(self):
@@ -158,7 +185,8 @@ class Writer:
 def allocate(path, dtype, shape):
     """A new .npy of zeros, memory-mapped.  Raises UserError.
 
-    Its space is taken at once: a disk or quota that is too small is found now, not by a bus error when rows are written.
+    Its space is taken at once: a disk or quota that is too small is found now, not by a bus error when rows are
+    written.
     """
     try:
         array = np.lib.format.open_memmap(path, "w+", dtype, shape)
@@ -189,7 +217,9 @@ def merge(folder, count):
     wanted = [f"meta{shard_suffix((i, count))}.json" for i in range(count)]
     others = [name for name in here if name not in wanted]
     if others:
-        raise UserError(f"{folder} holds {', '.join(others)} beside the {count} shards to merge: shards of one extraction only")
+        raise UserError(
+            f"{folder} holds {', '.join(others)} beside the {count} shards to merge: shards of one extraction only"
+        )
     for i, name in enumerate(wanted):
         if name not in here:
             state = "not finished" if name + PART in os.listdir(folder) else "missing"
@@ -208,7 +238,10 @@ def merge(folder, count):
             path = os.path.join(folder, f"{name}{shard_suffix((i, count))}.npy")
             part = load(path, "r")
             if part.shape != (stop - start, *shape) or part.dtype != meta["dtype"]:
-                raise UserError(f"{path} is {part.dtype} {part.shape}, not {meta['dtype']} {(stop - start, *shape)}: rows overlap or are lacking")
+                raise UserError(
+                    f"{path} is {part.dtype} {part.shape}, not {meta['dtype']} {(stop - start, *shape)}: rows "
+                    "overlap or are lacking"
+                )
             whole[start:stop] = part
             files.append(path)
         whole.flush()
@@ -222,7 +255,10 @@ def open_splits(root, splits):
     """{split: Store} of the folder that extract_embeddings.py wrote, all by one model.  Raises UserError."""
     for split in splits:
         if not os.path.isdir(split_folder(root, split)):
-            raise UserError(f"{root} holds no {split}_embeddings: name a checkpoint (best.pth), or a folder of extract_embeddings.py with this split")
+            raise UserError(
+                f"{root} holds no {split}_embeddings: name a checkpoint (best.pth), or a folder of "
+                "extract_embeddings.py with this split"
+            )
     stores = {split: Store(split_folder(root, split)) for split in splits}
     first, *others = ({**model_of(store.meta), "classes": store.meta["classes"]} for store in stores.values())
     for other in others:
@@ -241,7 +277,11 @@ class Store:
             names = os.listdir(folder) if os.path.isdir(folder) else []
             if any("-of-" in name for name in names):
                 raise UserError(f"{folder} holds shards: extract_embeddings.py --merge joins them")
-            state = "is not finished: the same command of extract_embeddings.py goes on" if names else "is no folder of stored embeddings"
+            state = (
+                "is not finished: the same command of extract_embeddings.py goes on"
+                if names
+                else "is no folder of stored embeddings"
+            )
             raise UserError(f"{folder} {state}")
         self.meta = read_json(os.path.join(folder, "meta.json"))
         if not isinstance(self.meta, dict) or self.meta.get("format") != FORMAT:
@@ -249,7 +289,11 @@ class Store:
         lacking = [name for name in META if name not in self.meta]
         if lacking:
             raise UserError(f"{folder}/meta.json lacks {', '.join(lacking)}: extract them again")
-        self.seed, self.policy, self.num_views = self.meta["seed"], Policy.from_dict(self.meta["policy"]), self.meta["num_views"]
+        self.seed, self.policy, self.num_views = (
+            self.meta["seed"],
+            Policy.from_dict(self.meta["policy"]),
+            self.meta["num_views"],
+        )
         self.ids, self.labels = (load(os.path.join(folder, f"{name}.npy")) for name in ("ids", "labels"))
         groups = os.path.join(folder, "groups.npy")
         self.groups = load(groups) if os.path.exists(groups) else None
@@ -258,7 +302,9 @@ class Store:
             path = os.path.join(folder, f"{name}.npy")
             array, expected = load(path, "r"), (self.meta["count"], *shape)
             if array.shape != expected or array.dtype != self.meta["dtype"]:
-                raise UserError(f"{path} is {array.dtype} {array.shape}, its meta.json says {self.meta['dtype']} {expected}")
+                raise UserError(
+                    f"{path} is {array.dtype} {array.shape}, its meta.json says {self.meta['dtype']} {expected}"
+                )
             self.arrays[name] = array
         ids, labels, count = self.ids, self.labels, self.meta["count"]
         if not ids.shape == labels.shape == (count,) or ids.dtype.kind != "U" or labels.dtype.kind not in "iu":
@@ -292,7 +338,10 @@ class Store:
         rows = self.find(ids)
         missing = np.asarray(ids)[rows < 0]
         if len(missing):
-            raise UserError(f"{self.folder} lacks {len(missing)} of {len(ids)} images, the first is {missing[0]}: it was made from other data")
+            raise UserError(
+                f"{self.folder} lacks {len(missing)} of {len(ids)} images, the first is {missing[0]}: it was made "
+                "from other data"
+            )
         return rows
 
     def check_views(self, wanted):
@@ -300,7 +349,8 @@ class Store:
             raise UserError(f"--num-views {wanted}: {self.folder} holds {self.num_views}")
 
     def read(self, name, rows, views):
-        """(B, ...) float32 of one view of each row; rows, views (B,) int64.  Raises UserError on values that are not finite."""
+        """(B, ...) float32 of one view of each row; rows, views (B,) int64.  Raises UserError on values that are not
+        finite."""
         if name not in self.arrays:
             raise UserError(f"{self.folder} holds no {name}: extract them with --save-{name}")
         values = self.arrays[name][np.asarray(rows), np.asarray(views)].astype(np.float32)
@@ -309,11 +359,14 @@ class Store:
             raise UserError(f"{self.folder}/{name}.npy holds NaN or infinity at {self.ids[bad]}: extract it again")
         return values
 
-
     def plain(self, ids):
-        """{"embedding": (N, D), "logits": (N, C)} float32 of the plain view of these images; logits only of a trained head."""
+        """{"embedding": (N, D), "logits": (N, C)} float32 of the plain view of these images; logits only of a trained
+        head."""
         rows = self.rows(ids)
-        names = ["embeddings", *(["logits"] if "logits" in self.arrays and self.meta["teacher"]["weights"] == "checkpoint" else [])]
+        names = [
+            "embeddings",
+            *(["logits"] if "logits" in self.arrays and self.meta["teacher"]["weights"] == "checkpoint" else []),
+        ]
         return {StoredTeacher.KEYS[name]: self.read(name, rows, np.zeros(len(rows), int)) for name in names}
 
 
@@ -324,14 +377,23 @@ SAME = 0.01  # of its norm: how far an image may lie from itself, extracted in a
 def model_of(meta):
     """What the embeddings of two stores must share to be compared."""
     teacher = meta["teacher"]
-    own = {"name": teacher["name"], "weights": teacher["weights"], "sha256": teacher["sha256"], "pooling": meta["pooling"], **teacher["preprocess"]}
-    if teacher["weights"].startswith("random"):  # these depend on the size of the head, whose weights are drawn among them
+    own = {
+        "name": teacher["name"],
+        "weights": teacher["weights"],
+        "sha256": teacher["sha256"],
+        "pooling": meta["pooling"],
+        **teacher["preprocess"],
+    }
+    if teacher["weights"].startswith(
+        "random"
+    ):  # these depend on the size of the head, whose weights are drawn among them
         own["parameters"] = teacher["parameters"]
     return own
 
 
 def nearest(store, reference, device="cpu", chunk=4096):
-    """(distances (N,) float32, rows (N,) int64): of each image's plain view to the nearest one of `reference`, Euclidean.
+    """(distances (N,) float32, rows (N,) int64): of each image's plain view to the nearest one of `reference`,
+    Euclidean.
 
     An image that is itself in the reference (its id is there, at nearly its own embedding: other folders may use the
     same names) is not its own neighbour.  `chunk` rows of both are held at a time.  Raises UserError.
@@ -362,7 +424,9 @@ def nearest(store, reference, device="cpu", chunk=4096):
         exact = torch.stack([(own - plain(reference, column)).norm(dim=1) for column in places.T.cpu().numpy()], 1)
         best, order = exact.masked_fill(values.isinf(), torch.inf).min(1)
         if best.isinf().any():
-            raise UserError(f"{reference.folder} holds no image but {store.ids[start + int(best.isinf().nonzero()[0])]} itself")
+            raise UserError(
+                f"{reference.folder} holds no image but {store.ids[start + int(best.isinf().nonzero()[0])]} itself"
+            )
         distances.append(best.cpu().numpy())
         rows.append(places.gather(1, order[:, None])[:, 0].cpu().numpy())
     return np.concatenate(distances), np.concatenate(rows)
@@ -374,7 +438,8 @@ STREAM_VIEW = 2001  # of the counter-based generator
 class StoredTeacher:
     """What a frozen teacher said, in its place: `targets(batch) -> dict`, and the view of which it said so.
 
-    stores: {"train", "val", "test": Store}; datasets: {the same: dataset}, whose ids must be there; num_views: the first
+    stores: {"train", "val", "test": Store}; datasets: {the same: dataset}, whose ids must be there; num_views: the
+    first
     K stored views are used (None: all).  Raises UserError.
     """
 
@@ -386,7 +451,9 @@ class StoredTeacher:
         self.store.check_views(self.num_views)
         for name in wanted:
             if name not in self.store.arrays:
-                raise UserError(f"{self.store.folder} holds no {name}: this method needs them, extract with --save-{name}")
+                raise UserError(
+                    f"{self.store.folder} holds no {name}: this method needs them, extract with --save-{name}"
+                )
         self.wanted = wanted
         self.rows = {split: stores[split].rows(dataset.ids) for split, dataset in datasets.items()}
 
@@ -396,10 +463,14 @@ class StoredTeacher:
         return {**batch, "view": (start.long() + batch["view"]) % self.num_views}
 
     def targets(self, batch, split="train"):
-        """{"embedding": (B, D), "logits": (B, C), ...} float32 on the batch's device, of view batch["view"] of a split."""
+        """{"embedding": (B, D), "logits": (B, C), ...} float32 on the batch's device, of view batch["view"] of a
+        split."""
         rows, views, device = self.rows[split][batch["index"].numpy()], batch["view"].numpy(), batch["image"].device
         store = self.stores[split]
-        return {self.KEYS[name]: torch.from_numpy(store.read(name, rows, views)).to(device, non_blocking=True) for name in self.wanted}
+        return {
+            self.KEYS[name]: torch.from_numpy(store.read(name, rows, views)).to(device, non_blocking=True)
+            for name in self.wanted
+        }
 
     def logits(self, split):
         """(N, C) float32 of the plain images of a split, or None where they are not stored."""

@@ -1,6 +1,7 @@
 """Predictions, the frozen teacher, what a model costs, and the results of a run.
 
-Needs augment.py, cli.py, data.py, distributed.py, images.py, loader.py, metrics.py, models.py and training.py of `common` (and what
+Needs augment.py, cli.py, data.py, distributed.py, images.py, loader.py, metrics.py, models.py and training.py of
+`common` (and what
 these need), torch and numpy.
 """
 
@@ -32,9 +33,13 @@ def predict(model, loader, preprocess, precision, interrupts=None):
 def task_metrics(logits, targets, teacher=None, positive=None):
     """Metrics of {task: logits (N, C)} against {task: labels (N,)}, and fidelity to a teacher's logits {task: (N, C)}.
 
-    positive: {task: index} of the positive class of two (1).  Of several tasks <task>_<metric> for each, and <metric>, their mean (None where one is).
+    positive: {task: index} of the positive class of two (1).  Of several tasks <task>_<metric> for each, and <metric>,
+    their mean (None where one is).
     """
-    found = {task: metrics.classification(values, targets[task], (positive or {}).get(task, 1)) for task, values in logits.items()}
+    found = {
+        task: metrics.classification(values, targets[task], (positive or {}).get(task, 1))
+        for task, values in logits.items()
+    }
     for task, of in found.items() if teacher is not None else ():
         of.update(metrics.fidelity(logits[task], teacher[task], targets[task]))
     if len(found) == 1:
@@ -45,7 +50,8 @@ def task_metrics(logits, targets, teacher=None, positive=None):
 
 
 def outputs(model, loader, preprocess, precision, names=("logits", "embedding"), interrupts=None):
-    """{name: (N, ...) float32 numpy}: the model's outputs on a loader's plain images, in eval mode, without augmentation.
+    """{name: (N, ...) float32 numpy}: the model's outputs on a loader's plain images, in eval mode, without
+    augmentation.
 
     Several processes share the batches; each has the outputs of all.
     """
@@ -63,7 +69,10 @@ def outputs(model, loader, preprocess, precision, names=("logits", "embedding"),
     model.train(was_training)
     own = torch.cat(rows).numpy() if rows else None, [torch.cat(values).cpu().numpy() for values in zip(*parts)]
     gathered = [part for part in distributed.gather(own) if part[0] is not None]
-    result = {name: np.empty((len(loader.dataset), *value.shape[1:]), np.float32) for name, value in zip(names, gathered[0][1])}
+    result = {
+        name: np.empty((len(loader.dataset), *value.shape[1:]), np.float32)
+        for name, value in zip(names, gathered[0][1])
+    }
     for index, values in gathered:
         for name, value in zip(names, values):
             result[name][index] = value
@@ -132,26 +141,50 @@ def chance_auc(labels):
     return math.inf if len(counts) < 2 else 0.5 + 2 * float(np.sqrt((len(labels) + 1) / (12 * counts * others)).mean())
 
 
-def write_results(run, splits, loaders, recorder, preprocess, precision, *, script, method=None, teacher=None,
-                  teacher_logits=None, judge=None):
+def write_results(
+    run,
+    splits,
+    loaders,
+    recorder,
+    preprocess,
+    precision,
+    *,
+    script,
+    method=None,
+    teacher=None,
+    teacher_logits=None,
+    judge=None,
+):
     """Judge best and last weights on val and test, once, at the end; write results.json, predictions, confusions.
 
     Intervals and recalls of the classes are of the best weights alone.
 
-    loaders: {"val", "test": Loader}; teacher: dict for results.json; teacher_logits: {"val", "test": {task: (N, C)}}; judge:
+    loaders: {"val", "test": Loader}; teacher: dict for results.json; teacher_logits: {"val", "test": {task: (N, C)}};
+    judge:
     (split, loader) -> metrics of the student where it has no logits, and so no predictions.  Returns the results.
     """
     model, writes, best_logits = recorder.updater.evaluated_model, distributed.rank() == 0, {}
     config = read_json(run.path("config.json")) if writes else {}
     results = {
-        "role": recorder.content["role"], "script": script, "method": method, **config, "dataset": splits.describe(),
-        "model": {"name": recorder.updater.model.name, "family": recorder.updater.model.family,
-                  "parameters": recorder.updater.model.num_parameters, "resolution": preprocess.resolution},
+        "role": recorder.content["role"],
+        "script": script,
+        "method": method,
+        **config,
+        "dataset": splits.describe(),
+        "model": {
+            "name": recorder.updater.model.name,
+            "family": recorder.updater.model.family,
+            "parameters": recorder.updater.model.num_parameters,
+            "resolution": preprocess.resolution,
+        },
         "teacher": teacher,
-    }  # fmt: skip
+    }
     for prefix in ("final_", ""):
         if not prefix:
-            parts = {"model": model, **({"loss": recorder.loss} if recorder.loss is not None else {})}  # projectors are of an epoch too
+            parts = {
+                "model": model,
+                **({"loss": recorder.loss} if recorder.loss is not None else {}),
+            }  # projectors are of an epoch too
             best = load_checkpoint(run.path("best.pth")) if writes else None  # the file may be on rank 0's node alone
             for name, part in parts.items():
                 if writes:
@@ -162,7 +195,9 @@ def write_results(run, splits, loaders, recorder, preprocess, precision, *, scri
                 results[prefix + split] = judge(split, loader)
                 continue
             logits = predict(model, loader, preprocess, precision, recorder.interrupts)
-            found = task_metrics(logits, loader.dataset.targets, teacher_logits and teacher_logits[split], splits.positive)
+            found = task_metrics(
+                logits, loader.dataset.targets, teacher_logits and teacher_logits[split], splits.positive
+            )
             results[prefix + split] = {**found, **splits.positive_names()}
             if not prefix and writes:
                 write_predictions(run.folder, split, loader.dataset, logits, splits)
@@ -170,11 +205,17 @@ def write_results(run, splits, loaders, recorder, preprocess, precision, *, scri
     if not writes:
         return results
     results.update(
-        checkpoint="best.pth", checkpoint_sha256=file_sha256(run.path("best.pth")), select_metric=recorder.metric,
-        best_epoch=recorder.best_epoch, last_epoch=len(run.rows), stopped_early=recorder.stopped_early,
-        processes=distributed.size(), throughput=throughput(run.rows), peak_memory_mb=peak_memory_mb(precision.device),
+        checkpoint="best.pth",
+        checkpoint_sha256=file_sha256(run.path("best.pth")),
+        select_metric=recorder.metric,
+        best_epoch=recorder.best_epoch,
+        last_epoch=len(run.rows),
+        stopped_early=recorder.stopped_early,
+        processes=distributed.size(),
+        throughput=throughput(run.rows),
+        peak_memory_mb=peak_memory_mb(precision.device),
         wall_time_s=round(recorder.seconds, 1),
-    )  # fmt: skip
+    )
     # after the peak of memory was read, and while no other process waits
     found = {split: uncertainty(logits, loaders[split].dataset, splits) for split, logits in best_logits.items()}
     results.update({key: {split: of[key] for split, of in found.items()} for key in ("intervals", "class_recalls")})
@@ -203,22 +244,30 @@ def verdict(results, path):
         bracketed = {*names, metric}
     if metric in intervals:
         names.setdefault(metric, metric)
-    figures = [f"{name} {test[key]:.4f}" + (f" {brackets(intervals[key])}" if key in bracketed and intervals.get(key) else "")
-               for key, name in names.items()]  # fmt: skip
+    figures = [
+        f"{name} {test[key]:.4f}" + (f" {brackets(intervals[key])}" if key in bracketed and intervals.get(key) else "")
+        for key, name in names.items()
+    ]
     return f"test {', '.join(figures)} {best}; last epoch {results['final_test']['accuracy']:.4f}; {path}"
 
 
 def uncertainty(logits, dataset, splits):
-    """What stands beside a split's metrics: {"intervals": {metric: [low, high] or None}, "class_recalls": {class: recall or None}}.
+    """What stands beside a split's metrics: {"intervals": {metric: [low, high] or None}, "class_recalls": {class:
+    recall or None}}.
 
     logits: {task: (N, C)}; splits: for classes and positive ones; of several tasks the keys are <task>_<metric> and
-    <task>_<class>.  The intervals are of 95 %, by resampling lesions, patients or cases where the dataset has groups, else images.
+    <task>_<class>.  The intervals are of 95 %, by resampling lesions, patients or cases where the dataset has groups,
+    else images.
     """
     result = {"intervals": {}, "class_recalls": {}}
     for task, names in tasks_of(splits.classes).items():
         labels, prefix = dataset.targets[task], f"{task}_" if len(logits) > 1 else ""
-        chosen = metrics.RESAMPLED if len(names) <= 100 else metrics.RESAMPLED[:2]  # curves of each class take minutes on ImageNet
-        found = metrics.bootstrap(logits[task], labels, dataset.groups, names=chosen, positive=splits.positive.get(task, 1))
+        chosen = (
+            metrics.RESAMPLED if len(names) <= 100 else metrics.RESAMPLED[:2]
+        )  # curves of each class take minutes on ImageNet
+        found = metrics.bootstrap(
+            logits[task], labels, dataset.groups, names=chosen, positive=splits.positive.get(task, 1)
+        )
         result["intervals"].update({prefix + name: value for name, value in found.items()})
         recalls = metrics.class_recalls(logits[task], labels)
         result["class_recalls"].update({prefix + name: recall for name, recall in zip(names, recalls)})
@@ -285,13 +334,20 @@ def write_predictions(folder, split, dataset, logits, splits):
     with atomic_write(os.path.join(folder, f"predictions_{split}.npz")) as temporary, open(temporary, "wb") as file:
         arrays = {"ids": np.array(dataset.ids), **({} if dataset.groups is None else {"groups": dataset.groups})}
         for task, names in tasks_of(splits.classes).items():
-            of = {"labels": dataset.targets[task], "logits": logits[task].astype(np.float32), "classes": np.array(names)}
+            of = {
+                "labels": dataset.targets[task],
+                "logits": logits[task].astype(np.float32),
+                "classes": np.array(names),
+            }
             if task in splits.positive:
                 of["positive"] = np.array(names[splits.positive[task]])
             arrays.update({name if task == TASK else f"{name}_{task}": value for name, value in of.items()})
         np.savez(file, **arrays)
     for task, values in logits.items():
-        write_array(os.path.join(folder, f"confusion_{split}_{task}.npy"), metrics.confusion_matrix(values, dataset.targets[task]))
+        write_array(
+            os.path.join(folder, f"confusion_{split}_{task}.npy"),
+            metrics.confusion_matrix(values, dataset.targets[task]),
+        )
 
 
 def evaluate_checkpoint(path, split="test", device="auto", batch_size=128, data_root=None):
@@ -312,7 +368,8 @@ def measure_checkpoint(path, device="auto", batch_size=128):
 
 
 def splits_of(checkpoint, dataset=None, data_root=None, split="test", **reading):
-    """Splits that hold `split` of a checkpoint's own dataset, or of another with the checkpoint's classes, if it has any.
+    """Splits that hold `split` of a checkpoint's own dataset, or of another with the checkpoint's classes, if it has
+    any.
 
     reading: keywords of `load_splits` that win over the checkpoint's flags.
     """
@@ -324,13 +381,18 @@ def splits_of(checkpoint, dataset=None, data_root=None, split="test", **reading)
     options = {**split_flags(flags), "positive": checkpoint["classes"] and checkpoint.get("positive")}
     options.pop("limit_labels", None)  # to be judged, an image needs its label
     if not own:  # how images are read stays; which samples there are is another dataset's own matter
-        options = {k: v for k, v in options.items() if k in ("split_seed", "decode_size", "window", "hair_removal", "positive")}
+        options = {
+            k: v for k, v in options.items() if k in ("split_seed", "decode_size", "window", "hair_removal", "positive")
+        }
     if split != "train":  # what changes train alone may be gone by now
         options = {k: v for k, v in options.items() if k not in ("limit_train", "include_list", "extra_train")}
     result = load_splits(
-        dataset or flags["dataset"], find_data_root(data_root or (flags["data_root"] if own else None)),
-        classes=checkpoint["classes"] or None, splits=SPLITS if divided else (split,), **{**options, **reading},
-    )  # fmt: skip
+        dataset or flags["dataset"],
+        find_data_root(data_root or (flags["data_root"] if own else None)),
+        classes=checkpoint["classes"] or None,
+        splits=SPLITS if divided else (split,),
+        **{**options, **reading},
+    )
     if not divided:
         result.train, result.val, result.test = (getattr(result, k) if k == split else None for k in SPLITS)
     return result

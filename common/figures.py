@@ -13,7 +13,8 @@ from common.comparison import KINDS, number
 
 @contextlib.contextmanager
 def figure(path, height, title="", rows=1, width=5.5):
-    """Yield a matplotlib figure and its axes, one below the other, so that a narrow screen shows them as large as a wide one; saved as PNG
+    """Yield a matplotlib figure and its axes, one below the other, so that a narrow screen shows them as large as a
+    wide one; saved as PNG
     at the end.  Sizes in inches.
     """
     import matplotlib
@@ -21,8 +22,18 @@ def figure(path, height, title="", rows=1, width=5.5):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 130,
-                         "axes.grid": True, "grid.alpha": 0.3, "legend.frameon": False, "text.parse_math": False})
+    plt.rcParams.update(
+        {
+            "font.size": 11,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "savefig.dpi": 130,
+            "axes.grid": True,
+            "grid.alpha": 0.3,
+            "legend.frameon": False,
+            "text.parse_math": False,
+        }
+    )
     drawn, axes = plt.subplots(rows, 1, figsize=(width, height), layout="constrained")
     drawn.get_layout_engine().set(w_pad=0.1, h_pad=0.08)
     drawn.suptitle(textwrap.fill(title, int(9 * width)), fontsize=12)
@@ -35,7 +46,8 @@ def figure(path, height, title="", rows=1, width=5.5):
 
 
 def log_ticks(axis, formatter):
-    """Numbers at 1, 2 and 5 of each decade of a logarithmic axis (axes.xaxis or axes.yaxis), so that a short range has some."""
+    """Numbers at 1, 2 and 5 of each decade of a logarithmic axis (axes.xaxis or axes.yaxis), so that a short range has
+    some."""
     from matplotlib import ticker
 
     axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
@@ -49,11 +61,17 @@ def draw_curves(path, title, metric, scale, lines):
     lines: (name, colour, rows of metrics.json, results.json); lines of one name share a legend entry.
     A star is the best epoch, whose weights were tested; a bar at the end says that --patience stopped the run.
     """
-    names, panels = {}, [("train_loss", 1, "train loss", "-"),
-                         (f"val_{metric}", scale, f"val {metric}" + " (%)" * (scale == 100), "-")]
+    names, panels = (
+        {},
+        [
+            ("train_loss", 1, "train loss", "-"),
+            (f"val_{metric}", scale, f"val {metric}" + " (%)" * (scale == 100), "-"),
+        ],
+    )
     if any(number(row.get("val_knn")) is not None for _, _, rows, _ in lines for row in rows):
-        panels += [(key, 100, "val k-NN accuracy (%)", style)
-                   for key, style in (("val_knn", "-"), ("val_teacher_knn", "--"))]
+        panels += [
+            (key, 100, "val k-NN accuracy (%)", style) for key, style in (("val_knn", "-"), ("val_teacher_knn", "--"))
+        ]
     count = len({name for _, _, name, _ in panels})
     with figure(path, 0.9 + 3.1 * count, title, count) as (drawn, axes):
         for axis, (key, scale, name, style) in zip([*axes, axes[-1]], panels):
@@ -62,15 +80,25 @@ def draw_curves(path, title, metric, scale, lines):
                 if not points:
                     continue
                 kind += ": its teacher" * (style == "--")
-                (names[kind],) = axis.plot(points.keys(), points.values(), style, color=colour, linewidth=1.2, alpha=0.85,
-                                           marker="o" if len(points) < 20 else None, markersize=3)  # fmt: skip
+                (names[kind],) = axis.plot(
+                    points.keys(),
+                    points.values(),
+                    style,
+                    color=colour,
+                    linewidth=1.2,
+                    alpha=0.85,
+                    marker="o" if len(points) < 20 else None,
+                    markersize=3,
+                )
                 best, last = results.get("best_epoch"), max(points)
                 if best in points and style == "-":
-                    (names["best epoch"],) = axis.plot(best, points[best], "*", color=colour, markersize=11,
-                                                       markeredgecolor="white")
+                    (names["best epoch"],) = axis.plot(
+                        best, points[best], "*", color=colour, markersize=11, markeredgecolor="white"
+                    )
                 if results.get("stopped_early"):
-                    (names["stopped early"],) = axis.plot(last, points[last], "|", color=colour, markersize=16,
-                                                          markeredgewidth=2)
+                    (names["stopped early"],) = axis.plot(
+                        last, points[last], "|", color=colour, markersize=16, markeredgewidth=2
+                    )
             low, high = axis.dataLim.intervaly
             if scale == 1 and 0 < 20 * low < high < math.inf:
                 axis.set_yscale("log")  # a distillation loss is a sum of terms and may dwarf the cross-entropy
@@ -88,7 +116,9 @@ def draw_confusion(path, title, counts, classes):
     slant = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if max(map(len, names)) > 3 else {}
     side = min(max(1.5 + 0.4 * size, 5.5), 11)
     with figure(path, side, title, width=side) as (drawn, axis):
-        drawn.colorbar(axis.imshow(share, cmap="Blues", vmin=0, vmax=1), label="share of the true class", fraction=0.045)
+        drawn.colorbar(
+            axis.imshow(share, cmap="Blues", vmin=0, vmax=1), label="share of the true class", fraction=0.045
+        )
         for row, column in [divmod(i, size) for i in range(size * size)] if size <= 12 else []:
             colour = "white" if share[row, column] > 0.6 else "black"
             axis.text(column, row, int(counts[row, column]), ha="center", va="center", fontsize=9, color=colour)
@@ -125,7 +155,12 @@ def draw_reliability(path, title, kinds):
             x, y, share = (found[key][found["share"] > 0] for key in ("confidence", "accuracy", "share"))
             axis.plot(x, y, color=colour, linewidth=0.8, alpha=0.6)
             axis.scatter(x, y, 8 + 220 * share, color=colour, alpha=0.8, label=f"{name}, ECE {found['ece']:.3f}")
-        axis.set(xlabel="confidence (larger points hold more images)", ylabel="share of right answers", xlim=(0, 1.02), ylim=(0, 1.02))
+        axis.set(
+            xlabel="confidence (larger points hold more images)",
+            ylabel="share of right answers",
+            xlim=(0, 1.02),
+            ylim=(0, 1.02),
+        )
         for handle in drawn.legend(loc="outside lower center").legend_handles:
             handle.set_sizes([40])
 
@@ -141,8 +176,12 @@ def draw_two_class(path, title, positive, lines):
             (names[name],) = roc.plot(fpr, tpr, color=colour, linewidth=1.3, alpha=0.85)
             pr.step(recall, precision, where="post", color=colour, linewidth=1.3, alpha=0.85)
         roc.plot([0, 1], [0, 1], color="grey", linestyle="--", linewidth=1)
-        roc.set(xlabel=f"false-positive rate (positive: {positive})", ylabel="true-positive rate", xlim=(-0.01, 1),
-                ylim=(0, 1.02))
+        roc.set(
+            xlabel=f"false-positive rate (positive: {positive})",
+            ylabel="true-positive rate",
+            xlim=(-0.01, 1),
+            ylim=(0, 1.02),
+        )
         pr.set(xlabel=f"recall (positive: {positive})", ylabel="precision", xlim=(0, 1.01), ylim=(0, 1.02))
         drawn.legend(names.values(), names, loc="outside lower center")
 

@@ -24,7 +24,10 @@ from common.images import MISSING, DataError, ImageDataset
 from common.splitting import check_groups
 from common.tables import SPLITS, check_folder, counted, images_by_name, label_numbers, match_images, sorted_classes
 
-MEDPIX_CLASSES = {"modality": ["CT", "MR"], "location": ["Abdomen", "Head", "Reproductive and Urinary System", "Spine and Muscles", "Thorax"]}
+MEDPIX_CLASSES = {
+    "modality": ["CT", "MR"],
+    "location": ["Abdomen", "Head", "Reproductive and Urinary System", "Spine and Muscles", "Thorax"],
+}
 MEDPIX_COLUMNS = {"modality": "Type", "location": "Location Category"}
 MEDPIX_SPLITS = {"train": "train", "val": "dev", "test": "test"}  # their names in the official files
 TOKENIZED_AT_ONCE = 10_000  # texts, so that a large dataset never lies in Python lists as a whole
@@ -54,25 +57,49 @@ class ImageTextDataset(ImageDataset):
         return {**super().__getitem__(i), "text": self.texts[i], "targets": targets}
 
     def _options(self, groups):
-        return {"groups": groups, "decode_size": self.decode_size, "window": self.window, "hair_removal": self.hair_removal}
+        return {
+            "groups": groups,
+            "decode_size": self.decode_size,
+            "window": self.window,
+            "hair_removal": self.hair_removal,
+        }
 
     def subset(self, rows):
         """The samples of these rows, in their order."""
         ids, texts, paths = ([values[i] for i in rows] for values in (self.ids, self.texts, self.paths))
         targets = {task: labels[rows] for task, labels in self.targets.items()}
-        return ImageTextDataset(ids, targets, self.classes, texts, paths, **self._options(None if self.groups is None else self.groups[rows]))
+        return ImageTextDataset(
+            ids,
+            targets,
+            self.classes,
+            texts,
+            paths,
+            **self._options(None if self.groups is None else self.groups[rows]),
+        )
 
     def joined(self, other):
         """These samples, then those of another dataset with the same tasks."""
         targets = {task: np.concatenate([labels, other.targets[task]]) for task, labels in self.targets.items()}
         groups = None if self.groups is None else np.concatenate([self.groups, other.groups])
-        return ImageTextDataset(self.ids + other.ids, targets, self.classes, self.texts + other.texts, [*self.paths, *other.paths],
-                                **self._options(groups))  # fmt: skip
+        return ImageTextDataset(
+            self.ids + other.ids,
+            targets,
+            self.classes,
+            self.texts + other.texts,
+            [*self.paths, *other.paths],
+            **self._options(groups),
+        )
 
     def fingerprint(self, classes=None):
         """SHA-256 over ids, texts and class names of each task, in order of ids; `classes` is its own."""
-        lines = [[i, text, *(self.classes[task][labels[row]] if labels[row] >= 0 else "" for task, labels in self.targets.items())]
-                 for row, (i, text) in enumerate(zip(self.ids, self.texts))]  # fmt: skip
+        lines = [
+            [
+                i,
+                text,
+                *(self.classes[task][labels[row]] if labels[row] >= 0 else "" for task, labels in self.targets.items()),
+            ]
+            for row, (i, text) in enumerate(zip(self.ids, self.texts))
+        ]
         return hashlib.sha256(json.dumps([list(self.targets), *sorted(lines)]).encode()).hexdigest()
 
 
@@ -80,7 +107,8 @@ class ImageTextDataset(ImageDataset):
 
 
 def read_jsonl(path, required=()):
-    """[(line number, dict)] of a file with a JSON object a line; required: keys that each must have.  Raises DataError."""
+    """[(line number, dict)] of a file with a JSON object a line; required: keys that each must have.  Raises
+    DataError."""
     rows = []
     try:
         with open(path, "rb") as file:  # lines end at a newline alone: a text may hold other separators
@@ -143,7 +171,8 @@ def _check_tasks(classes, tasks, name):
 
 
 def read_medpix(root, *, splits=SPLITS, text_fields=("Caption",), classes=None, on_bad_image="error", **decoding):
-    """MedPix 2.0 as published (Siragusa et al. 2025, doi 10.1007/s41019-025-00297-8); its dev is val, a group is a case.
+    """MedPix 2.0 as published (Siragusa et al. 2025, doi 10.1007/s41019-025-00297-8); its dev is val, a group is a
+    case.
 
     text_fields: the description's fields, the case's and the topic's; where two of them have a name, as Title, it is
     Case.Title or Topic.Title.  classes: {task: names} in a checkpoint's order.
@@ -162,10 +191,15 @@ def read_medpix(root, *, splits=SPLITS, text_fields=("Caption",), classes=None, 
         own = {i: images[i] for i in ids if i in images}
         matched, files = match_images(path, ids, own, folder, on_bad_image)
         rows, ids = [rows[row] for row in matched], [ids[row] for row in matched]
-        targets = {task: label_numbers(path, _names(path, rows, column), classes[task], column) for task, column in MEDPIX_COLUMNS.items()}
+        targets = {
+            task: label_numbers(path, _names(path, rows, column), classes[task], column)
+            for task, column in MEDPIX_COLUMNS.items()
+        }
         cases = os.path.join(root, "splitted_dataset", f"data_{MEDPIX_SPLITS[split]}.jsonl")
         texts = _medpix_texts(path, rows, cases, text_fields)
-        parts[split] = ImageTextDataset(ids, targets, classes, texts, files, groups=_names(path, rows, "U_id"), **decoding)
+        parts[split] = ImageTextDataset(
+            ids, targets, classes, texts, files, groups=_names(path, rows, "U_id"), **decoding
+        )
     check_groups(parts)
     return parts, classes
 
@@ -197,7 +231,8 @@ def _medpix_texts(path, rows, cases_path, text_fields):
 
 
 def _full_name(field, own, joined):
-    """The key of a field: the description's own names, else Case.NAME or Topic.NAME, of which NAME does if it is one's."""
+    """The key of a field: the description's own names, else Case.NAME or Topic.NAME, of which NAME does if it is
+    one's."""
     if field in own or field in joined:
         return field
     found = [key for key in joined if key.split(".", 1)[1] == field]
@@ -206,29 +241,47 @@ def _full_name(field, own, joined):
     if not found:
         names = [key.split(".", 1)[1] for key in joined]
         short = [key if names.count(name) > 1 else name for key, name in zip(joined, names)]
-        raise DataError(f"--text-fields {field!r} is no field of MedPix: choose of {', '.join(map(repr, [*own, *short]))}")
+        raise DataError(
+            f"--text-fields {field!r} is no field of MedPix: choose of {', '.join(map(repr, [*own, *short]))}"
+        )
     return found[0]
 
 
-# ---------------------------------------------------------------------------------------------------- any folder of ours
+# ---------------------------------------------------------------------------------------------------- any folder of
+# ours
 
 
-def read_image_text(root, *, tasks=None, splits=SPLITS, text_fields=("text",), group_field="group", classes=None,
-                    on_bad_image="error", **decoding):  # fmt: skip
+def read_image_text(
+    root,
+    *,
+    tasks=None,
+    splits=SPLITS,
+    text_fields=("text",),
+    group_field="group",
+    classes=None,
+    on_bad_image="error",
+    **decoding,
+):
     """A folder with train.jsonl, test.jsonl (val.jsonl, if there is one) and images, a line an image:
 
         {"image": "scans/17.png", "text": "...", "organ": "liver", "group": "patient 4"}
 
     image: its path in the folder or in its images/; tasks: the keys of the labels (by default those of classes), whose
-    classes are those in train, or classes {task: names} in a checkpoint's order; group_field: the key of whose image it is, where lines have it.
+    classes are those in train, or classes {task: names} in a checkpoint's order; group_field: the key of whose image it
+    is, where lines have it.
     """
     check_folder("image_text", root, "train.jsonl, test.jsonl and the images that they name")
     tasks = list(tasks or classes or [])
     if not tasks:
         raise DataError("--dataset image_text needs --tasks NAME ...: the keys of the labels in its JSONL files")
     for task in tasks:
-        if not re.fullmatch(r"[\w-]+", task) or tasks.count(task) > 1 or task in ("balanced", "top5"):  # it names columns; balanced_accuracy is a metric
-            raise DataError(f"--tasks {task!r}: a task's name is of letters, digits, - and _, not balanced or top5, and each is named once")
+        if (
+            not re.fullmatch(r"[\w-]+", task) or tasks.count(task) > 1 or task in ("balanced", "top5")
+        ):  # it names columns; balanced_accuracy is a metric
+            raise DataError(
+                f"--tasks {task!r}: a task's name is of letters, digits, - and _, not balanced or top5, and each "
+                "is named once"
+            )
     _check_tasks(classes, tasks, "image_text")
     paths = {split: os.path.join(root, f"{split}.jsonl") for split in SPLITS}
     if not os.path.exists(paths["val"]):  # it is split off train then, which is the caller's to do
@@ -245,10 +298,15 @@ def read_image_text(root, *, tasks=None, splits=SPLITS, text_fields=("text",), g
         rows, ids, files = content[split]
         targets = {task: label_numbers(paths[split], names[split][task], classes[task], task) for task in tasks}
         records = [row for _, row in rows]
-        fields = list(dict.fromkeys(key for record in records for key in record if key not in ("image", group_field, *tasks)))
+        fields = list(
+            dict.fromkeys(key for record in records for key in record if key not in ("image", group_field, *tasks))
+        )
         for field in text_fields:
             if field not in fields:
-                raise DataError(f"--text-fields {field!r} is no key of a text in {paths[split]}: choose of {', '.join(map(repr, fields)) or 'none'}")
+                raise DataError(
+                    f"--text-fields {field!r} is no key of a text in {paths[split]}: choose of "
+                    f"{', '.join(map(repr, fields)) or 'none'}"
+                )
         groups = [as_text(record.get(group_field)) for record in records]
         texts, groups = _joined_texts(records, text_fields), groups if any(groups) else None
         parts[split] = ImageTextDataset(ids, targets, classes, texts, files, groups=groups, **decoding)
@@ -285,7 +343,9 @@ def tokenize(texts, tokenizer, max_length):
     rows = []
     for start in range(0, len(texts), TOKENIZED_AT_ONCE):
         part = list(texts[start : start + TOKENIZED_AT_ONCE])
-        rows += [np.array(row, np.int32) for row in tokenizer(part, truncation=True, max_length=max_length)["input_ids"]]
+        rows += [
+            np.array(row, np.int32) for row in tokenizer(part, truncation=True, max_length=max_length)["input_ids"]
+        ]
     lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64)
     ids = np.full((len(rows), max(1, int(lengths.max()) if rows else 1)), tokenizer.pad_token_id or 0, np.int32)
     for line, row in zip(ids, rows):
@@ -297,7 +357,10 @@ def token_batch(tokens, rows, device="cpu"):
     """`input_ids` and `attention_mask` (B, L) int64 of rows (B,), padded to the longest of them."""
     lengths = tokens.lengths[rows]  # on the CPU, as rows: nothing waits for the device
     longest = max(1, int(lengths.max()))
-    batch = {"input_ids": tokens.ids[rows, :longest].long(), "attention_mask": (torch.arange(longest) < lengths[:, None]).long()}
+    batch = {
+        "input_ids": tokens.ids[rows, :longest].long(),
+        "attention_mask": (torch.arange(longest) < lengths[:, None]).long(),
+    }
     if torch.device(device).type == "cuda":
         batch = {name: value.pin_memory() for name, value in batch.items()}
     return {name: value.to(device, non_blocking=True) for name, value in batch.items()}

@@ -29,7 +29,8 @@ MISSING = {"", "NA", "N/A", "n/a", "#N/A", "<NA>", "nan", "-nan", "NaN", "NAN", 
 
 
 def tasks_of(classes):
-    """{task: its class names} of a dataset's or a checkpoint's classes: a list where TASK is the only one, else this dict."""
+    """{task: its class names} of a dataset's or a checkpoint's classes: a list where TASK is the only one, else this
+    dict."""
     return classes if isinstance(classes, dict) else {TASK: classes}
 
 
@@ -42,7 +43,10 @@ def in_words(classes):
     """10 (airplane, automobile, bird, cat, ...); of several tasks modality: 2 (CT, MR) and location: ..."""
     parts = []
     for task, names in tasks_of(classes).items():
-        parts.append(f"{'' if task == TASK else task + ': '}{len(names)} ({', '.join([*names[:4], *(['...'] if len(names) > 4 else [])])})")
+        parts.append(
+            f"{'' if task == TASK else task + ': '}{len(names)} "
+            f"({', '.join([*names[:4], *(['...'] if len(names) > 4 else [])])})"
+        )
     return " and ".join(parts)
 
 
@@ -100,7 +104,8 @@ def hdf5_ids(path):
         raise DataError(f"cannot read {path}: {error}") from None
 
 
-# -------------------------------------------------------------------------------------------------- Hugging Face datasets
+# -------------------------------------------------------------------------------------------------- Hugging Face
+# datasets
 
 
 class RowImage(NamedTuple):
@@ -122,7 +127,8 @@ class RowImage(NamedTuple):
 
 
 def rows_with_images(source):
-    """(split, column, its rows with undecoded images) of a dataset on the hub, or of a folder that `save_to_disk` wrote.
+    """(split, column, its rows with undecoded images) of a dataset on the hub, or of a folder that `save_to_disk`
+    wrote.
 
     The split is train where there is one, else the only one.  Loaded once.  Raises DataError.
     """
@@ -138,12 +144,17 @@ def _load_rows(source):
         found = datasets.load_from_disk(source) if os.path.isdir(source) else datasets.load_dataset(source)
     except Exception as error:  # the hub's and pyarrow's errors are of many kinds
         text = " ".join(str(error).split())[:160]
-        raise DataError(f"cannot load --hf-dataset {source} ({type(error).__name__}: {text}): where the hub cannot be reached, load_dataset and "
-                        "save_to_disk it elsewhere and name that folder") from None  # fmt: skip
+        raise DataError(
+            f"cannot load --hf-dataset {source} ({type(error).__name__}: {text}): where the hub cannot be "
+            "reached, load_dataset and "
+            "save_to_disk it elsewhere and name that folder"
+        ) from None
     split = "train"
     if isinstance(found, dict):
         if "train" not in found and len(found) != 1:
-            raise DataError(f"--hf-dataset {source} has the splits {', '.join(found)} and no train: save the one that is meant")
+            raise DataError(
+                f"--hf-dataset {source} has the splits {', '.join(found)} and no train: save the one that is meant"
+            )
         split = "train" if "train" in found else next(iter(found))
         found = found[split]
     column = next((name for name, kind in found.features.items() if isinstance(kind, datasets.Image)), None)
@@ -229,7 +240,8 @@ def opencv():
 def hair_mask(image):
     """(H, W, 3) uint8 -> (H, W) uint8, 1 on hairs: dark, thin (black-hat), and straight over some length.
 
-    The last is what tells hair from a lesion's own dark lines, as in DullRazor (Lee et al. 1997, Comput. Biol. Med. 27).
+    The last is what tells hair from a lesion's own dark lines, as in DullRazor (Lee et al. 1997, Comput. Biol. Med.
+    27).
     """
     cv2 = opencv()
     height, breadth = image.shape[:2]
@@ -240,7 +252,9 @@ def hair_mask(image):
         return cv2.resize(found, (breadth, height), interpolation=cv2.INTER_NEAREST)
     width, length = max(5, round(side * HAIR_WIDTH)) | 1, max(5, round(side * HAIR_LENGTH)) | 1  # pixels, odd
     disc, square = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (width, width)), np.ones((3, 3), np.uint8)
-    hat = cv2.morphologyEx(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.MORPH_BLACKHAT, disc, borderType=cv2.BORDER_REPLICATE)
+    hat = cv2.morphologyEx(
+        cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.MORPH_BLACKHAT, disc, borderType=cv2.BORDER_REPLICATE
+    )
     dark = (hat > HAIR_CONTRAST).astype(np.uint8)
     padded = cv2.copyMakeBorder(dark, length, length, length, length, cv2.BORDER_CONSTANT, value=0)
     mask = np.zeros_like(padded)
@@ -260,7 +274,11 @@ def remove_hair(image):
     """(H, W, 3) uint8 -> the same with hairs filled from around them (Telea 2004)."""
     cv2 = opencv()
     mask = hair_mask(image)
-    return cv2.inpaint(image, mask, max(1, max(image.shape[:2]) * INPAINT_RADIUS), cv2.INPAINT_TELEA) if mask.any() else image
+    return (
+        cv2.inpaint(image, mask, max(1, max(image.shape[:2]) * INPAINT_RADIUS), cv2.INPAINT_TELEA)
+        if mask.any()
+        else image
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------- datasets
@@ -274,7 +292,9 @@ class ImageDataset(torch.utils.data.Dataset):
     image whose group is MISSING is a group of its own; hair_removal: see `remove_hair`, done when a file is decoded.
     """
 
-    def __init__(self, ids, labels, images=None, paths=None, decode_size=512, window=None, groups=None, hair_removal=False):
+    def __init__(
+        self, ids, labels, images=None, paths=None, decode_size=512, window=None, groups=None, hair_removal=False
+    ):
         self.ids, self.labels, self.images, self.paths = list(ids), np.asarray(labels, np.int64), images, paths
         self.keys = np.array([hash_id(i) for i in self.ids], np.int64)
         self.decode_size, self.window, self.hair_removal = decode_size, window, hair_removal
@@ -308,7 +328,9 @@ class ImageDataset(torch.utils.data.Dataset):
         paths = None if self.paths is None else [self.paths[i] for i in rows]
         groups = None if self.groups is None else self.groups[rows]
         ids = [self.ids[i] for i in rows]
-        return ImageDataset(ids, self.labels[rows], images, paths, self.decode_size, self.window, groups, self.hair_removal)
+        return ImageDataset(
+            ids, self.labels[rows], images, paths, self.decode_size, self.window, groups, self.hair_removal
+        )
 
     def joined(self, other):
         """These samples, then those of another dataset of the same kind."""
@@ -316,7 +338,9 @@ class ImageDataset(torch.utils.data.Dataset):
         paths = None if self.paths is None else [*self.paths, *other.paths]
         groups = None if self.groups is None else np.concatenate([self.groups, other.groups])
         labels = np.concatenate([self.labels, other.labels])
-        return ImageDataset(self.ids + other.ids, labels, images, paths, self.decode_size, self.window, groups, self.hair_removal)
+        return ImageDataset(
+            self.ids + other.ids, labels, images, paths, self.decode_size, self.window, groups, self.hair_removal
+        )
 
     def fingerprint(self, classes):
         """SHA-256 over ids and class names in order of ids: equal where two runs saw the same samples."""
@@ -342,7 +366,9 @@ def listed_images(folder):
             return [os.path.join(folder, name) for name in kept["images"]]
     folders, errors = {}, []
     paths = images_below(folder, folders, errors.append)
-    if errors or not folders or max(folders.values()) > time.time_ns() - 2_000_000_000:  # a file that comes within the clock's tick would not be seen
+    if (
+        errors or not folders or max(folders.values()) > time.time_ns() - 2_000_000_000
+    ):  # a file that comes within the clock's tick would not be seen
         return paths
     with contextlib.suppress(OSError):  # no home, no space: then it is listed again
         os.makedirs(os.path.dirname(path), exist_ok=True)

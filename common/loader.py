@@ -108,7 +108,10 @@ def several_views(batch, count):
         return batch
     views = torch.cat([count * (batch["view"] - 1) + 1 + g for g in range(count)])
     repeated = {key: torch.cat([batch[key]] * count) for key in ("index", "key", "size", "image")}
-    targets = {key: {task: torch.cat([labels] * count) for task, labels in batch[key].items()} for key in ("targets", "batch_targets")}
+    targets = {
+        key: {task: torch.cat([labels] * count) for task, labels in batch[key].items()}
+        for key in ("targets", "batch_targets")
+    }
     return {**batch, **repeated, **targets, "view": views}
 
 
@@ -135,8 +138,11 @@ def _collate(samples):
         try:  # here, for where the worker's queue does it, the batch would be lost and awaited for ever
             images.share_memory_(), sizes.share_memory_()
         except RuntimeError:
-            return (f"/dev/shm is too small for batches of {images.nbytes / 1e6:,.0f} MB from several workers: take --workers 0, a smaller "
-                    "--decode-size or --batch-size, or a larger /dev/shm (docker run --shm-size)")  # fmt: skip
+            return (
+                f"/dev/shm is too small for batches of {images.nbytes / 1e6:,.0f} MB from several workers: take "
+                "--workers 0, a smaller "
+                "--decode-size or --batch-size, or a larger /dev/shm (docker run --shm-size)"
+            )
     return images, sizes
 
 
@@ -186,7 +192,9 @@ def balanced_order(labels, num_classes, generator):
             raise DataError(f"--sampler balanced: class number {c} has no image in train")
         wanted = count * (c + 1) // num_classes - count * c // num_classes
         rounds = -(-wanted // len(members))
-        classes.append(torch.cat([members[torch.randperm(len(members), generator=generator)] for _ in range(rounds)])[:wanted])
+        classes.append(
+            torch.cat([members[torch.randperm(len(members), generator=generator)] for _ in range(rounds)])[:wanted]
+        )
     order = torch.cat(classes)
     return order[torch.randperm(count, generator=generator)]
 
@@ -203,8 +211,10 @@ def _train_batch(wanted, count, accumulate):
     parts = distributed.size() * accumulate
     batch_size = min(wanted, count - count % parts)
     if wanted % parts or not batch_size:
-        raise DataError(f"--batch-size {wanted} of {count} images cannot be cut into {distributed.size()} processes x "
-                        f"{accumulate} accumulation steps of the same size: take a multiple of {parts}")  # fmt: skip
+        raise DataError(
+            f"--batch-size {wanted} of {count} images cannot be cut into {distributed.size()} processes x "
+            f"{accumulate} accumulation steps of the same size: take a multiple of {parts}"
+        )
     return batch_size
 
 
@@ -220,20 +230,27 @@ class Loader:
     parts into which a process's share is cut, yielded one after another.
     """
 
-    def __init__(self, dataset, batch_size, device, shuffle=False, seed=0, cache="auto", workers=None, accumulate=1,
-                 balanced=0):  # fmt: skip
+    def __init__(
+        self, dataset, batch_size, device, shuffle=False, seed=0, cache="auto", workers=None, accumulate=1, balanced=0
+    ):
         self.dataset, self.device, self.shuffle, self.seed = dataset, torch.device(device), shuffle, seed
         self.accumulate, self.balanced = accumulate, balanced
         self.batch_size = _train_batch(batch_size, len(dataset), accumulate) if shuffle else batch_size
         self.keys = torch.from_numpy(dataset.keys)
         self.targets = {task: torch.from_numpy(labels).to(self.device) for task, labels in dataset.targets.items()}
-        spare = available_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's share the cores, srun's have own
+        spare = available_cpus() // int(
+            os.environ.get("LOCAL_WORLD_SIZE", 1)
+        )  # torchrun's share the cores, srun's have own
         self.workers = max(1, min(8, spare)) if workers is None else workers
         self.cache = self._workers = None
         with _advice():
             self.cache_kind = choose_cache(dataset, cache, self.device)
             if self.cache_kind == "off" and shuffle and dataset.hair_removal and not distributed.rank():
-                print("note: images are not cached, so --hair-removal is done again in each epoch: --cache ram does it once", flush=True)
+                print(
+                    "note: images are not cached, so --hair-removal is done again in each epoch: --cache ram does "
+                    "it once",
+                    flush=True,
+                )
             if self.cache_kind != "off":
                 self.cache = ImageCache(dataset, self.device if self.cache_kind == "device" else "cpu")
 
@@ -263,19 +280,27 @@ class Loader:
         """Yield batches from number `start` on.  In training the view is the epoch (from 1), else 0, the plain image;
         an image that comes again in an epoch gets another view.
 
-        A batch: `dataset`, whose texts `index` finds; `index`, `key`, `view` (B,) and `size` (B, 2) on the CPU; `image` (B, 3, H, W) uint8 and `targets`
+        A batch: `dataset`, whose texts `index` finds; `index`, `key`, `view` (B,) and `size` (B, 2) on the CPU; `image`
+        (B, 3, H, W) uint8 and `targets`
         {task: (B,)} on the device; `valid`, the rows that count; `batch_targets`, as targets, of the whole batch where
         this is a process's share or a part of it; `last_part`, whether it completes the batch.
         """
         rank, size = distributed.rank(), distributed.size()
         batches = self.rows(epoch)
-        again = repeats(torch.cat(batches)).split(self.batch_size) if self.balanced else [torch.zeros_like(rows) for rows in batches]
+        again = (
+            repeats(torch.cat(batches)).split(self.batch_size)
+            if self.balanced
+            else [torch.zeros_like(rows) for rows in batches]
+        )
         batches = list(zip(range(len(batches)), batches, again))[start:]
         if self.shuffle:
             count = size * self.accumulate
             own = slice(rank * self.accumulate, (rank + 1) * self.accumulate)
-            parts = [(step, rows, *part) for step, rows, again in batches
-                     for part in (list(zip(rows.chunk(count), again.chunk(count))) if count > 1 else [(rows, again)])[own]]  # fmt: skip
+            parts = [
+                (step, rows, *part)
+                for step, rows, again in batches
+                for part in (list(zip(rows.chunk(count), again.chunk(count))) if count > 1 else [(rows, again)])[own]
+            ]
         else:
             parts = [(step, rows, rows, again) for step, rows, again in batches[rank::size]]
         rows = [part[2] for part in parts]
@@ -305,17 +330,26 @@ class Loader:
             yield self.cache.batch(index)
 
     def _worker_init(self):
-        ending = multiprocessing.RawValue("b", 0)  # no Event: a second signal inside the handler would wait for its lock
-        multiprocessing.util.Finalize(self, setattr, (ending, "value", 1), exitpriority=0)  # at exit before workers are ended
+        ending = multiprocessing.RawValue(
+            "b", 0
+        )  # no Event: a second signal inside the handler would wait for its lock
+        multiprocessing.util.Finalize(
+            self, setattr, (ending, "value", 1), exitpriority=0
+        )  # at exit before workers are ended
         return functools.partial(_leave_signals, ending)
 
     def _loaded(self, rows):
         if self._workers is None:
             self._order, own = EpochOrder(), torch.Generator()  # its seeds shall not come from the model's generator
             self._workers = torch.utils.data.DataLoader(
-                _Readable(self.dataset), batch_sampler=self._order, collate_fn=_collate, num_workers=self.workers,
-                pin_memory=self.device.type == "cuda", persistent_workers=self.workers > 0,
-                worker_init_fn=self._worker_init() if self.workers else None, generator=own,
+                _Readable(self.dataset),
+                batch_sampler=self._order,
+                collate_fn=_collate,
+                num_workers=self.workers,
+                pin_memory=self.device.type == "cuda",
+                persistent_workers=self.workers > 0,
+                worker_init_fn=self._worker_init() if self.workers else None,
+                generator=own,
             )
         self._order.batches = [index.tolist() for index in rows]
         for item in self._workers:

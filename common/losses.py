@@ -10,32 +10,76 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-TERMS = ("ce", "kl", "feature", "embedding", "cls", "patch", "projection", "contrastive", "rkd_distance", "rkd_angle", "mmd", "dkd", "dist",
-         "standardized_kl", "attention")  # fmt: skip
-# Weights a published combination sets, others are 0; --ce-weight, --kl-weight, ... override one by one, 0 leaves a term out.
+TERMS = (
+    "ce",
+    "kl",
+    "feature",
+    "embedding",
+    "cls",
+    "patch",
+    "projection",
+    "contrastive",
+    "rkd_distance",
+    "rkd_angle",
+    "mmd",
+    "dkd",
+    "dist",
+    "standardized_kl",
+    "attention",
+)
+# Weights a published combination sets, others are 0; --ce-weight, --kl-weight, ... override one by one, 0 leaves a term
+# out.
 METHODS = {
     "response": {"ce": 0.5, "kl": 0.5},  # Hinton et al. 2015, arXiv:1503.02531
     "feature": {"ce": 0.5, "kl": 0.5, "feature": 1.0},  # the same and a hint, Romero et al. 2015, arXiv:1412.6550
-    "feature_matching": {"ce": 0.5, "feature": 0.5},  # with labels, intermediate maps of Swins and ViTs in place of logits
-    "embedding": {"ce": 1.0, "embedding": 1.0},  # stored or live embeddings in a shared space, with labels; --ce-weight 0 without
+    "feature_matching": {
+        "ce": 0.5,
+        "feature": 0.5,
+    },  # with labels, intermediate maps of Swins and ViTs in place of logits
+    "embedding": {
+        "ce": 1.0,
+        "embedding": 1.0,
+    },  # stored or live embeddings in a shared space, with labels; --ce-weight 0 without
     "tokens": {"cls": 1.0, "patch": 0.5},  # without labels: class token and patch tokens
     "vanilla": {"ce": 1.0, "kl": 1.0, "projection": 100.0},  # logits and projected sides of image + text models
     "combined": {"ce": 1.0, "kl": 1.0, "projection": 100.0, "contrastive": 1.0},
     "crd": {"ce": 1.0, "contrastive": 1.0},  # Tian et al. 2020, arXiv:1910.10699, with the batch's negatives
     "rkd": {"ce": 1.0, "rkd_distance": 25.0, "rkd_angle": 50.0},  # Park et al. 2019, arXiv:1904.05068
     "mmd": {"ce": 1.0, "mmd": 1.0},  # Huang and Wang 2017, arXiv:1707.01219, on embeddings
-    "dkd": {"ce": 1.0, "dkd": 1.0},  # Zhao et al. 2022, arXiv:2203.08679; their code warms it up over 20 of 240 epochs: `warm_up`
-    "dist": {"ce": 1.0, "dist": 2.0},  # Huang et al. 2022, arXiv:2205.10536: both relations weigh 2 there, 1 each within our term
-    "logit_standardization": {"ce": 0.1, "standardized_kl": 9.0},  # Sun et al. 2024, arXiv:2403.01427, their code's weights
-    "attention": {"ce": 1.0, "attention": 1000.0},  # Zagoruyko and Komodakis 2017, arXiv:1612.03928; theirs sums over layers, ours is the mean
+    "dkd": {
+        "ce": 1.0,
+        "dkd": 1.0,
+    },  # Zhao et al. 2022, arXiv:2203.08679; their code warms it up over 20 of 240 epochs: `warm_up`
+    "dist": {
+        "ce": 1.0,
+        "dist": 2.0,
+    },  # Huang et al. 2022, arXiv:2205.10536: both relations weigh 2 there, 1 each within our term
+    "logit_standardization": {
+        "ce": 0.1,
+        "standardized_kl": 9.0,
+    },  # Sun et al. 2024, arXiv:2403.01427, their code's weights
+    "attention": {
+        "ce": 1.0,
+        "attention": 1000.0,
+    },  # Zagoruyko and Komodakis 2017, arXiv:1612.03928; theirs sums over layers, ours is the mean
 }
-TEMPERATURES = {"vanilla": 2.0, "combined": 2.0, "dist": 1.0, "logit_standardization": 2.0}  # of methods, by default; others: 4
+TEMPERATURES = {
+    "vanilla": 2.0,
+    "combined": 2.0,
+    "dist": 1.0,
+    "logit_standardization": 2.0,
+}  # of methods, by default; others: 4
 LOGIT_TERMS = ("kl", "dkd", "dist", "standardized_kl")  # terms that need the teacher's logits, of the student's classes
 FEATURE_TERMS = ("feature", "attention")  # terms that need feature maps of both
 RELATIONS = ("contrastive", "rkd_distance", "rkd_angle", "mmd", "dist")  # terms that compare the images of a batch
-ALPHA = {"response": ("ce", "kl"), "feature": ("ce", "kl"), "feature_matching": ("feature", "ce")}  # alpha weighs the first, 1 - alpha the second
+ALPHA = {
+    "response": ("ce", "kl"),
+    "feature": ("ce", "kl"),
+    "feature_matching": ("feature", "ce"),
+}  # alpha weighs the first, 1 - alpha the second
 FEATURE_LOSSES = ("mse", "cosine")
-# Smallest deviation of a student's logits, or (as a share) probabilities, that `standardized_kl` and `dist` divide by: with
+# Smallest deviation of a student's logits, or (as a share) probabilities, that `standardized_kl` and `dist` divide by:
+# with
 # 0.01 a head of zeros overshoots, as measured.
 FLAT = 0.1
 ROUNDING = 1e-5  # share of the largest logit that counts as float32's rounding, which is 6e-8 a step
@@ -66,7 +110,9 @@ def class_weights(spec, labels, num_classes):
         labels = labels[labels >= 0]
         counts = torch.bincount(labels, minlength=num_classes)
         if not counts.all():
-            raise LossError(f"--class-weights balanced: class number {int((counts == 0).nonzero()[0])} has no image in train")
+            raise LossError(
+                f"--class-weights balanced: class number {int((counts == 0).nonzero()[0])} has no image in train"
+            )
         return len(labels) / (num_classes * counts.float())
     try:
         weights = torch.tensor([float(word) for word in spec.split(",")])
@@ -86,8 +132,14 @@ def cross_entropy(logits, labels, label_smoothing=0.0, weights=None, batch_label
     """
     with torch.autocast(logits.device.type, enabled=False):
         (logits,) = _float32(logits)
-        losses = F.cross_entropy(logits, labels, None if weights is None else weights.to(logits), ignore_index=-1,
-                                 label_smoothing=label_smoothing, reduction="none")  # (B,), 0 without a label
+        losses = F.cross_entropy(
+            logits,
+            labels,
+            None if weights is None else weights.to(logits),
+            ignore_index=-1,
+            label_smoothing=label_smoothing,
+            reduction="none",
+        )  # (B,), 0 without a label
         labels = labels if batch_labels is None else batch_labels
         counted = (labels >= 0).to(logits)
         if weights is not None:
@@ -116,7 +168,8 @@ def temperature_kl(student_logits, teacher_logits, temperature=4.0):
 
 
 def decoupled_kl(student_logits, teacher_logits, labels, temperature=4.0, alpha=1.0, beta=8.0):
-    """DKD: T^2 * (alpha * KL of (target, all others) + beta * KL among the others alone), teacher || student, batchmean.
+    """DKD: T^2 * (alpha * KL of (target, all others) + beta * KL among the others alone), teacher || student,
+    batchmean.
 
     Logits (B, C), C of at least 2 (the second KL is 0 at 2); labels (B,) int64, where one is -1 the teacher's class
     stands in its place.  Zhao et al. 2022, arXiv:2203.08679.
@@ -134,11 +187,14 @@ def decoupled_kl(student_logits, teacher_logits, labels, temperature=4.0, alpha=
 
 
 def dist(student_logits, teacher_logits, temperature=1.0, beta=1.0, gamma=1.0):
-    """T^2 * (beta * inter + gamma * intra), each 1 - Pearson correlation of softmax(logits / T), student's and teacher's.
+    """T^2 * (beta * inter + gamma * intra), each 1 - Pearson correlation of softmax(logits / T), student's and
+    teacher's.
 
     inter: over the classes, mean over images; intra: over the images of the batch, mean over classes.  Logits (B, C), B
-    of at least 2.  Huang et al. 2022, arXiv:2205.10536; T^2 and the eps of 1e-8, which quiets classes that no image of the
-    batch is given, are their code's.  Student probabilities that differ by less than FLAT of their size count as that far
+    of at least 2.  Huang et al. 2022, arXiv:2205.10536; T^2 and the eps of 1e-8, which quiets classes that no image of
+    the
+    batch is given, are their code's.  Student probabilities that differ by less than FLAT of their size count as that
+    far
     apart, so that equal ones have a gradient, and a bounded one.
     """
     _several(student_logits)
@@ -154,7 +210,8 @@ def dist(student_logits, teacher_logits, temperature=1.0, beta=1.0, gamma=1.0):
 
 
 def _rounding(logits):
-    """(B, 1), what float32 may have lost of each row of logits (B, C), generously; a logit of minus infinity is exact."""
+    """(B, 1), what float32 may have lost of each row of logits (B, C), generously; a logit of minus infinity is
+    exact."""
     return ROUNDING * logits.detach().masked_fill(logits == -math.inf, 0.0).abs().amax(1, keepdim=True)
 
 
@@ -170,7 +227,8 @@ def _standardized(logits, least):
 def standardized_kl(student_logits, teacher_logits, temperature=2.0):
     """`temperature_kl` of logits (B, C) with mean 0 and (unbiased) deviation 1 over the classes, C of at least 2.
 
-    The student need not match the teacher's scale then.  Sun et al. 2024, arXiv:2403.01427.  A student's deviation below
+    The student need not match the teacher's scale then.  Sun et al. 2024, arXiv:2403.01427.  A student's deviation
+    below
     FLAT counts as FLAT, where their code's eps of 1e-7 gives equal logits a gradient of 1e7.
     """
     with torch.autocast(student_logits.device.type, enabled=False):
@@ -180,7 +238,11 @@ def standardized_kl(student_logits, teacher_logits, temperature=2.0):
 
 def task_logits(out):
     """{task: (B, C)} of a model's output: `logits` are those of the task "label", `logits_<task>` of another."""
-    return {name.removeprefix("logits_") if name != "logits" else "label": value for name, value in out.items() if name.split("_")[0] == "logits"}
+    return {
+        name.removeprefix("logits_") if name != "logits" else "label": value
+        for name, value in out.items()
+        if name.split("_")[0] == "logits"
+    }
 
 
 def task_class_weights(spec, targets, sizes):
@@ -189,11 +251,15 @@ def task_class_weights(spec, targets, sizes):
 
 
 def task_accuracy(out, targets):
-    """Share of right answers among a batch's labelled images, mean over tasks; a tensor on the device, NaN where none is.
+    """Share of right answers among a batch's labelled images, mean over tasks; a tensor on the device, NaN where none
+    is.
 
     out: a model's output; targets: {task: (B,)}, -1 without a label.
     """
-    shares = [(logits.argmax(1) == targets[task]).sum() / (targets[task] >= 0).sum() for task, logits in task_logits(out).items()]
+    shares = [
+        (logits.argmax(1) == targets[task]).sum() / (targets[task] >= 0).sum()
+        for task, logits in task_logits(out).items()
+    ]
     return torch.stack(shares).mean()
 
 
@@ -204,9 +270,14 @@ def task_mean(losses, task_weights=None):
 
 
 def task_cross_entropy(out, targets, label_smoothing=0.0, weights=None, batch_targets=None, task_weights=None):
-    """Mean over tasks of `cross_entropy`.  out: a model's output; targets, batch_targets: {task: labels}; weights: {task: (C,) or None}."""
-    losses = {task: cross_entropy(logits, targets[task], label_smoothing, (weights or {}).get(task), (batch_targets or targets)[task])
-              for task, logits in task_logits(out).items()}  # fmt: skip
+    """Mean over tasks of `cross_entropy`.  out: a model's output; targets, batch_targets: {task: labels}; weights:
+    {task: (C,) or None}."""
+    losses = {
+        task: cross_entropy(
+            logits, targets[task], label_smoothing, (weights or {}).get(task), (batch_targets or targets)[task]
+        )
+        for task, logits in task_logits(out).items()
+    }
     return task_mean(losses, task_weights)
 
 
@@ -233,9 +304,11 @@ def feature_cosine(student, teacher):
 
 
 def attention_transfer(student, teacher):
-    """Mean squared difference of attention maps: squares of (B, C, H, W) averaged over channels, flattened, at unit length.
+    """Mean squared difference of attention maps: squares of (B, C, H, W) averaged over channels, flattened, at unit
+    length.
 
-    Widths may differ, sizes are pooled to the smaller.  Zagoruyko and Komodakis 2017, arXiv:1612.03928, equation 2 with p 2;
+    Widths may differ, sizes are pooled to the smaller.  Zagoruyko and Komodakis 2017, arXiv:1612.03928, equation 2 with
+    p 2;
     the mean over batch and positions, as in their code, is what the weight of 1000 belongs to.
     """
     with torch.autocast(student.device.type, enabled=False):
@@ -255,7 +328,8 @@ def embedding_loss(student, teacher, lambda_feat=1.0, lambda_cos=1.0):
 
 
 def normalized_mse(student, teacher):
-    """Squared distance of vectors (..., D) scaled to unit length, 2 - 2 cosine: summed over D, averaged over the vectors.
+    """Squared distance of vectors (..., D) scaled to unit length, 2 - 2 cosine: summed over D, averaged over the
+    vectors.
 
     Not over D too: values and gradients some hundred times smaller would drown in AdamW's eps and the log's digits.
     """
@@ -265,14 +339,20 @@ def normalized_mse(student, teacher):
 
 
 def resize_grid(tokens, count):
-    """Tokens (B, N, D) of a square grid, row by row, as `count` tokens: bilinear, antialiased where it shrinks.  Raises LossError."""
+    """Tokens (B, N, D) of a square grid, row by row, as `count` tokens: bilinear, antialiased where it shrinks.  Raises
+    LossError."""
     if tokens.shape[1] == count:
         return tokens
     sides = [math.isqrt(n) for n in (tokens.shape[1], count)]
     if [side * side for side in sides] != [tokens.shape[1], count]:
-        raise LossError(f"the teacher's {tokens.shape[1]} patch tokens and the student's {count} are no two square grids: change a resolution")
+        raise LossError(
+            f"the teacher's {tokens.shape[1]} patch tokens and the student's {count} are no two square grids: "
+            "change a resolution"
+        )
     grid = _float32(tokens)[0].transpose(1, 2).unflatten(2, (sides[0], sides[0]))
-    grid = F.interpolate(grid, (sides[1], sides[1]), mode="bilinear", align_corners=False, antialias=sides[1] < sides[0])
+    grid = F.interpolate(
+        grid, (sides[1], sides[1]), mode="bilinear", align_corners=False, antialias=sides[1] < sides[0]
+    )
     return grid.flatten(2).transpose(1, 2)
 
 
@@ -299,7 +379,8 @@ def rkd_distance(student, teacher):
 def rkd_angle(student, teacher):
     """Huber loss between the cosines of the angles of all triples; embeddings as in `rkd_distance`, equation 6 there.
 
-    Rows equal up to rounding have no direction: their cosines are 0, without a gradient, which would be of 1 / distance.
+    Rows equal up to rounding have no direction: their cosines are 0, without a gradient, which would be of 1 /
+    distance.
     """
     _several(student)
     with torch.autocast(student.device.type, enabled=False):
@@ -327,7 +408,8 @@ def contrastive(student, teacher, temperature=0.07, base_temperature=0.07):
 
 
 def mmd(student, teacher, scales=(0.25, 0.5, 1.0, 2.0, 4.0)):
-    """Squared maximum mean discrepancy of two samples (B, D) of equal width, biased estimate, mean over Gaussian kernels.
+    """Squared maximum mean discrepancy of two samples (B, D) of equal width, biased estimate, mean over Gaussian
+    kernels.
 
     Bandwidths are multiples of the mean distance between all rows, which gets no gradient: a fixed one tells nothing
     apart at hundreds of dimensions.  Gretton et al. 2012, JMLR 13.
@@ -345,12 +427,17 @@ def mmd(student, teacher, scales=(0.25, 0.5, 1.0, 2.0, 4.0)):
 
 def _several(student):
     if len(student) < 2:
-        raise LossError("this method compares the images of a batch: --batch-size (of each step's part) must be at least 2")
+        raise LossError(
+            "this method compares the images of a batch: --batch-size (of each step's part) must be at least 2"
+        )
 
 
 def orthogonal(rows, columns, seed=0):
-    """(rows, columns) with orthonormal rows, or columns where there are fewer of them; the same for a seed everywhere."""
-    values = torch.randn(max(rows, columns), min(rows, columns), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    """(rows, columns) with orthonormal rows, or columns where there are fewer of them; the same for a seed
+    everywhere."""
+    values = torch.randn(
+        max(rows, columns), min(rows, columns), generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
     q = torch.linalg.qr(values)[0].float()
     return q if rows >= columns else q.T
 
@@ -367,7 +454,10 @@ def _by_task(value):
 
 
 def _classes(counts):
-    return ", ".join(f"{count} classes" + ("" if task == "label" else f" of {task}") for task, count in counts.items()) or "none"
+    return (
+        ", ".join(f"{count} classes" + ("" if task == "label" else f" of {task}") for task, count in counts.items())
+        or "none"
+    )
 
 
 def uses(weights, terms):
@@ -385,10 +475,14 @@ class EmbeddingProjectors(nn.Module):
     def __init__(self, student_dim, teacher_dim, shared_dim=None, teacher="identity"):
         super().__init__()
         if teacher == "identity" and shared_dim not in (None, teacher_dim):
-            raise LossError(f"--shared-dim {shared_dim} with --teacher-projector identity: the teacher's width is {teacher_dim}")
+            raise LossError(
+                f"--shared-dim {shared_dim} with --teacher-projector identity: the teacher's width is {teacher_dim}"
+            )
         shared_dim = shared_dim or teacher_dim
         self.student = nn.Linear(student_dim, shared_dim)
-        self.teacher = nn.Identity() if teacher == "identity" else nn.Linear(teacher_dim, shared_dim, bias=teacher == "learned")
+        self.teacher = (
+            nn.Identity() if teacher == "identity" else nn.Linear(teacher_dim, shared_dim, bias=teacher == "learned")
+        )
         if teacher == "frozen-orthogonal":
             self.teacher.weight = nn.Parameter(orthogonal(shared_dim, teacher_dim), requires_grad=False)
 
@@ -443,8 +537,20 @@ class DistillationLoss(nn.Module):
     process's rows (B, D) into all processes'.  Accumulation's parts are compared each on its own.
     """
 
-    def __init__(self, weights, temperature=4.0, feature_loss="mse", label_smoothing=0.0, class_weights=None, embedding=None,
-                 task_weights=None, contrastive=None, gather=None, dkd=None, dist=None):  # fmt: skip
+    def __init__(
+        self,
+        weights,
+        temperature=4.0,
+        feature_loss="mse",
+        label_smoothing=0.0,
+        class_weights=None,
+        embedding=None,
+        task_weights=None,
+        contrastive=None,
+        gather=None,
+        dkd=None,
+        dist=None,
+    ):
         super().__init__()
         if not 0 < temperature < math.inf:
             raise LossError(f"--temperature {temperature} is no number above 0")
@@ -452,39 +558,60 @@ class DistillationLoss(nn.Module):
         self.temperature, self.label_smoothing, self.class_weights = temperature, label_smoothing, class_weights
         self.feature_term = {"mse": feature_mse, "cosine": feature_cosine}[feature_loss]
         self.projectors = nn.ModuleList()
-        self.embedding = {"shared_dim": None, "teacher": "identity", "lambda_feat": 1.0, "lambda_cos": 1.0, **(embedding or {})}
+        self.embedding = {
+            "shared_dim": None,
+            "teacher": "identity",
+            "lambda_feat": 1.0,
+            "lambda_cos": 1.0,
+            **(embedding or {}),
+        }
         self.embedding_projectors = None
         self.token_projectors, self.side_projectors = nn.ModuleDict(), nn.ModuleDict()
-        self.task_weights, self.contrastive = task_weights, {"temperature": 0.07, "base_temperature": 0.07, **(contrastive or {})}
+        self.task_weights, self.contrastive = (
+            task_weights,
+            {"temperature": 0.07, "base_temperature": 0.07, **(contrastive or {})},
+        )
         self.dkd, self.dist = dkd or {}, dist or {}
         self.gather = gather or (lambda rows: rows)
         self.compares = uses(self.weights, RELATIONS)  # a batch of one says nothing then
         self.share, self.terms = 1.0, {}
 
     def warm_up(self, epoch, epochs):
-        """In training all terms but the cross-entropy have epoch / epochs of their weights, from epoch 1, until it is 1 (0: at once).
+        """In training all terms but the cross-entropy have epoch / epochs of their weights, from epoch 1, until it is 1
+        (0: at once).
 
-        Per epoch, as in the code of DKD (arXiv:2203.08679), whose large weight drowns the labels of an untrained student.
+        Per epoch, as in the code of DKD (arXiv:2203.08679), whose large weight drowns the labels of an untrained
+        student.
         """
         self.share = min(1.0, epoch / epochs) if epochs else 1.0
 
     def build(self, student, teacher):
         if uses(self.weights, LOGIT_TERMS):
-            ours, theirs = ({task: logits.shape[1] for task, logits in task_logits(out).items()} for out in (student, teacher))
+            ours, theirs = (
+                {task: logits.shape[1] for task, logits in task_logits(out).items()} for out in (student, teacher)
+            )
             if ours != theirs:
                 raise LossError(f"the teacher has {_classes(theirs)}, the student {_classes(ours)}")
         if self.compares:
-            _several(self.gather(student["embedding"] if "embedding" in student else next(iter(task_logits(student).values()))))
+            _several(
+                self.gather(
+                    student["embedding"] if "embedding" in student else next(iter(task_logits(student).values()))
+                )
+            )
         self._build_sides(student, teacher)
         if "embedding" in self.weights:
             widths = (out["embedding"].shape[1] for out in (student, teacher))
-            self.embedding_projectors = EmbeddingProjectors(*widths, self.embedding["shared_dim"], self.embedding["teacher"])
+            self.embedding_projectors = EmbeddingProjectors(
+                *widths, self.embedding["shared_dim"], self.embedding["teacher"]
+            )
             self.embedding_projectors.to(student["embedding"].device)
             self.embedded(student["embedding"], teacher["embedding"])
             self.first_variance = float(self.terms["teacher_variance"])
         for term, key in (("cls", "embedding"), ("patch", "tokens")):
             if term in self.weights:
-                self.token_projectors[term] = nn.Linear(student[key].shape[-1], teacher[key].shape[-1]).to(student[key].device)
+                self.token_projectors[term] = nn.Linear(student[key].shape[-1], teacher[key].shape[-1]).to(
+                    student[key].device
+                )
         if "patch" in self.weights:
             resize_grid(teacher["tokens"], student["tokens"].shape[1])  # refuses grids that cannot be aligned
         if uses(self.weights, FEATURE_TERMS):
@@ -500,7 +627,10 @@ class DistillationLoss(nn.Module):
             )
         for s, t in zip(students, teachers):
             if "attention" in self.weights and same_size(s, t)[0][0, 0].numel() == 1:
-                raise LossError(f"the term attention compares positions, maps of {[*s.shape[-2:]]} and {[*t.shape[-2:]]} share but one: take earlier layers")
+                raise LossError(
+                    f"the term attention compares positions, maps of {[*s.shape[-2:]]} and {[*t.shape[-2:]]} "
+                    "share but one: take earlier layers"
+                )
             if "feature" in self.weights:
                 self.projectors.append(nn.Conv2d(s.shape[1], t.shape[1], 1).to(s.device))
 
@@ -510,12 +640,20 @@ class DistillationLoss(nn.Module):
             if name == "ce" and (labels is None or not ce):
                 continue
             if name == "ce":
-                term = task_cross_entropy(student, _by_task(labels), self.label_smoothing, _by_task(self.class_weights), _by_task(batch_labels),
-                                          self.task_weights)  # fmt: skip
+                term = task_cross_entropy(
+                    student,
+                    _by_task(labels),
+                    self.label_smoothing,
+                    _by_task(self.class_weights),
+                    _by_task(batch_labels),
+                    self.task_weights,
+                )
             elif name in LOGIT_TERMS:
                 term = self.on_logits(name, task_logits(student), task_logits(teacher), _by_task(labels))
             elif name == "projection":
-                term = torch.stack([feature_error(self.side(key, student[key]), teacher[key]) for key in self.sides]).mean()
+                term = torch.stack(
+                    [feature_error(self.side(key, student[key]), teacher[key]) for key in self.sides]
+                ).mean()
             elif name in RELATIONS:
                 term = self.relation(name, student["embedding"], teacher["embedding"])
             elif name == "feature":
@@ -554,7 +692,10 @@ class DistillationLoss(nn.Module):
     def _build_sides(self, student, teacher):
         """Linear maps from the student's width to the teacher's: of both models' sides, else of their embeddings."""
         self.sides = [key for key in ("img_proj", "txt_proj") if key in student and key in teacher] or ["embedding"]
-        keys = [*(self.sides if "projection" in self.weights else []), *(["embedding"] if {"contrastive", "mmd"} & self.weights.keys() else [])]
+        keys = [
+            *(self.sides if "projection" in self.weights else []),
+            *(["embedding"] if {"contrastive", "mmd"} & self.weights.keys() else []),
+        ]
         for key in dict.fromkeys(keys):
             self.side_projectors[key] = nn.Linear(student[key].shape[1], teacher[key].shape[1]).to(student[key].device)
 
@@ -564,7 +705,8 @@ class DistillationLoss(nn.Module):
             return self.side_projectors[key](student.to(self.side_projectors[key].weight.dtype))
 
     def relation(self, name, student, teacher):
-        """A term that compares images, in training of all processes' parts of the batch: each has its gradient, see `gather`."""
+        """A term that compares images, in training of all processes' parts of the batch: each has its gradient, see
+        `gather`."""
         if name in ("contrastive", "mmd"):
             student = self.side("embedding", student)
         if self.training:
@@ -574,7 +716,8 @@ class DistillationLoss(nn.Module):
         return {"rkd_distance": rkd_distance, "rkd_angle": rkd_angle, "mmd": mmd}[name](student, teacher)
 
     def local(self, student, teacher):
-        """Class tokens (N, B, D_s) of N local crops against the teacher's (G * B, D_t) of G global ones: mean over all pairs of an image."""
+        """Class tokens (N, B, D_s) of N local crops against the teacher's (G * B, D_t) of G global ones: mean over all
+        pairs of an image."""
         student, teacher = self.projected("cls", student), teacher.unflatten(0, (-1, student.shape[1]))
         return normalized_mse(*torch.broadcast_tensors(student[:, None], teacher[None]))  # (N, G, B, D_t)
 
@@ -584,7 +727,8 @@ class DistillationLoss(nn.Module):
             return self.token_projectors[term](student.to(self.token_projectors[term].weight.dtype))
 
     def embedded(self, student, teacher):
-        """The loss in the shared space; notes the variance there, mean over dimensions: near 0 all images look alike."""
+        """The loss in the shared space; notes the variance there, mean over dimensions: near 0 all images look
+        alike."""
         with torch.autocast(student.device.type, enabled=False):
             student, teacher = self.embedding_projectors(student, teacher)
         for who, values in (("student", student), ("teacher", teacher)):
@@ -597,10 +741,17 @@ class DistillationLoss(nn.Module):
             return None
         teacher, student = means["teacher_variance"], means["student_variance"]
         if teacher < COLLAPSED * self.first_variance:
-            return (f"the learned projectors collapse: the teacher's variance in the shared space fell from {self.first_variance:.3g} to "
-                    f"{teacher:.3g}, so all images look alike there; --teacher-projector identity or frozen-orthogonal cannot")  # fmt: skip
+            return (
+                "the learned projectors collapse: the teacher's variance in the shared space fell from "
+                f"{self.first_variance:.3g} to "
+                f"{teacher:.3g}, so all images look alike there; --teacher-projector identity or "
+                "frozen-orthogonal cannot"
+            )
         if student < 0.1 * COLLAPSED * teacher:
-            return f"the student's embedding hardly differs between images (variance {student:.3g}, the teacher's {teacher:.3g}): it follows nothing yet"
+            return (
+                f"the student's embedding hardly differs between images (variance {student:.3g}, the teacher's "
+                f"{teacher:.3g}): it follows nothing yet"
+            )
         return None
 
     def feature(self, student, teacher):

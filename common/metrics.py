@@ -1,4 +1,5 @@
-"""Metrics of classification, calibration and fidelity.  Needs numpy, scikit-learn and the scipy that it brings, and no other file of `common`.
+"""Metrics of classification, calibration and fidelity.  Needs numpy, scikit-learn and the scipy that it brings, and no
+other file of `common`.
 
 Inputs are numpy arrays: logits (N, C) float, labels (N,) int.  Everything is computed from float64 log-softmax, so
 logits and log-probabilities give the same values.  Fractions, not per cent; a metric that is undefined is None.
@@ -8,8 +9,18 @@ import numpy as np
 from scipy import sparse
 from sklearn import metrics as sk
 
-CLASSIFICATION = ("accuracy", "balanced_accuracy", "macro_f1", "auc", "average_precision", "pauc",
-                  "sensitivity_at_90_specificity", "top5_accuracy", "loss", "ece")  # fmt: skip
+CLASSIFICATION = (
+    "accuracy",
+    "balanced_accuracy",
+    "macro_f1",
+    "auc",
+    "average_precision",
+    "pauc",
+    "sensitivity_at_90_specificity",
+    "top5_accuracy",
+    "loss",
+    "ece",
+)
 FIDELITY = ("agreement", "teacher_right_kept", "teacher_kl")
 LOWER_IS_BETTER = {"loss", "ece", "teacher_kl", "distillation_loss"}
 RESAMPLED = ("accuracy", "balanced_accuracy", "auc", "average_precision", "pauc")  # metrics that get intervals
@@ -54,20 +65,29 @@ def classification(logits, labels, positive=1):
 
 
 def ranking(scores, labels, names=("auc", "average_precision", "pauc", "sensitivity_at_90_specificity"), positive=1):
-    """Metrics of the order in which samples are ranked: {name: float or None}; scores (N, C) logits or log-probabilities.
+    """Metrics of the order in which samples are ranked: {name: float or None}; scores (N, C) logits or
+    log-probabilities.
 
     auc: area under the ROC curve; average_precision: mean precision over the positives' ranks; pauc: see
     `partial_auc`; sensitivity_at_90_specificity: the largest true-positive rate at a false-positive rate up to 0.1.
-    Of two classes number `positive` is the positive one; of more, each stands against the rest, and the mean is over the
+    Of two classes number `positive` is the positive one; of more, each stands against the rest, and the mean is over
+    the
     classes that have both kinds.  Samples are ranked by log-odds, as by probability but without its ties near 1.
     None where no class has both kinds or the scores hold NaN.
     """
     log_odds, classes, broken = ranked_scores(scores, np.asarray(labels), positive)
     if broken.any():
         return dict.fromkeys(names)
-    functions = {"auc": sk.roc_auc_score, "average_precision": sk.average_precision_score, "pauc": partial_auc,
-                 "sensitivity_at_90_specificity": sensitivity_at_specificity}  # fmt: skip
-    return {name: float(np.mean([functions[name](labels == c, log_odds[:, c]) for c in classes])) if classes else None for name in names}
+    functions = {
+        "auc": sk.roc_auc_score,
+        "average_precision": sk.average_precision_score,
+        "pauc": partial_auc,
+        "sensitivity_at_90_specificity": sensitivity_at_specificity,
+    }
+    return {
+        name: float(np.mean([functions[name](labels == c, log_odds[:, c]) for c in classes])) if classes else None
+        for name in names
+    }
 
 
 def ranked_scores(scores, labels, positive=1):
@@ -82,7 +102,8 @@ def ranked_scores(scores, labels, positive=1):
 
 
 def partial_auc(positive, scores, min_tpr=0.8):
-    """Area between the ROC curve and the line of a true-positive rate of min_tpr: 0 to 1 - min_tpr, chance is 0.02 at 0.8.
+    """Area between the ROC curve and the line of a true-positive rate of min_tpr: 0 to 1 - min_tpr, chance is 0.02 at
+    0.8.
 
     positive (N,) bool; scores (N,) of any scale, higher is likelier.  The ISIC 2024 challenge's definition: with labels
     and scores negated it is the area under the first part of the curve, up to a false-positive rate of 1 - min_tpr.
@@ -104,11 +125,14 @@ def sensitivity_at_specificity(positive, scores, specificity=0.9):
 def class_recalls(logits, labels):
     """Recall of each class (C floats); None for a class that does not occur."""
     labels, predicted = np.asarray(labels), np.asarray(logits).argmax(1)
-    return [float(np.mean(predicted[labels == c] == c)) if (labels == c).any() else None for c in range(np.shape(logits)[1])]
+    return [
+        float(np.mean(predicted[labels == c] == c)) if (labels == c).any() else None for c in range(np.shape(logits)[1])
+    ]
 
 
 def resamples(count, groups=None, repeats=1000, seed=0):
-    """Weights (N, R) int32, some columns at a time: how often each of N = count samples is drawn in each of `repeats` resamples.
+    """Weights (N, R) int32, some columns at a time: how often each of N = count samples is drawn in each of `repeats`
+    resamples.
 
     groups (N,): drawn whole, with replacement, as many as there are; None: samples are.
     """
@@ -116,7 +140,9 @@ def resamples(count, groups=None, repeats=1000, seed=0):
     _, group = np.unique(np.arange(count) if groups is None else np.asarray(groups), return_inverse=True)
     units, step = group.max() + 1, max(1, 2**21 // count)  # 8 MB of weights, and about ten arrays of up to twice that
     for start in range(0, repeats, step):
-        drawn = [np.bincount(rng.integers(units, size=units), minlength=units) for _ in range(min(step, repeats - start))]
+        drawn = [
+            np.bincount(rng.integers(units, size=units), minlength=units) for _ in range(min(step, repeats - start))
+        ]
         yield np.array(drawn, np.int32).T[group]
 
 
@@ -124,36 +150,50 @@ def bootstrap(logits, labels, groups=None, repeats=1000, seed=0, names=RESAMPLED
     """95 % percentile intervals {name: [low, high] or None} over resamples with replacement (Efron 1979).
 
     groups (N,): lesions or patients, drawn whole, since their images are not independent; None: samples.  Resamples
-    without a metric (a class is absent) do not count; None where fewer than half count.  names, positive: see `weighing`.
+    without a metric (a class is absent) do not count; None where fewer than half count.  names, positive: see
+    `weighing`.
     """
     values, weighed = {name: [] for name in names}, weighing(logits, labels, names, positive)
     for weights in resamples(len(labels), groups, repeats, seed):
         for name, found in weighed(weights).items():
             values[name].extend(found[np.isfinite(found)])
-    return {name: [float(v) for v in np.percentile(found, (2.5, 97.5))] if len(found) >= repeats / 2 else None
-            for name, found in values.items()}  # fmt: skip
+    return {
+        name: [float(v) for v in np.percentile(found, (2.5, 97.5))] if len(found) >= repeats / 2 else None
+        for name, found in values.items()
+    }
 
 
 def weighing(logits, labels, names, positive=1):
     """A function of weights (N, R) int32, how often each sample occurs: {name: (R,) float64, NaN where undefined}.
 
-    names: accuracy, balanced_accuracy and those of `ranking`; positive: see `ranking`.  Equal to `classification` of the
+    names: accuracy, balanced_accuracy and those of `ranking`; positive: see `ranking`.  Equal to `classification` of
+    the
     samples repeated that often.  Each class is sorted once, here; what sums the weights is a sparse matrix.
     """
     labels, right = np.asarray(labels), np.asarray(logits).argmax(1) == labels
-    of_class, curves = np.unique(labels, return_inverse=True)[1], [name for name in names if not name.endswith("accuracy")]
+    of_class, curves = (
+        np.unique(labels, return_inverse=True)[1],
+        [name for name in names if not name.endswith("accuracy")],
+    )
     members, hits = sums(of_class, np.ones_like(right)), sums(of_class, right)
     log_odds, classes, broken = ranked_scores(log_softmax(logits), labels, positive) if curves else (None, (), None)
-    thresholds = [bends(labels == c, log_odds[:, c]) for c in classes]  # rounded as `classification` does: the same ties
+    thresholds = [
+        bends(labels == c, log_odds[:, c]) for c in classes
+    ]  # rounded as `classification` does: the same ties
 
     def weighed(weights):
         with np.errstate(invalid="ignore", divide="ignore"):  # 0 / 0: no such sample is drawn
             there, correct = members @ weights, hits @ weights  # (classes that occur, R)
-            result = {"accuracy": correct.sum(0) / there.sum(0), "balanced_accuracy": np.nanmean(correct / there, axis=0)}
+            result = {
+                "accuracy": correct.sum(0) / there.sum(0),
+                "balanced_accuracy": np.nanmean(correct / there, axis=0),
+            }
             of_classes = [curve_metrics(*(above(matrix @ weights) for matrix in pair), curves) for pair in thresholds]
             for name in curves:
                 found = [of[name] for of in of_classes]
-                mean = np.nansum(found, axis=0) / np.isfinite(found).sum(0) if found else np.full(weights.shape[1], np.nan)
+                mean = (
+                    np.nansum(found, axis=0) / np.isfinite(found).sum(0) if found else np.full(weights.shape[1], np.nan)
+                )
                 result[name] = np.where(weights[broken].any(0), np.nan, mean)
         return {name: result[name] for name in names}
 
@@ -161,9 +201,12 @@ def weighing(logits, labels, names, positive=1):
 
 
 def sums(rows, chosen):
-    """Sparse (rows, N) int32 matrix that adds up, for each row number in rows (N,), the samples that are chosen (N,) bool."""
+    """Sparse (rows, N) int32 matrix that adds up, for each row number in rows (N,), the samples that are chosen (N,)
+    bool."""
     columns = np.flatnonzero(chosen)
-    return sparse.csr_matrix((np.ones(len(columns), np.int32), (rows[columns], columns)), shape=(rows.max() + 1, len(rows)))
+    return sparse.csr_matrix(
+        (np.ones(len(columns), np.int32), (rows[columns], columns)), shape=(rows.max() + 1, len(rows))
+    )
 
 
 def bends(positive, scores):
@@ -187,7 +230,8 @@ def above(counts):
 
 
 def curve_metrics(tps, fps, names, min_tpr=0.8, specificity=0.9):
-    """`ranking`'s metrics of one class from its positives and negatives above falling thresholds (S, R): {name: (R,)}, NaN where a kind is absent."""
+    """`ranking`'s metrics of one class from its positives and negatives above falling thresholds (S, R): {name: (R,)},
+    NaN where a kind is absent."""
     tpr, fpr = tps / tps[-1], fps / fps[-1]
     up, right, result = np.diff(tpr, axis=0), np.diff(fpr, axis=0), {}
     undefined = 0 * fpr[-1]  # NaN without negatives, else 0
@@ -197,7 +241,9 @@ def curve_metrics(tps, fps, names, min_tpr=0.8, specificity=0.9):
         result["average_precision"] = (up * tps[1:] / np.maximum(tps[1:] + fps[1:], 1)).sum(0) + undefined
     if "pauc" in names:  # what is right of the curve and above the line
         low = np.maximum(tpr[:-1], min_tpr)
-        left = fpr[:-1] + right * (low - tpr[:-1]) / np.where(up > 0, up, 1)  # false-positive rate where the step passes `low`
+        left = fpr[:-1] + right * (low - tpr[:-1]) / np.where(
+            up > 0, up, 1
+        )  # false-positive rate where the step passes `low`
         result["pauc"] = (np.maximum(tpr[1:] - low, 0) * (1 - (left + fpr[1:]) / 2)).sum(0)
     if "sensitivity_at_90_specificity" in names:
         result["sensitivity_at_90_specificity"] = np.where(fpr <= 1 - specificity + 1e-12, tpr, 0).max(0) + undefined

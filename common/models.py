@@ -163,8 +163,15 @@ class VisionTransformer(nn.Module):
 class HuggingFaceBackbone(nn.Module):
     """A vision model of transformers with a linear head on its class token, else on the mean of its map or tokens."""
 
-    UNDECAYED = ("cls_token", "class_embedding", "distillation_token", "register_tokens", "mask_token",
-                 "position_embed", "relative_position_bias")  # fmt: skip
+    UNDECAYED = (
+        "cls_token",
+        "class_embedding",
+        "distillation_token",
+        "register_tokens",
+        "mask_token",
+        "position_embed",
+        "relative_position_bias",
+    )
 
     def __init__(self, body, num_classes):
         super().__init__()
@@ -245,7 +252,9 @@ class ImageModel(nn.Module):
         if self.pooling == "cls":
             embedding = hidden[:, 0]
         else:
-            embedding = tokens.mean(1) if self.pooling == "mean" else self.backbone.forward_head(hidden, pre_logits=True)
+            embedding = (
+                tokens.mean(1) if self.pooling == "mean" else self.backbone.forward_head(hidden, pre_logits=True)
+            )
         out = {"embedding": embedding}  # (B, D)
         if self.build_args["num_classes"]:
             out["logits"] = self.backbone.forward_head(hidden)  # (B, C)
@@ -434,16 +443,20 @@ SMALL_MODELS = {
 
 
 DINOV2 = {  # the names on torch's hub -> timm's
-    f"dinov2_vit{side[0]}14{'_reg' if registers else ''}": f"vit_{side}_patch14_{'reg4_' if registers else ''}dinov2.lvd142m"
-    for side in ("small", "base", "large", "giant") for registers in (False, True)
-}  # fmt: skip
+    f"dinov2_vit{side[0]}14{ours}": f"vit_{side}_patch14_{theirs}dinov2.lvd142m"
+    for side in ("small", "base", "large", "giant")
+    for ours, theirs in (("", ""), ("_reg", "reg4_"))
+}
 
 
-def build_model(name, num_classes, img_size=32, patch_size=None, pretrained=False, hf_config=None, pooling=None, dynamic=False):
+def build_model(
+    name, num_classes, img_size=32, patch_size=None, pretrained=False, hf_config=None, pooling=None, dynamic=False
+):
     """Build an ImageModel; see the head of this file for names.
 
     img_size: input side in pixels; patch_size: of our ViTs (4 where None); pretrained: hub weights, with a new head;
-    hf_config: dict, set when an `hf:` model is rebuilt from a checkpoint; pooling: see `set_pooling`; dynamic: images of
+    hf_config: dict, set when an `hf:` model is rebuilt from a checkpoint; pooling: see `set_pooling`; dynamic: images
+    of
     other sides come too (local crops), for which timm's ViTs then resize their positions.  num_classes 0: no head and
     no logits.  Raises ModelError.
     """
@@ -453,7 +466,12 @@ def build_model(name, num_classes, img_size=32, patch_size=None, pretrained=Fals
 
 
 def _build(name, num_classes, img_size, patch_size, pretrained, hf_config, dynamic):
-    build_args = {"name": name, "num_classes": num_classes, "img_size": img_size, **({"dynamic": True} if dynamic else {})}
+    build_args = {
+        "name": name,
+        "num_classes": num_classes,
+        "img_size": img_size,
+        **({"dynamic": True} if dynamic else {}),
+    }
     if name in SMALL_MODELS:
         if pretrained:
             raise ModelError(f"--pretrained: there are no hub weights of {name}; timm:{name} may have some")
@@ -515,8 +533,11 @@ def _no_weights(timm_name, config, error):
         return f"--pretrained: there are no hub weights of {timm_name}"
     file = f"{config.get('hf_hub_filename') or 'model.safetensors'} of {hub} on the Hugging Face hub" if hub else url
     why = type(error).__name__
-    return (f"cannot get the weights of {timm_name} ({why}): fetch {file} by hand and pass it with --weights FILE in place of --pretrained "
-            "(a teacher's: --teacher-weights FILE)")  # fmt: skip
+    return (
+        f"cannot get the weights of {timm_name} ({why}): fetch {file} by hand and pass it with --weights FILE in "
+        "place of --pretrained "
+        "(a teacher's: --teacher-weights FILE)"
+    )
 
 
 def _build_hugging_face(name, num_classes, build_args, pretrained, hf_config):
@@ -613,8 +634,9 @@ def load_weights(model, state, source):
     own = model.backbone.state_dict()
     tried = [
         (path, names, prefix, *_fit(model, own, names, prefix))
-        for path, names in sorted(_state_dicts(state), key=rank) for prefix in _prefixes(names, own)
-    ]  # fmt: skip
+        for path, names in sorted(_state_dicts(state), key=rank)
+        for prefix in _prefixes(names, own)
+    ]
     fitting = [fit for fit in tried if not fit[-1]]
     if not fitting:
         text = "holds no state dict of tensors"
@@ -676,9 +698,19 @@ def _fit(model, own, names, prefix):
     if not kept:
         state = {name: value for name, value in state.items() if not name.startswith(heads)}
         state.update({name: own[name] for name in head})
-    has, wanted = ({name: tuple(value.shape) for name, value in of.items() if name in state or not name.endswith("num_batches_tracked")} for of in (state, own))
-    wrong = [f"{name} is {has.get(name, 'missing')} in it, {wanted.get(name, 'missing')} in the model"
-             for name in {**wanted, **has} if has.get(name) != wanted.get(name)]  # fmt: skip
+    has, wanted = (
+        {
+            name: tuple(value.shape)
+            for name, value in of.items()
+            if name in state or not name.endswith("num_batches_tracked")
+        }
+        for of in (state, own)
+    )
+    wrong = [
+        f"{name} is {has.get(name, 'missing')} in it, {wanted.get(name, 'missing')} in the model"
+        for name in {**wanted, **has}
+        if has.get(name) != wanted.get(name)
+    ]
     return state, known, kept, wrong
 
 

@@ -1,6 +1,7 @@
 """Models that read an image and a text.  Needs images.py and models.py of `common`, torch, timm and transformers.
 
-    model = build_image_text_model("timm:resnet18", "bert-mini-scratch", {"modality": 2, "location": 5}, 96, texts=train_texts)
+    model = build_image_text_model("timm:resnet18", "bert-mini-scratch", {"modality": 2, "location": 5}, 96,
+    texts=train_texts)
     out = model({"image": images, "input_ids": ids, "attention_mask": mask})    # (B, 3, H, W), (B, L), (B, L)
     out["logits_modality"], out["logits_location"]    # (B, 2), (B, 5): one for each task
     out["embedding"]                                  # (B, F), both sides fused
@@ -33,7 +34,10 @@ IMAGE_MODELS = {
     "deit-small": "hf:facebook/deit-small-patch16-224",
 }
 TEXT_MODELS = {"bio-clinical-bert": "hf:emilyalsentzer/Bio_ClinicalBERT", "distilbert": "hf:distilbert-base-uncased"}
-SCRATCH_MODELS = {"bert-tiny-scratch": (2, 128), "bert-mini-scratch": (4, 256)}  # layers, width: Turc et al. 2019, arXiv:1908.08962
+SCRATCH_MODELS = {
+    "bert-tiny-scratch": (2, 128),
+    "bert-mini-scratch": (4, 256),
+}  # layers, width: Turc et al. 2019, arXiv:1908.08962
 INPUTS = ("both", "image", "text")
 HEAD_WIDTH = 64  # of an attention head, as in BERT and ViT
 SCRATCH_LENGTH = 512  # positions of the models from scratch, as BERT's
@@ -46,7 +50,8 @@ def train_wordpiece(texts, size=8192, min_frequency=2):
     """WordPiece vocabulary of texts: its pieces in order, at most `size` of them.
 
     The most frequent pair of neighbours becomes a piece, again and again (Sennrich et al. 2016, arXiv:1508.07909), with
-    ## before what goes on within a word.  Written here, for that of the package tokenizers differs from run to run: ties
+    ## before what goes on within a word.  Written here, for that of the package tokenizers differs from run to run:
+    ties
     are broken by the pieces' names.  min_frequency: of a pair, in all texts.
     """
     from tokenizers.normalizers import BertNormalizer
@@ -57,7 +62,9 @@ def train_wordpiece(texts, size=8192, min_frequency=2):
         counts.update(word for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text)))
     frequencies = [counts[word] for word in sorted(counts)]
     words = [[word[0], *("##" + letter for letter in word[1:])] for word in sorted(counts)]
-    vocabulary = dict.fromkeys(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted({piece for word in words for piece in word})])
+    vocabulary = dict.fromkeys(
+        ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted({piece for word in words for piece in word})]
+    )
     pairs, places = Counter(), defaultdict(set)  # of two neighbours: how often, and in which words
     for i, word in enumerate(words):
         for pair in zip(word, word[1:]):
@@ -103,7 +110,8 @@ def _merged(word, pair, piece):
 
 
 def _drop_pooler(body):
-    """Take the pooler off a model of transformers: its output is not used, and a parameter without a gradient stops DDP."""
+    """Take the pooler off a model of transformers: its output is not used, and a parameter without a gradient stops
+    DDP."""
     if any(name.startswith("pooler.") for name, _ in body.named_parameters()):
         body.pooler = None
 
@@ -121,7 +129,11 @@ class TextModel(nn.Module):
         _drop_pooler(body)
 
     def no_weight_decay(self):
-        return {name for name, _ in self.named_parameters() if "position_embeddings" in name or "token_type_embeddings" in name}
+        return {
+            name
+            for name, _ in self.named_parameters()
+            if "position_embeddings" in name or "token_type_embeddings" in name
+        }
 
     def forward(self, input_ids, attention_mask):
         return self.body(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
@@ -133,7 +145,9 @@ class TextModel(nn.Module):
             with torch.no_grad():
                 return self.eval()(ids, torch.ones_like(ids)).shape[-1]
         except Exception as error:  # each model complains in its own way
-            raise ModelError(f"{self.name} cannot take texts of {self.max_length} tokens (--max-length): {_one_line(error)}") from None
+            raise ModelError(
+                f"{self.name} cannot take texts of {self.max_length} tokens (--max-length): {_one_line(error)}"
+            ) from None
         finally:
             self.train()
 
@@ -179,11 +193,22 @@ def _load(source, name, pretrained):
     try:
         with _quiet():
             config = AutoConfig.from_pretrained(source, trust_remote_code=False)  # None would ask on the terminal
-            body = AutoModel.from_pretrained(source, trust_remote_code=False) if pretrained else AutoModel.from_config(config, trust_remote_code=False)
+            body = (
+                AutoModel.from_pretrained(source, trust_remote_code=False)
+                if pretrained
+                else AutoModel.from_config(config, trust_remote_code=False)
+            )
     except Exception as error:  # the hub's and the models' errors are of many kinds
-        raise ModelError(f"cannot load the text model {source} ({_one_line(error)}): download its config.json, model.safetensors and "
-                         "tokenizer files into a folder by hand and name the folder, hf:FOLDER") from None  # fmt: skip
-    if getattr(body, "main_input_name", "input_ids") != "input_ids" or getattr(config, "is_encoder_decoder", False) or hasattr(config, "vision_config"):
+        raise ModelError(
+            f"cannot load the text model {source} ({_one_line(error)}): download its config.json, "
+            "model.safetensors and "
+            "tokenizer files into a folder by hand and name the folder, hf:FOLDER"
+        ) from None
+    if (
+        getattr(body, "main_input_name", "input_ids") != "input_ids"
+        or getattr(config, "is_encoder_decoder", False)
+        or hasattr(config, "vision_config")
+    ):
         raise ModelError(f"{name} is no text encoder that this project knows ({config.model_type})")
     missing = f"{name} has no tokenizer: its folder needs tokenizer.json, or vocab.txt, beside config.json"
     try:
@@ -200,7 +225,8 @@ def _load(source, name, pretrained):
 
 @contextlib.contextmanager
 def _quiet():
-    """Without transformers' progress bar, and its report of the weights of heads that a checkpoint has beside its body."""
+    """Without transformers' progress bar, and its report of the weights of heads that a checkpoint has beside its
+    body."""
     from transformers.utils import logging as messages
 
     verbosity, bar = messages.get_verbosity(), messages.is_progress_bar_enabled()
@@ -228,10 +254,21 @@ def _text_files(folder):
 
 
 def _scratch_files(layers, width, vocabulary):
-    config = {"model_type": "bert", "vocab_size": len(vocabulary), "hidden_size": width, "num_hidden_layers": layers, "intermediate_size": 4 * width,
-              "num_attention_heads": width // HEAD_WIDTH, "max_position_embeddings": SCRATCH_LENGTH}  # fmt: skip
+    config = {
+        "model_type": "bert",
+        "vocab_size": len(vocabulary),
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "intermediate_size": 4 * width,
+        "num_attention_heads": width // HEAD_WIDTH,
+        "max_position_embeddings": SCRATCH_LENGTH,
+    }
     tokenizer = {"tokenizer_class": "BertTokenizer", "do_lower_case": True, "model_max_length": SCRATCH_LENGTH}
-    return {"config.json": json.dumps(config), "tokenizer_config.json": json.dumps(tokenizer), "vocab.txt": "".join(f"{piece}\n" for piece in vocabulary)}
+    return {
+        "config.json": json.dumps(config),
+        "tokenizer_config.json": json.dumps(tokenizer),
+        "vocab.txt": "".join(f"{piece}\n" for piece in vocabulary),
+    }
 
 
 def _one_line(error):
@@ -247,7 +284,10 @@ class ResidualMLP(nn.Module):
 
     def __init__(self, dim, expansion=1):
         super().__init__()
-        self.norm, self.mlp = nn.LayerNorm(dim), nn.Sequential(nn.Linear(dim, expansion * dim), nn.GELU(), nn.Linear(expansion * dim, dim))
+        self.norm, self.mlp = (
+            nn.LayerNorm(dim),
+            nn.Sequential(nn.Linear(dim, expansion * dim), nn.GELU(), nn.Linear(expansion * dim, dim)),
+        )
 
     def forward(self, x):
         return x + self.mlp(self.norm(x))
@@ -259,14 +299,22 @@ class AttentionBlock(nn.Module):
     def __init__(self, dim):
         super().__init__()
         self.heads = dim // HEAD_WIDTH
-        self.norm, self.query, self.key_value, self.project = nn.LayerNorm(dim), nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
+        self.norm, self.query, self.key_value, self.project = (
+            nn.LayerNorm(dim),
+            nn.Linear(dim, dim),
+            nn.Linear(dim, 2 * dim),
+            nn.Linear(dim, dim),
+        )
         self.mlp = ResidualMLP(dim, 4)
 
     def forward(self, x, context=None, mask=None):
         """mask: (B, M) bool, True where the context counts: in each row somewhere, for a row of none would give NaN."""
         normed = self.norm(x)
         query = self._by_head(self.query(normed))  # (B, heads, N, 64)
-        key, value = (self._by_head(part) for part in self.key_value(normed if context is None else self.norm(context)).chunk(2, -1))
+        key, value = (
+            self._by_head(part)
+            for part in self.key_value(normed if context is None else self.norm(context)).chunk(2, -1)
+        )
         attended = F.scaled_dot_product_attention(query, key, value, None if mask is None else mask[:, None, None])
         return self.mlp(x + self.project(attended.transpose(1, 2).flatten(2)))
 
@@ -294,7 +342,9 @@ class ConcatMLP(nn.Module):
 
     def __init__(self, dim, layers):
         super().__init__()
-        hidden = [part for _ in range(layers) for part in (nn.Linear(2 * dim, 2 * dim), nn.LayerNorm(2 * dim), nn.GELU())]
+        hidden = [
+            part for _ in range(layers) for part in (nn.Linear(2 * dim, 2 * dim), nn.LayerNorm(2 * dim), nn.GELU())
+        ]
         self.mlp = nn.Sequential(*hidden, nn.Linear(2 * dim, dim))
 
     def forward(self, image, text):
@@ -361,7 +411,13 @@ class TransformerConcat(nn.Module):
         return x[:, 0]
 
 
-FUSIONS = {"simple": Simple, "concat_mlp": ConcatMLP, "cross_attention": CrossAttention, "gated": Gated, "transformer_concat": TransformerConcat}
+FUSIONS = {
+    "simple": Simple,
+    "concat_mlp": ConcatMLP,
+    "cross_attention": CrossAttention,
+    "gated": Gated,
+    "transformer_concat": TransformerConcat,
+}
 
 
 # ----------------------------------------------------------------------------------------------------------- the model
@@ -389,7 +445,9 @@ class ImageTextModel(nn.Module):
             if self.fusion.uses_tokens:
                 self.token_projections[side] = nn.Sequential(nn.Linear(tokens, width), nn.LayerNorm(width))
         self.norm = nn.LayerNorm(width)
-        self.heads = nn.ModuleDict({logits_name(task): nn.Linear(width, classes) for task, classes in build_args["tasks"].items()})
+        self.heads = nn.ModuleDict(
+            {logits_name(task): nn.Linear(width, classes) for task, classes in build_args["tasks"].items()}
+        )
 
     def _widths(self, img_size):
         """{side: (width of its embedding, width of its tokens)}."""
@@ -411,16 +469,27 @@ class ImageTextModel(nn.Module):
             seen = self.image(batch)
             out["img_raw"], tokens["image"] = seen["embedding"], seen.get("tokens")  # (B, D_v), (B, N, D)
             out["img_proj"] = self.projections["image"](out["img_raw"])  # (B, F)
-            out.update({key: seen[key] for key in ("features", "tokens") if key in seen and (key == "features" or self.with_tokens)})
+            out.update(
+                {
+                    key: seen[key]
+                    for key in ("features", "tokens")
+                    if key in seen and (key == "features" or self.with_tokens)
+                }
+            )
         if self.text is not None:
             mask = batch["attention_mask"].bool()  # (B, L)
-            mask = torch.cat([mask[:, :1] | ~mask.any(1, keepdim=True), mask[:, 1:]], 1)  # a text without a token keeps its first padding
+            mask = torch.cat(
+                [mask[:, :1] | ~mask.any(1, keepdim=True), mask[:, 1:]], 1
+            )  # a text without a token keeps its first padding
             tokens["text"] = self.text(batch["input_ids"], mask.long())  # (B, L, D_t)
             out["txt_raw"] = self._pooled(tokens["text"], mask)  # (B, D_t)
             out["txt_proj"] = self.projections["text"](out["txt_raw"])  # (B, F)
         projections = [out[key] for key in ("img_proj", "txt_proj") if key in out]
         if self.fusion.uses_tokens:
-            sides = [torch.cat([first[:, None], self.token_projections[side](tokens[side])], 1) for side, first in zip(("image", "text"), projections)]
+            sides = [
+                torch.cat([first[:, None], self.token_projections[side](tokens[side])], 1)
+                for side, first in zip(("image", "text"), projections)
+            ]
             fused = self.fusion(*sides, F.pad(mask, (1, 0), value=True))
         else:
             fused = self.fusion(*projections)
@@ -480,10 +549,17 @@ class ImageTextModel(nn.Module):
             self.image.set_resolution(resolution)
 
     def example(self, resolution=None, rows=2):
-        """A batch of black images and texts of max_length tokens, on the model's device, for a dry run or to measure."""
+        """A batch of black images and texts of max_length tokens, on the model's device, for a dry run or to
+        measure."""
         side, device = resolution or self.build_args["img_size"], next(self.parameters()).device
-        ids = torch.full((rows, self.max_length or 1), self.tokenizer.pad_token_id or 0 if self.tokenizer else 0, device=device)
-        return {"image": torch.zeros(rows, 3, side, side, device=device), "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        ids = torch.full(
+            (rows, self.max_length or 1), self.tokenizer.pad_token_id or 0 if self.tokenizer else 0, device=device
+        )
+        return {
+            "image": torch.zeros(rows, 3, side, side, device=device),
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+        }
 
     @property
     def name(self):
@@ -492,7 +568,9 @@ class ImageTextModel(nn.Module):
     @property
     def family(self):
         """cnn or vit of the image side, and the text side's model type, as "vit+bert"."""
-        families = ([] if self.image is None else [self.image.family]) + ([] if self.text is None else [self.text.body.config.model_type])
+        families = ([] if self.image is None else [self.image.family]) + (
+            [] if self.text is None else [self.text.body.config.model_type]
+        )
         return "+".join(families)
 
     @property
@@ -500,8 +578,23 @@ class ImageTextModel(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
 
-def build_image_text_model(image_name, text_name, tasks, img_size, fusion="simple", fusion_layers=1, fusion_dim=512, pretrained=False, *,
-                           inputs="both", texts=None, max_length=128, text_pooling="mean", image_args=None, text_files=None):  # fmt: skip
+def build_image_text_model(
+    image_name,
+    text_name,
+    tasks,
+    img_size,
+    fusion="simple",
+    fusion_layers=1,
+    fusion_dim=512,
+    pretrained=False,
+    *,
+    inputs="both",
+    texts=None,
+    max_length=128,
+    text_pooling="mean",
+    image_args=None,
+    text_files=None,
+):
     """Build an ImageTextModel; see the head of this file for names.
 
     tasks: {task: its number of classes}; img_size: input side in pixels; fusion: of FUSIONS, with fusion_layers of its
@@ -519,13 +612,20 @@ def build_image_text_model(image_name, text_name, tasks, img_size, fusion="simpl
     if fusion_layers < 1 or fusion_dim < 1:
         raise ModelError(f"--fusion-layers {fusion_layers} --fusion-dim {fusion_dim}: both must be positive")
     if FUSIONS[fusion].uses_tokens and fusion_dim % HEAD_WIDTH:
-        raise ModelError(f"--fusion-dim {fusion_dim} is no multiple of {HEAD_WIDTH}, the width of a head in --fusion {fusion}")
+        raise ModelError(
+            f"--fusion-dim {fusion_dim} is no multiple of {HEAD_WIDTH}, the width of a head in --fusion {fusion}"
+        )
     for task in tasks:
         if not task or "." in task:
             raise ModelError(f"a task cannot be named {task!r}")
     image = text = None
     if inputs != "text":
-        own = {"name": IMAGE_MODELS.get(image_name, image_name), "num_classes": 0, "img_size": img_size, "pretrained": pretrained}
+        own = {
+            "name": IMAGE_MODELS.get(image_name, image_name),
+            "num_classes": 0,
+            "img_size": img_size,
+            "pretrained": pretrained,
+        }
         image = build_model(**(image_args or own))
         _drop_pooler(getattr(image.backbone, "body", nn.Identity()))
     if inputs != "image":
@@ -533,8 +633,17 @@ def build_image_text_model(image_name, text_name, tasks, img_size, fusion="simpl
         if text_pooling == "cls" and text.tokenizer.cls_token_id is None:
             raise ModelError(f"--text-pooling cls: {text_name} has no class token")
     build_args = {
-        "image_name": image_name, "text_name": text_name, "tasks": dict(tasks), "img_size": img_size, "fusion": fusion, "fusion_layers": fusion_layers,
-        "fusion_dim": fusion_dim, "inputs": inputs, "max_length": max_length, "text_pooling": text_pooling,
-        "image_args": None if image is None else image.build_args, "text_files": None if text is None else text.files,
-    }  # fmt: skip
+        "image_name": image_name,
+        "text_name": text_name,
+        "tasks": dict(tasks),
+        "img_size": img_size,
+        "fusion": fusion,
+        "fusion_layers": fusion_layers,
+        "fusion_dim": fusion_dim,
+        "inputs": inputs,
+        "max_length": max_length,
+        "text_pooling": text_pooling,
+        "image_args": None if image is None else image.build_args,
+        "text_files": None if text is None else text.files,
+    }
     return ImageTextModel(image, text, build_args)

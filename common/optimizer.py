@@ -21,7 +21,15 @@ class NonFiniteLoss(Exception):
 
 
 def make_optimizer(
-    name, modules, lr, weight_decay=None, momentum=0.9, nesterov=False, projectors=None, projector_decay=0.0, backbone_lr=None
+    name,
+    modules,
+    lr,
+    weight_decay=None,
+    momentum=0.9,
+    nesterov=False,
+    projectors=None,
+    projector_decay=0.0,
+    backbone_lr=None,
 ):
     """Optimizer over the modules' parameters, no decay on norms, biases, class tokens and positions.
 
@@ -49,7 +57,13 @@ def make_optimizer(
     groups = []
     for parameters, decay in ((decayed, weight_decay), (free, 0.0)):
         groups.append({"params": [p for p in parameters if p not in backbones], "weight_decay": decay})
-        groups.append({"params": [p for p in parameters if p in backbones], "weight_decay": decay, "scale": (backbone_lr or lr) / lr})
+        groups.append(
+            {
+                "params": [p for p in parameters if p in backbones],
+                "weight_decay": decay,
+                "scale": (backbone_lr or lr) / lr,
+            }
+        )
     if projectors is not None:
         own = [p for p in projectors.parameters() if p.requires_grad]
         groups.append({"params": [p for p in own if p.ndim > 1], "weight_decay": projector_decay})
@@ -199,14 +213,33 @@ def backbone_lr(args, model):
 
 
 def make_updater(args, model, precision, steps, projectors=None, module=None, unused=False):
-    """Updater by --optimizer, --schedule and the flags beside them; its `parallel` is what the forward pass goes through.
+    """Updater by --optimizer, --schedule and the flags beside them; its `parallel` is what the forward pass goes
+    through.
 
-    steps: an epoch; projectors: of the loss, trained too; module: what holds model and projectors, for DDP, if it is not
+    steps: an epoch; projectors: of the loss, trained too; module: what holds model and projectors, for DDP, if it is
+    not
     the model; unused: whether some parameters get no gradient.
     """
-    optimizer = make_optimizer(args.optimizer, [model], args.lr, args.weight_decay, args.momentum, args.nesterov, projectors,
-                               getattr(args, "projector_weight_decay", 0.0), backbone_lr(args, model))  # fmt: skip
-    schedule = Schedule(args.schedule, optimizer.defaults["lr"], args.epochs, steps, args.warmup_epochs, args.milestones,
-                        args.gamma, args.plateau_patience)  # fmt: skip
+    optimizer = make_optimizer(
+        args.optimizer,
+        [model],
+        args.lr,
+        args.weight_decay,
+        args.momentum,
+        args.nesterov,
+        projectors,
+        getattr(args, "projector_weight_decay", 0.0),
+        backbone_lr(args, model),
+    )
+    schedule = Schedule(
+        args.schedule,
+        optimizer.defaults["lr"],
+        args.epochs,
+        steps,
+        args.warmup_epochs,
+        args.milestones,
+        args.gamma,
+        args.plateau_patience,
+    )
     parallel = distributed.data_parallel(module or model, precision.device, unused=unused)
     return Updater(model, optimizer, schedule, precision, args.clip_grad, args.ema, args.accumulation_steps, parallel)

@@ -10,14 +10,35 @@ from pathlib import Path
 
 from PIL import Image
 
-from common.comparison import KEYS, KINDS, NAMES, NOT_PERCENT, cell, how_to_repeat, label, number, repeat_name, shown, title
+from common.comparison import (
+    KEYS,
+    KINDS,
+    NAMES,
+    NOT_PERCENT,
+    cell,
+    how_to_repeat,
+    label,
+    number,
+    repeat_name,
+    shown,
+    title,
+)
 from common.evidence import span
 
-COSTS = (("parameters", "parameters"), ("weight_bytes", "weights (MB)"), ("multiply_adds", "multiply-adds"),
-         ("images_per_second", "images/s"), ("latency_ms", "ms for one image"),
-         ("checkpoint_bytes", "best.pth, to resume from (MB)"), ("train_seconds", "training (s)"))  # fmt: skip
-FIDELITY = (("agreement", "agreement with the teacher (%)"), ("teacher_right_kept", "the teacher's right answers kept (%)"),
-            ("teacher_kl", "KL(teacher || student), nats"))  # fmt: skip
+COSTS = (
+    ("parameters", "parameters"),
+    ("weight_bytes", "weights (MB)"),
+    ("multiply_adds", "multiply-adds"),
+    ("images_per_second", "images/s"),
+    ("latency_ms", "ms for one image"),
+    ("checkpoint_bytes", "best.pth, to resume from (MB)"),
+    ("train_seconds", "training (s)"),
+)
+FIDELITY = (
+    ("agreement", "agreement with the teacher (%)"),
+    ("teacher_right_kept", "the teacher's right answers kept (%)"),
+    ("teacher_kl", "KL(teacher || student), nats"),
+)
 
 
 def short(value):
@@ -30,8 +51,16 @@ def short(value):
 
 def cost_rows(group):
     """[[kind, ...]] of COSTS, as text."""
-    return [[kind, *("-" if cost[key] is None else short(cost[key] * (1e-6 if key.endswith("bytes") else 1))
-                     for key, _ in COSTS)] for kind, cost in group["cost"].items()]
+    return [
+        [
+            kind,
+            *(
+                "-" if cost[key] is None else short(cost[key] * (1e-6 if key.endswith("bytes") else 1))
+                for key, _ in COSTS
+            ),
+        ]
+        for kind, cost in group["cost"].items()
+    ]
 
 
 def metric_rows(group):
@@ -41,13 +70,17 @@ def metric_rows(group):
         if not key.endswith(tuple(dict(FIDELITY))):
             name = title(key) + ("" if key.endswith(NOT_PERCENT) else " (%)")
             rows.append([name, *(cell(found[kind]["mean"], key, found[kind]["std"]) for kind in KINDS)])
-    return rows + [[name, *(cell(fidelity.get(kind, {}).get(key), key) for kind in KINDS)] for key, name in FIDELITY if fidelity]
+    return rows + [
+        [name, *(cell(fidelity.get(kind, {}).get(key), key) for kind in KINDS)] for key, name in FIDELITY if fidelity
+    ]
 
 
 def mcnemar_rows(group):
     """[[seed, task, gained, lost, p]] as text."""
-    return [[repeat_name(test["seed"]), test["task"], str(test["gained"]), str(test["lost"]), f"{test['p']:.3g}"]
-            for test in group["evidence"].get("mcnemar", [])]
+    return [
+        [repeat_name(test["seed"]), test["task"], str(test["gained"]), str(test["lost"]), f"{test['p']:.3g}"]
+        for test in group["evidence"].get("mcnemar", [])
+    ]
 
 
 def headline(groups):
@@ -69,13 +102,23 @@ def saw(group):
 
 def csv_text(runs):
     """A row a run of report.json: names, cost, and each val and test metric that is a number."""
-    rows = [{**{key: run.get(key) for key in ("run", "role", "method", "dataset", "seed")},
-             "teacher": run["teacher"].get("name"),
-             "model": run["model"]["name"], "resolution": run["model"].get("resolution"),
-             **{key: run.get(key) for key in ("best_epoch", "last_epoch", "stopped_early")}, **run["cost"],
-             **{f"{split}_{key}": value for split in ("val", "test")
-                for key, value in run[split].items() if number(value) is not None}}
-            for run in runs]
+    rows = [
+        {
+            **{key: run.get(key) for key in ("run", "role", "method", "dataset", "seed")},
+            "teacher": run["teacher"].get("name"),
+            "model": run["model"]["name"],
+            "resolution": run["model"].get("resolution"),
+            **{key: run.get(key) for key in ("best_epoch", "last_epoch", "stopped_early")},
+            **run["cost"],
+            **{
+                f"{split}_{key}": value
+                for split in ("val", "test")
+                for key, value in run[split].items()
+                if number(value) is not None
+            },
+        }
+        for run in runs
+    ]
     text = io.StringIO()
     writer = csv.DictWriter(text, dict.fromkeys(key for row in rows for key in row), lineterminator="\n")
     writer.writeheader()
@@ -88,18 +131,32 @@ def comparison_rows(groups, metric):
     groups = [group for group in groups if not group["label_free"]]
     many = "folds" if all(group["folds"] for group in groups) else "seeds"
     points = "" if metric.endswith(NOT_PERCENT) else " (points)"
-    rows = [[*NAMES, *(kind.removeprefix("student ") for kind in KINDS), f"difference{points}", "95 % over test images",
-             f"95 % over {many}", "verdict", many]]
+    rows = [
+        [
+            *NAMES,
+            *(kind.removeprefix("student ") for kind in KINDS),
+            f"difference{points}",
+            "95 % over test images",
+            f"95 % over {many}",
+            "verdict",
+            many,
+        ]
+    ]
     for group in groups:
         part, evidence = group if metric == "accuracy" else group[metric], group["evidence"]
         kinds = [part[key.format(metric)] for key in KEYS]
         gain, without, with_kd = part["gain_paired"] or {"mean": part["gain"]}, kinds[1]["n"], kinds[2]["n"]
         unequal = without and with_kd and without != with_kd
-        rows.append([*names(group), *(cell(kind["mean"], metric, kind["std"]) for kind in kinds),
-                     cell(gain["mean"], metric, part["gain_std"], "+"),
-                     *(span(evidence.get(key), metric, False) for key in ("interval", "seeds_interval")),
-                     evidence.get("verdict", "-"),
-                     f"{without} without, {with_kd} with" if unequal else str(with_kd or without)])
+        rows.append(
+            [
+                *names(group),
+                *(cell(kind["mean"], metric, kind["std"]) for kind in kinds),
+                cell(gain["mean"], metric, part["gain_std"], "+"),
+                *(span(evidence.get(key), metric, False) for key in ("interval", "seeds_interval")),
+                evidence.get("verdict", "-"),
+                f"{without} without, {with_kd} with" if unequal else str(with_kd or without),
+            ]
+        )
     return rows
 
 
@@ -109,9 +166,15 @@ def label_free_rows(groups):
     for group in groups:
         if group["label_free"]:
             loss, knn = group["val_distillation_loss"], group["knn"]
-            rows.append([*names(group), cell(loss["mean"], "loss", loss["std"]), cell(knn["student"], "knn"),
-                         cell(knn["teacher"], "knn"),
-                         str(loss["n"])])
+            rows.append(
+                [
+                    *names(group),
+                    cell(loss["mean"], "loss", loss["std"]),
+                    cell(knn["student"], "knn"),
+                    cell(knn["teacher"], "knn"),
+                    str(loss["n"]),
+                ]
+            )
     return rows
 
 
@@ -129,17 +192,23 @@ def names(group):
 def ranking_rows(selected, metric):
     """A head and a row a setting of `select`, as text; the test figure of the best alone, for the choice is val's."""
     tests = [cell(selected["test"]["mean"], metric, selected["test"]["std"])] + [""] * len(selected["ranked"])
-    return [[selected["metric"], f"test {metric}", "runs", *selected["ranked"][0]["flags"]],
-            *([f"{setting['value']:.4f}", test, ", ".join(setting["runs"]), *map(shown, setting["flags"].values())]
-              for setting, test in zip(selected["ranked"], tests))]
+    return [
+        [selected["metric"], f"test {metric}", "runs", *selected["ranked"][0]["flags"]],
+        *(
+            [f"{setting['value']:.4f}", test, ", ".join(setting["runs"]), *map(shown, setting["flags"].values())]
+            for setting, test in zip(selected["ranked"], tests)
+        ),
+    ]
 
 
 def ranking(selected, metric):
     """Paragraphs: the settings as a table, the best one's name, the command that repeats it."""
     best = selected["ranked"][0]
-    return [table(ranking_rows(selected, metric)),
-            f"best {selected['metric']}: {best['value']:.4f}, {', '.join(best['runs'])}",
-            f"again: {selected['command']}"]
+    return [
+        table(ranking_rows(selected, metric)),
+        f"best {selected['metric']}: {best['value']:.4f}, {', '.join(best['runs'])}",
+        f"again: {selected['command']}",
+    ]
 
 
 def table(rows):
@@ -154,16 +223,40 @@ def table(rows):
 def summarize(run):
     """A run in short: results.json without flags, environment and class names."""
     left_out = ("flags", "environment", "script", "dataset", "path", "written", "id", "rows")
-    return {"run": run["path"], "dataset": run["id"]["dataset"],
-            **{key: run[key] for key in run if key not in left_out}}
+    return {
+        "run": run["path"],
+        "dataset": run["id"]["dataset"],
+        **{key: run[key] for key in run if key not in left_out},
+    }
 
 
 def run_rows(runs, metric):
     """A head and a row a run, as text; runs: of `summarize`.  A run without that test metric shows on val what chose its best epoch."""
-    rows = [["run", "role", "method", "model", "dataset", "seed", "best epoch", "epochs", f"test {metric}", "at the last epoch"]]
+    rows = [
+        [
+            "run",
+            "role",
+            "method",
+            "model",
+            "dataset",
+            "seed",
+            "best epoch",
+            "epochs",
+            f"test {metric}",
+            "at the last epoch",
+        ]
+    ]
     for run in runs:
-        row = [run["run"], run["role"], run.get("method") or "-", run["model"]["name"], run["dataset"], run["seed"],
-               run.get("best_epoch"), run.get("last_epoch")]
+        row = [
+            run["run"],
+            run["role"],
+            run.get("method") or "-",
+            run["model"]["name"],
+            run["dataset"],
+            run["seed"],
+            run.get("best_epoch"),
+            run.get("last_epoch"),
+        ]
         split, shown, of = "test", metric, ""
         if number(run["test"].get(metric)) is None:
             split, shown = "val", run["select_metric"] or metric
@@ -180,13 +273,19 @@ def markdown(report, metric):
     parts = ["# Report"]
     if chosen:
         parts += ["## Selection on val", *ranking(chosen, metric)]
-    parts += [f"## Test {title(metric)}" + ("" if metric.endswith(NOT_PERCENT) else " in %"),
-              *map(table, comparison_tables(groups, metric)),
-              "Mean ± sample standard deviation over seeds; the difference is that between runs of one seed, where "
-              "both kinds have one."]
+    parts += [
+        f"## Test {title(metric)}" + ("" if metric.endswith(NOT_PERCENT) else " in %"),
+        *map(table, comparison_tables(groups, metric)),
+        "Mean ± sample standard deviation over seeds; the difference is that between runs of one seed, where "
+        "both kinds have one.",
+    ]
     if costs:
-        parts += ["## Gain and noise", bullets(headline(groups)),
-                  "## Cost", table([["group", "model", *(name for _, name in COSTS)], *costs])]
+        parts += [
+            "## Gain and noise",
+            bullets(headline(groups)),
+            "## Cost",
+            table([["group", "model", *(name for _, name in COSTS)], *costs]),
+        ]
     parts += ["## Runs", table(run_rows(report["runs"], metric))]
     for heading, sentences in (("Missing", report["missing"]), ("Notes", notes)):
         parts += [f"## {heading}", bullets(sentences)] if sentences else []
@@ -322,7 +421,10 @@ def html(report, runs, metric, folder, galleries):
     groups, images, families = report["groups"], {}, {}
     for name in report["figures"]:
         png = (Path(folder) / name).read_bytes()
-        images[name] = {"png": base64.b64encode(png).decode(), "least": round(0.45 * Image.open(io.BytesIO(png)).width)}  # smaller is not readable
+        images[name] = {
+            "png": base64.b64encode(png).decode(),
+            "least": round(0.45 * Image.open(io.BytesIO(png)).width),
+        }  # smaller is not readable
     overview = [name for name in images if name.startswith("cost-")]
     placed = {*overview, *(name for group in groups for name in group["figures"])}
     order = 3, 7, 8, 9, 6, 5, 4, 11  # what distillation bought comes first
@@ -332,12 +434,26 @@ def html(report, runs, metric, folder, galleries):
         families.setdefault(f"{group['dataset']}: {models}", []).append((method, verdict_of(group), cells))
     page = jinja2.Environment(autoescape=True, trim_blocks=True).from_string(TEMPLATE)
     return page.render(
-        report=report, groups=list(zip(groups, galleries)), title=title(metric),
-        percent="" if metric.endswith(NOT_PERCENT) else " in %", kinds=list(KINDS), families=families,
-        columns=[head[0], "verdict", *head[1:]], cost_names=[name for _, name in COSTS],
-        judged=[group for group in groups if "sentence" in group["evidence"]], images=images, overview=overview,
-        free=label_free_rows(groups), rest=[name for name in images if name not in placed],
+        report=report,
+        groups=list(zip(groups, galleries)),
+        title=title(metric),
+        percent="" if metric.endswith(NOT_PERCENT) else " in %",
+        kinds=list(KINDS),
+        families=families,
+        columns=[head[0], "verdict", *head[1:]],
+        cost_names=[name for _, name in COSTS],
+        judged=[group for group in groups if "sentence" in group["evidence"]],
+        images=images,
+        overview=overview,
+        free=label_free_rows(groups),
+        rest=[name for name in images if name not in placed],
         selection=report["selected"] and ranking_rows(report["selected"], metric),
         runs_table=run_rows(report["runs"], metric),
-        repeats=[{"path": run["path"], **how_to_repeat(run)} for run in runs], label=label, saw=saw,
-        verdict_of=verdict_of, cost_rows=cost_rows, metric_rows=metric_rows, mcnemar_rows=mcnemar_rows)
+        repeats=[{"path": run["path"], **how_to_repeat(run)} for run in runs],
+        label=label,
+        saw=saw,
+        verdict_of=verdict_of,
+        cost_rows=cost_rows,
+        metric_rows=metric_rows,
+        mcnemar_rows=mcnemar_rows,
+    )

@@ -1,6 +1,7 @@
 """evaluate.py --predict: class probabilities of new images from a checkpoint alone, as CSV.
 
-Needs cli.py, data.py, distributed.py, evaluation.py, images.py, loader.py and training.py of `common` (and what these need), torch and
+Needs cli.py, data.py, distributed.py, evaluation.py, images.py, loader.py and training.py of `common` (and what these
+need), torch and
 numpy.
 """
 
@@ -17,8 +18,22 @@ from common.images import TASK, ImageDataset, images_below, logits_name, opencv,
 from common.loader import Loader
 from common.training import Precision, load_checkpoint, load_model, select_device
 
-# flags that say something beside --predict; --on-bad-image does not, for broken images are named and left out in any case
-TAKEN = {"checkpoint", "predict", "output", "overwrite", "device", "batch_size", "resolution", "amp", "workers", "cache", "decode_size", "window"}
+# flags that say something beside --predict; --on-bad-image does not, for broken images are named and left out in any
+# case
+TAKEN = {
+    "checkpoint",
+    "predict",
+    "output",
+    "overwrite",
+    "device",
+    "batch_size",
+    "resolution",
+    "amp",
+    "workers",
+    "cache",
+    "decode_size",
+    "window",
+}
 MOST_CLASSES = 20  # are counted on stdout
 
 
@@ -29,7 +44,10 @@ def check_predict_flags(parser, argv=None):
     parser._defaults.clear()
     for name in vars(parser.parse_args(argv)):
         if name not in TAKEN:
-            raise cli.UserError(f"--{name.replace('_', '-')} and --predict contradict each other: new images have no labels, nothing is judged")
+            raise cli.UserError(
+                f"--{name.replace('_', '-')} and --predict contradict each other: new images have no labels, "
+                "nothing is judged"
+            )
 
 
 def predict_files(args, path):
@@ -40,7 +58,11 @@ def predict_files(args, path):
     check_output(path, args.overwrite)
     checkpoint = load_predictor(args.checkpoint)
     device = select_device(args.device)
-    options = {name: value for name, value in cli.split_flags(checkpoint["flags"]).items() if name in ("decode_size", "window", "hair_removal")}
+    options = {
+        name: value
+        for name, value in cli.split_flags(checkpoint["flags"]).items()
+        if name in ("decode_size", "window", "hair_removal")
+    }
     options.update({name: value for name in ("decode_size", "window") if (value := getattr(args, name)) is not None})
     dataset = new_images(args.predict, **options)
     model, preprocess = load_model(checkpoint, device, args.resolution, args.checkpoint)
@@ -73,12 +95,15 @@ def load_predictor(path):
     if not checkpoint["classes"]:
         raise cli.UserError(f"{path} has no head, it was trained without labels: --predict needs one")
     if checkpoint["model_args"].get("inputs", "image") != "image":
-        raise cli.UserError(f"{path} reads texts, which --predict has not: take a model that was trained with --inputs image")
+        raise cli.UserError(
+            f"{path} reads texts, which --predict has not: take a model that was trained with --inputs image"
+        )
     return checkpoint
 
 
 def new_images(paths, hair_removal=False, **decoding):
-    """ImageDataset, unlabelled, of image files and of all images anywhere below folders, hidden ones left out, in order of
+    """ImageDataset, unlabelled, of image files and of all images anywhere below folders, hidden ones left out, in order
+    of
     their paths, which are their ids; broken ones are named and left out.  Raises UserError, DataError."""
     if hair_removal:
         opencv()  # refuses where it is missing
@@ -91,7 +116,9 @@ def new_images(paths, hair_removal=False, **decoding):
             raise cli.UserError(f"--predict {path} holds no images")
         found.update(below)
     files = sorted(os.path.normpath(path) for path in found)
-    return without_bad_images(ImageDataset(files, np.full(len(files), -1), paths=files, hair_removal=hair_removal, **decoding))
+    return without_bad_images(
+        ImageDataset(files, np.full(len(files), -1), paths=files, hair_removal=hair_removal, **decoding)
+    )
 
 
 def refuse_folder(error):
@@ -119,7 +146,10 @@ def columns(classes):
 def write_table(path, header, ids, classes, probabilities):
     """A row an image: path, and of each task the likeliest class, its probability and that of each class."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    with cli.atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+    with (
+        cli.atomic_write(path) as temporary,
+        open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+    ):
         writer = csv.writer(file)
         writer.writerow(header)
         for row, name in enumerate(ids):

@@ -3,7 +3,8 @@
     scores = knn(train_features, train_labels, features, num_classes)[20]                  # (N, C), sums to 1
     logits, chosen = linear_probe(train_features, train_labels, held_out, features, num_classes)
 
-Features (N, D) float, labels (N,) int64, all on one device; computed in float32.  The number of classes is always given:
+Features (N, D) float, labels (N,) int64, all on one device; computed in float32.  The number of classes is always
+given:
 train may lack the last one.
 """
 
@@ -27,7 +28,10 @@ def check(train_features, train_labels, features, num_classes):
     if not len(train_features):
         raise ProbeError("train holds no images: k-NN and the linear probe need some")
     if len(train_labels) != len(train_features) or train_features.shape[1:] != features.shape[1:]:
-        raise ProbeError(f"train has features {tuple(train_features.shape)} and {len(train_labels)} labels, the judged split features {tuple(features.shape)}")
+        raise ProbeError(
+            f"train has features {tuple(train_features.shape)} and {len(train_labels)} labels, the judged split "
+            f"features {tuple(features.shape)}"
+        )
     low, high = int(train_labels.min()), int(train_labels.max())
     if low < 0:
         raise ProbeError(f"train holds images without a label ({low}): k-NN and the linear probe need one of each")
@@ -40,7 +44,9 @@ def check(train_features, train_labels, features, num_classes):
 # ------------------------------------------------------------------------------------------------ k nearest neighbours
 
 
-def knn(train_features, train_labels, features, num_classes, k=NEIGHBOURS, temperature=0.07, weights="distance", chunk=2048):
+def knn(
+    train_features, train_labels, features, num_classes, k=NEIGHBOURS, temperature=0.07, weights="distance", chunk=2048
+):
     """Votes of the k most similar train images by cosine: {k: (N, C) float32, each row a distribution over classes}.
 
     weights: "distance" gives a neighbour of similarity s exp(s / temperature) votes, as DINO does (Caron et al. 2021,
@@ -81,13 +87,26 @@ def unit(features):
 # -------------------------------------------------------------------------------------------------------- linear probe
 
 
-def linear_probe(train_features, train_labels, held_out, features, num_classes, lrs=LRS, weight_decays=WEIGHT_DECAYS,
-                 steps=1000, batch_size=1024, seed=0):  # fmt: skip
+def linear_probe(
+    train_features,
+    train_labels,
+    held_out,
+    features,
+    num_classes,
+    lrs=LRS,
+    weight_decays=WEIGHT_DECAYS,
+    steps=1000,
+    batch_size=1024,
+    seed=0,
+):
     """Multinomial logistic regression on frozen features: (logits (N, C) float32, what was chosen as a dict).
 
-    All heads of the grid lrs x weight_decays are trained at once (as DINOv2 does, arXiv:2304.07193) on the part of train
-    that held_out (M,) bool leaves.  The one with the lowest cross-entropy on the held-out part is trained again on all of
-    train and asked for `features` once; unlike there they choose nothing.  Not by accuracy: many heads have the same on a
+    All heads of the grid lrs x weight_decays are trained at once (as DINOv2 does, arXiv:2304.07193) on the part of
+    train
+    that held_out (M,) bool leaves.  The one with the lowest cross-entropy on the held-out part is trained again on all
+    of
+    train and asked for `features` once; unlike there they choose nothing.  Not by accuracy: many heads have the same on
+    a
     small part, and where nearly all images are of one class it prefers a head that never names another.  Adam with a
     cosine schedule on features standardized by the images that train the head; the penalty is weight_decay / 2 * |W|^2.
     seed: the order of batches, where train is larger than one.  Raises ProbeError.
@@ -95,21 +114,34 @@ def linear_probe(train_features, train_labels, held_out, features, num_classes, 
     check(train_features, train_labels, features, num_classes)
     held_out = held_out.to(train_features.device)
     if held_out.all() or not held_out.any():
-        raise ProbeError(f"{int(held_out.sum())} of the {len(held_out)} images of train are held out: the linear probe needs some, and some more")
+        raise ProbeError(
+            f"{int(held_out.sum())} of the {len(held_out)} images of train are held out: the linear probe needs "
+            "some, and some more"
+        )
     points, rest, labels = list(itertools.product(lrs, weight_decays)), ~held_out, train_labels[held_out]
     heads = fit(train_features[rest], train_labels[rest], num_classes, points, steps, batch_size, seed)
-    losses = [float(torch.nn.functional.cross_entropy(logits, labels)) for logits in predict(heads, train_features[held_out])]
+    losses = [
+        float(torch.nn.functional.cross_entropy(logits, labels)) for logits in predict(heads, train_features[held_out])
+    ]
     best = min(range(len(points)), key=lambda i: losses[i] if math.isfinite(losses[i]) else math.inf)
     heads = fit(train_features, train_labels, num_classes, [points[best]], steps, batch_size, seed)
-    chosen = {"lr": points[best][0], "weight_decay": points[best][1], "held_out_loss": losses[best], "held_out": len(labels)}
+    chosen = {
+        "lr": points[best][0],
+        "weight_decay": points[best][1],
+        "held_out_loss": losses[best],
+        "held_out": len(labels),
+    }
     return next(predict(heads, features)), chosen
 
 
 def fit(features, labels, num_classes, points, steps, batch_size, seed):
-    """Train H linear heads, one for each (lr, weight_decay) of points: (mean (D,), scale (D,), weight (D, H, C), bias (H, C))."""
+    """Train H linear heads, one for each (lr, weight_decay) of points: (mean (D,), scale (D,), weight (D, H, C), bias
+    (H, C))."""
     features = features.float()
     mean, deviation = features.mean(0), features.std(0, correction=0)
-    scale = deviation.masked_fill(deviation <= 1e-5 * mean.abs(), math.inf)  # what is constant in train is ignored, not blown up
+    scale = deviation.masked_fill(
+        deviation <= 1e-5 * mean.abs(), math.inf
+    )  # what is constant in train is ignored, not blown up
     rates, decays = (torch.tensor(column, device=features.device)[:, None] for column in zip(*points))  # (H, 1)
     weight = features.new_zeros(features.shape[1], len(points), num_classes)  # convex: zero is as good a start as any
     bias = features.new_zeros(len(points), num_classes)
@@ -121,7 +153,9 @@ def fit(features, labels, num_classes, points, steps, batch_size, seed):
         rows, order = order[:batch_size].to(features.device), order[batch_size:]
         x = (features[rows] - mean) / scale  # (B, D)
         error = (x @ weight.flatten(1)).view(len(x), *bias.shape).add_(bias).softmax(2)  # (B, H, C)
-        error[torch.arange(len(x), device=x.device), :, labels[rows]] -= 1  # now the loss's gradient with respect to the logits
+        error[torch.arange(len(x), device=x.device), :, labels[rows]] -= (
+            1  # now the loss's gradient with respect to the logits
+        )
         gradients = (x.T @ error.flatten(1)).view_as(weight) / len(x) + decays * weight, error.mean(0)
         rate = rates * (0.5 + 0.5 * math.cos(math.pi * step / steps)) / (1 - 0.9 ** (step + 1))
         for value, (first, second), gradient in zip((weight, bias), moments, gradients):

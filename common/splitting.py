@@ -87,7 +87,8 @@ def fold_of_rows(labels, keys, groups, folds, seed, stream):
 
 
 def split_off(dataset, count, seed, stream):
-    """(rest, chosen): `count` samples chosen as in `stratified_rows`, whole groups where it has groups (`grouped_rows`)."""
+    """(rest, chosen): `count` samples chosen as in `stratified_rows`, whole groups where it has groups
+    (`grouped_rows`)."""
     if dataset.groups is None:
         chosen = stratified_rows(dataset.labels, dataset.keys, count, seed, stream)
     else:
@@ -96,7 +97,8 @@ def split_off(dataset, count, seed, stream):
 
 
 def held_out(data, share, seed, stream):
-    """(N,) bool: the share of a dataset or a Store that `split_off` would choose; it needs their ids, labels and groups."""
+    """(N,) bool: the share of a dataset or a Store that `split_off` would choose; it needs their ids, labels and
+    groups."""
     count, result = round(share * len(data)), np.zeros(len(data), bool)
     if data.groups is None:
         keys = np.array([hash_id(i) for i in data.ids], np.int64)
@@ -127,5 +129,8 @@ def check_groups(parts):
     for split, part in parts.items():
         for group in [] if part.groups is None else np.unique(part.groups).tolist():
             if group in owner:
-                raise DataError(f"the group {group!r} is in {owner[group]} and in {split}: a model would be judged on what it has seen")
+                raise DataError(
+                    f"the group {group!r} is in {owner[group]} and in {split}: a model would be judged on what it "
+                    "has seen"
+                )
             owner[group] = split

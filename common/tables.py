@@ -1,6 +1,6 @@
 """Tables of images: a CSV file with a row an image.  Needs images.py and distributed.py of `common` and numpy.
 
-    table = read_table("train.csv", ["image", "label"])              # {"image": [...], "label": [...]}, strings
+table = read_table("train.csv", ["image", "label"])              # {"image": [...], "label": [...]}, strings
 """
 
 import csv
@@ -47,7 +47,10 @@ def nfc(name):
 def check_folder(name, root, content):
     """Refuse a --data-root that is not given or no folder; content: what a dataset of that name has in it."""
     if root is None or not os.path.isdir(root):
-        raise DataError(f"--dataset {name} needs --data-root FOLDER with {content}{'' if root is None else f': {root} is no folder'}")
+        raise DataError(
+            f"--dataset {name} needs --data-root FOLDER with "
+            f"{content}{'' if root is None else f': {root} is no folder'}"
+        )
 
 
 def read_table(path, columns=None):
@@ -132,8 +135,17 @@ def label_numbers(path, values, classes, column):
 # ------------------------------------------------------------------------------------------------------------ any table
 
 
-def read_csv(root, *, on_bad_image="error", table=None, image_column=None, label_column=None, group_column=None, split_column=None,
-             **decoding):
+def read_csv(
+    root,
+    *,
+    on_bad_image="error",
+    table=None,
+    image_column=None,
+    label_column=None,
+    group_column=None,
+    split_column=None,
+    **decoding,
+):
     """({split: ImageDataset}, classes) of any table; all is train where it has no split column.  Raises DataError."""
     check_folder("csv", root, "the images")
     path = _table_path(root, table)
@@ -149,9 +161,14 @@ def read_csv(root, *, on_bad_image="error", table=None, image_column=None, label
     ids = content[column["image"]]
     whole = ImageDataset(ids, labels, paths=[files[i] for i in ids], groups=groups, **decoding)
     spare = [name for name in content if name and name not in column.values()]
-    note(f"{path}: " + ", ".join(f"{kind} from {name}" for kind, name in column.items() if name)
-         + (f"; not used: {', '.join(spare[:12])}" if spare else ""))
-    return _official_splits(path, whole, content[column["split"]] if column["split"] else None, column["split"]), classes
+    note(
+        f"{path}: "
+        + ", ".join(f"{kind} from {name}" for kind, name in column.items() if name)
+        + (f"; not used: {', '.join(spare[:12])}" if spare else "")
+    )
+    return _official_splits(
+        path, whole, content[column["split"]] if column["split"] else None, column["split"]
+    ), classes
 
 
 def _labelled(path, content, column, rows):
@@ -170,7 +187,11 @@ def _labelled(path, content, column, rows):
 def _table_path(root, table):
     """--table as it is given or in root; by default root's only CSV file."""
     if table:
-        return table if os.path.exists(table) or not os.path.exists(os.path.join(root, table)) else os.path.join(root, table)
+        return (
+            table
+            if os.path.exists(table) or not os.path.exists(os.path.join(root, table))
+            else os.path.join(root, table)
+        )
     found = sorted(f for f in os.listdir(root) if f.lower().endswith(".csv"))
     if len(found) != 1:
         raise DataError(f"{root} holds {len(found)} .csv files: name the one, --table FILE.csv")
@@ -192,8 +213,10 @@ def _column(path, content, kind, name):
     plain = {_letters(c): c for c in reversed(content)}
     found = next((plain[_letters(c)] for c in COLUMNS[kind] if _letters(c) in plain), None)
     if found is None and kind in ("image", "label"):
-        raise DataError(f"{path} has no column {', '.join(COLUMNS[kind])}: name the one, --{kind}-column "
-                        f"(it has {', '.join(list(content)[:12])})")  # fmt: skip
+        raise DataError(
+            f"{path} has no column {', '.join(COLUMNS[kind])}: name the one, --{kind}-column "
+            f"(it has {', '.join(list(content)[:12])})"
+        )
     return found
 
 
@@ -210,7 +233,12 @@ def _files_of(names, root):
     paths, found = images_below(root), {}
     for spell in (plain, lambda name: nfc(plain(name)).casefold()):
         left = [name for name in names if name not in found]
-        places = ({}, {}, {}, {})  # path in root, the same without its ending, name of the file, the same without its ending
+        places = (
+            {},
+            {},
+            {},
+            {},
+        )  # path in root, the same without its ending, name of the file, the same without its ending
         for path in paths if left else ():
             inside = spell(os.path.relpath(path, root))
             base = os.path.basename(inside)
@@ -246,7 +274,9 @@ def _official_splits(path, whole, values, column):
         return {"train": whole}
     unknown = [v for v in values if v.lower() not in SPLIT_NAMES]
     if unknown:
-        raise DataError(f"{counted(unknown, f'rows of {path} have an unknown {column}')}: it must be train, val or test "
-                        "(--split-column none ignores it)")  # fmt: skip
+        raise DataError(
+            f"{counted(unknown, f'rows of {path} have an unknown {column}')}: it must be train, val or test "
+            "(--split-column none ignores it)"
+        )
     splits = np.array([SPLIT_NAMES[v.lower()] for v in values])
     return {s: whole.subset(np.flatnonzero(splits == s)) for s in SPLITS if (splits == s).any()}

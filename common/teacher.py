@@ -1,6 +1,7 @@
 """What teaches a student: a frozen model that is run, or what one has left in a store; and what it is worth.
 
-Needs from common: augment.py, cli.py, data.py, embeddings.py, evaluation.py, images.py, loader.py, losses.py, metrics.py, models.py, probes.py,
+Needs from common: augment.py, cli.py, data.py, embeddings.py, evaluation.py, images.py, loader.py, losses.py,
+metrics.py, models.py, probes.py,
 training.py (and what these need) and torch.
 """
 
@@ -28,9 +29,12 @@ NEIGHBOURS = 20  # of --eval-dataset
 class Source(NamedTuple):
     """What teaches: a frozen model or what one has left in a store.  Nothing that follows asks which."""
 
-    targets: Callable  # (batch, split) -> {"logits": (B, C), "embedding": (B, D), "tokens": (B, T, D), "features": {layer: (B, C_l, H_l, W_l)}}
+    # (batch, split) -> {"logits": (B, C), "embedding": (B, D), "tokens": (B, T, D), "features": {layer: (B, C_l, H_l,
+    # W_l)}}
+    targets: Callable
     choose_view: Callable  # batch -> the batch with the views that are shown
-    logits: Callable  # (split, loader) -> {task: (N, C)} of the plain images, or None where no head is trained for these classes
+    # (split, loader) -> {task: (N, C)} of the plain images, or None where no head is trained for these classes
+    logits: Callable
     model: tuple  # (model, Preprocess) of a live one, else None
     resolution: int  # the teacher's input side in pixels
     title: str
@@ -43,11 +47,22 @@ def open_stores(args):
         if args.num_views:
             raise cli.UserError("--num-views needs --teacher-embeddings DIR")
         return None
-    for name in ("teacher_checkpoint", "teacher_model", "teacher_resolution", "teacher_pooling", "teacher_pretrained", "teacher_weights",
-                 *Policy.__dataclass_fields__, "augment", "no_augment"):
+    for name in (
+        "teacher_checkpoint",
+        "teacher_model",
+        "teacher_resolution",
+        "teacher_pooling",
+        "teacher_pretrained",
+        "teacher_weights",
+        *Policy.__dataclass_fields__,
+        "augment",
+        "no_augment",
+    ):
         if getattr(args, name) is not None and getattr(args, name) is not False:  # 0 is given
             flag = "--" + name.replace("_", "-")
-            raise cli.UserError(f"{flag} and --teacher-embeddings contradict each other: teacher and views are the stored ones")
+            raise cli.UserError(
+                f"{flag} and --teacher-embeddings contradict each other: teacher and views are the stored ones"
+            )
     stores = {"train": Store(split_folder(args.teacher_embeddings, "train"))}
     meta = stores["train"].meta
     for split in ("val",) if meta["dataset"] == "unlabeled" else ("val", "test"):
@@ -69,21 +84,45 @@ def stored_source(args, stores, splits, weights):
     """Source of --teacher-embeddings."""
     of_maps = [f"--{name}-weight 0" for name in FEATURE_TERMS if weights[name]]
     if of_maps:
-        raise cli.UserError(f"--teacher-embeddings hold no feature maps: --method {args.method} needs a teacher, or {' '.join(of_maps)}")
-    of_terms = {**dict.fromkeys(("embedding", "cls", "projection", *RELATIONS), "embeddings"), "patch": "tokens",
-                **dict.fromkeys(LOGIT_TERMS, "logits")}  # fmt: skip
+        raise cli.UserError(
+            f"--teacher-embeddings hold no feature maps: --method {args.method} needs a teacher, or {' '.join(of_maps)}"
+        )
+    of_terms = {
+        **dict.fromkeys(("embedding", "cls", "projection", *RELATIONS), "embeddings"),
+        "patch": "tokens",
+        **dict.fromkeys(LOGIT_TERMS, "logits"),
+    }
     wanted = list(dict.fromkeys(name for term, name in of_terms.items() if weights[term]))
     datasets = {split: getattr(splits, split) for split in stores}
     meta = stores["train"].meta
     kept = {key: meta["teacher"][key] for key in ("name", "family", "parameters", "checkpoint", "sha256")}
     stored = StoredTeacher(stores, datasets, wanted, args.num_views, args.seed)
-    described = {**kept, "embeddings": args.teacher_embeddings, "num_views": stored.num_views, "resolution": meta["resolution"]}
-    title = f"teacher {kept['name']}: {kept['parameters']:,} parameters, {meta['resolution']} px, {stored.num_views} stored views"
+    described = {
+        **kept,
+        "embeddings": args.teacher_embeddings,
+        "num_views": stored.num_views,
+        "resolution": meta["resolution"],
+    }
+    title = (
+        f"teacher {kept['name']}: {kept['parameters']:,} parameters, {meta['resolution']} px, {stored.num_views} "
+        "stored views"
+    )
     if args.global_crops > stored.num_views:
-        raise cli.UserError(f"--global-crops {args.global_crops}: {args.teacher_embeddings} gives {stored.num_views} views of an image")
-    judged = splits.classes and (uses(weights, LOGIT_TERMS) or meta["teacher"]["weights"] == "checkpoint")  # others have no trained head
-    return Source(stored.targets, stored.choose_view, lambda split, loader: by_task(stored.logits(split)) if judged else None, None,
-                  meta["resolution"], title, described)  # fmt: skip
+        raise cli.UserError(
+            f"--global-crops {args.global_crops}: {args.teacher_embeddings} gives {stored.num_views} views of an image"
+        )
+    judged = splits.classes and (
+        uses(weights, LOGIT_TERMS) or meta["teacher"]["weights"] == "checkpoint"
+    )  # others have no trained head
+    return Source(
+        stored.targets,
+        stored.choose_view,
+        lambda split, loader: by_task(stored.logits(split)) if judged else None,
+        None,
+        meta["resolution"],
+        title,
+        described,
+    )
 
 
 def by_task(logits):
@@ -94,8 +133,11 @@ def load_teacher(args, path, checkpoint, classes, resolution, info):
     """(model, Preprocess, dict for results.json); the model on the CPU; classes: [] where no logits are needed."""
     if checkpoint is None:
         if isinstance(classes, dict):
-            raise cli.UserError(f"--teacher-model {args.teacher_model} has no head for each of {', '.join(classes)}: give --teacher-checkpoint, "
-                                "or a method without the teacher's logits")  # fmt: skip
+            raise cli.UserError(
+                f"--teacher-model {args.teacher_model} has no head for each of {', '.join(classes)}: give "
+                "--teacher-checkpoint, "
+                "or a method without the teacher's logits"
+            )
         side = args.teacher_resolution or resolution
         teacher = build_model(args.teacher_model, len(classes), side, pretrained=args.teacher_pretrained)
         weights = start_weights(teacher, args.teacher_weights, flag="--teacher-weights")
@@ -105,8 +147,10 @@ def load_teacher(args, path, checkpoint, classes, resolution, info):
         sha = file_sha256(args.teacher_weights) if args.teacher_weights else None
     else:
         if classes and checkpoint["classes"] != classes:
-            raise cli.UserError(f"teacher and data have different classes: {path} knows {in_words(checkpoint['classes'])}, "
-                                f"{args.dataset} has {in_words(classes)}")  # fmt: skip
+            raise cli.UserError(
+                f"teacher and data have different classes: {path} knows {in_words(checkpoint['classes'])}, "
+                f"{args.dataset} has {in_words(classes)}"
+            )
         teacher, preprocess = load_model(checkpoint, resolution=args.teacher_resolution, path=path)
         sha = file_sha256(path)
         weights = f"weights of {path}"
@@ -123,7 +167,9 @@ def need_image_model(model, flag):
 def live_source(args, weights, path, checkpoint, splits, resolution, augment, precision, interrupts):
     """Source of a teacher that is run."""
     of_logits = uses(weights, LOGIT_TERMS)
-    teacher, preprocess, described = load_teacher(args, path, checkpoint, splits.classes if of_logits else [], resolution, DATASETS[args.dataset])
+    teacher, preprocess, described = load_teacher(
+        args, path, checkpoint, splits.classes if of_logits else [], resolution, DATASETS[args.dataset]
+    )
     teacher.set_feature_layers(args.teacher_layer)
     if args.teacher_pooling:
         need_image_model(teacher, "--teacher-pooling")
@@ -136,9 +182,15 @@ def live_source(args, weights, path, checkpoint, splits, resolution, augment, pr
         teacher.compile()
     title = f"teacher {described['name']}: {described['parameters']:,} parameters, {preprocess.resolution} px"
     judged = splits.classes and (of_logits or checkpoint and checkpoint["classes"] == splits.classes)
-    return Source(lambda batch, split="train": targets(batch), lambda batch: batch,
-                  lambda split, loader: predict(teacher, loader, preprocess, precision, interrupts) if judged else None,
-                  (teacher, preprocess), preprocess.resolution, title, described)  # fmt: skip
+    return Source(
+        lambda batch, split="train": targets(batch),
+        lambda batch: batch,
+        lambda split, loader: predict(teacher, loader, preprocess, precision, interrupts) if judged else None,
+        (teacher, preprocess),
+        preprocess.resolution,
+        title,
+        described,
+    )
 
 
 class Neighbours:
@@ -146,17 +198,29 @@ class Neighbours:
 
     def __init__(self, args, device, precision, interrupts):
         same = args.eval_dataset == args.dataset and args.eval_data_root in (None, args.data_root)
-        options = cli.split_flags(vars(args)) if same else {name: getattr(args, name) for name in ("split_seed", "decode_size", "on_bad_image")}
+        options = (
+            cli.split_flags(vars(args))
+            if same
+            else {name: getattr(args, name) for name in ("split_seed", "decode_size", "on_bad_image")}
+        )
         options = {name: value for name, value in options.items() if name not in ("limit_train", "limit_labels")}
         root = args.eval_data_root or (args.data_root if same else None)
         self.splits = load_splits(args.eval_dataset, cli.data_root(root), splits=("train", "val"), **options)
-        self.loaders = [Loader(part, args.batch_size, device, cache=args.cache, workers=args.workers) for part in (self.splits.train, self.splits.val)]
+        self.loaders = [
+            Loader(part, args.batch_size, device, cache=args.cache, workers=args.workers)
+            for part in (self.splits.train, self.splits.val)
+        ]
         self.precision, self.interrupts = precision, interrupts
 
     def __call__(self, model, preprocess):
         """{"accuracy", "balanced_accuracy", "auc"}"""
-        found = [outputs(model, loader, preprocess, self.precision, ("embedding",), self.interrupts)["embedding"] for loader in self.loaders]
-        train, labels, val = (torch.from_numpy(v).to(self.precision.device) for v in (found[0], self.splits.train.labels, found[1]))
+        found = [
+            outputs(model, loader, preprocess, self.precision, ("embedding",), self.interrupts)["embedding"]
+            for loader in self.loaders
+        ]
+        train, labels, val = (
+            torch.from_numpy(v).to(self.precision.device) for v in (found[0], self.splits.train.labels, found[1])
+        )
         votes = knn(train, labels, val, len(self.splits.classes), k=(NEIGHBOURS,))
         found = classification(next(iter(votes.values())).cpu().numpy(), self.splits.val.labels)
         return {name: found[name] for name in ("accuracy", "balanced_accuracy", "auc")}
@@ -178,7 +242,11 @@ def judge_teacher(source, logits, splits, neighbours, args):
         text += check_teacher(found["auc"], eval_set.val.labels, args.allow_weak_teacher, "by k-NN ")
     if "val" in source.described or "knn" in source.described:
         return text
-    why = "logits of a trained head are not stored" if source.model is None else "it has no head for these classes, --eval-dataset judges it by k-NN"
+    why = (
+        "logits of a trained head are not stored"
+        if source.model is None
+        else "it has no head for these classes, --eval-dataset judges it by k-NN"
+    )
     return f"{text}; it is not judged: {why}"
 
 

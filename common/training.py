@@ -1,6 +1,7 @@
 """What the training scripts call beside the optimizer: interrupts, device, precision, checkpoints, the run's record.
 
-Needs augment.py, cli.py, distributed.py, images.py, metrics.py and models.py of `common` (image_text.py and multimodal.py too for models
+Needs augment.py, cli.py, distributed.py, images.py, metrics.py and models.py of `common` (image_text.py and
+multimodal.py too for models
 of images and texts) and torch.  The epoch loop itself stands in each script.
 """
 
@@ -121,7 +122,8 @@ def peak_memory_mb(device):
 
 
 class Precision:
-    """Mixed precision: `with precision.autocast():` around forward passes, `precision.scaler` around fp16's gradients."""
+    """Mixed precision: `with precision.autocast():` around forward passes, `precision.scaler` around fp16's
+    gradients."""
 
     def __init__(self, amp, device):
         if amp == "auto":
@@ -148,7 +150,8 @@ def use_compile(choice, device):
 class Preprocess:
     """A model's own input: side in pixels, mean and std, and, of a model that reads texts, its tokenizer.
 
-    `preprocess(pixels)`: (B, 3, R, R) in 0..1 -> normalized; `preprocess.inputs(batch, pixels)` -> what the model takes.
+    `preprocess(pixels)`: (B, 3, R, R) in 0..1 -> normalized; `preprocess.inputs(batch, pixels)` -> what the model
+    takes.
     """
 
     resolution: int
@@ -188,7 +191,9 @@ class Preprocess:
 
         for dataset in datasets:
             if not hasattr(dataset, "texts"):
-                raise UserError("a model of images and texts was given images without texts: its datasets are medpix and image_text")
+                raise UserError(
+                    "a model of images and texts was given images without texts: its datasets are medpix and image_text"
+                )
             if id(dataset) not in self._tokens:
                 self._tokens[id(dataset)] = dataset, tokenize(dataset.texts, self.tokenizer, self.max_length)
 
@@ -199,7 +204,10 @@ class Preprocess:
         from common.image_text import token_batch
 
         self.prepare(batch["dataset"])
-        return {"image": self(pixels), **token_batch(self._tokens[id(batch["dataset"])][1], batch["index"], pixels.device)}
+        return {
+            "image": self(pixels),
+            **token_batch(self._tokens[id(batch["dataset"])][1], batch["index"], pixels.device),
+        }
 
     def __call__(self, pixels):
         if self._tensors is None or self._tensors[0].device != pixels.device:
@@ -247,7 +255,14 @@ def save_checkpoint(path, content, also=()):
 
 
 # what every script needs of one
-CHECKPOINT = {"kind": str, "model": dict, "model_args": dict, "classes": (list, dict), "preprocess": dict, "flags": dict}
+CHECKPOINT = {
+    "kind": str,
+    "model": dict,
+    "model_args": dict,
+    "classes": (list, dict),
+    "preprocess": dict,
+    "flags": dict,
+}
 
 
 def load_tensors(path):
@@ -301,7 +316,9 @@ def load_model(checkpoint, device="cpu", resolution=None, path="the checkpoint")
     try:
         model.load_state_dict(checkpoint["model"], strict=True)
     except RuntimeError as error:
-        raise UserError(f"{path} does not fit its own architecture {model.name}: {str(error).splitlines()[-1].strip()[:160]}") from None
+        raise UserError(
+            f"{path} does not fit its own architecture {model.name}: {str(error).splitlines()[-1].strip()[:160]}"
+        ) from None
     preprocess.reads(model)
     if resolution and resolution != preprocess.resolution:
         model.set_resolution(resolution)
@@ -318,19 +335,43 @@ def start_model(args, classes, resolution, texts=None):
     if isinstance(classes, dict):
         from common.multimodal import build_image_text_model
 
-        for name, given in (("--weights", args.weights), ("--init-checkpoint", args.init_checkpoint), ("--patch-size", args.patch_size)):
+        for name, given in (
+            ("--weights", args.weights),
+            ("--init-checkpoint", args.init_checkpoint),
+            ("--patch-size", args.patch_size),
+        ):
             if given:
                 raise UserError(f"{name} is for image models alone, not for images with texts")
-        model = build_image_text_model(args.image_model or args.model, args.text_model, {task: len(names) for task, names in classes.items()}, resolution,
-                                       args.fusion, args.fusion_layers, args.fusion_dim, args.pretrained, inputs=args.inputs, texts=texts,
-                                       max_length=args.max_length, text_pooling=args.text_pooling)  # fmt: skip
+        model = build_image_text_model(
+            args.image_model or args.model,
+            args.text_model,
+            {task: len(names) for task, names in classes.items()},
+            resolution,
+            args.fusion,
+            args.fusion_layers,
+            args.fusion_dim,
+            args.pretrained,
+            inputs=args.inputs,
+            texts=texts,
+            max_length=args.max_length,
+            text_pooling=args.text_pooling,
+        )
         model.set_dropout(args.dropout)
         if args.freeze_backbone or args.freeze:
             model.freeze_backbone(("image", "text") if args.freeze_backbone else args.freeze)
         return model, None
     if args.freeze or args.image_model:
-        raise UserError(f"--{'freeze' if args.freeze else 'image-model'} is for images with texts (--dataset medpix, image_text)")
-    model = build_model(args.model, len(classes), resolution, args.patch_size, args.pretrained, dynamic=bool(getattr(args, "local_crops", 0)))
+        raise UserError(
+            f"--{'freeze' if args.freeze else 'image-model'} is for images with texts (--dataset medpix, image_text)"
+        )
+    model = build_model(
+        args.model,
+        len(classes),
+        resolution,
+        args.patch_size,
+        args.pretrained,
+        dynamic=bool(getattr(args, "local_crops", 0)),
+    )
     note = start_weights(model, args.weights, args.init_checkpoint)
     model.set_dropout(args.dropout)
     if args.freeze_backbone:
@@ -339,7 +380,8 @@ def start_model(args, classes, resolution, texts=None):
 
 
 def start_weights(model, weights=None, init_checkpoint=None, flag="--weights"):
-    """Load --weights FILE or --init-checkpoint FILE into a new model; returns a line for the log, or None; flag: for messages."""
+    """Load --weights FILE or --init-checkpoint FILE into a new model; returns a line for the log, or None; flag: for
+    messages."""
     if weights and init_checkpoint:
         raise UserError("--weights and --init-checkpoint contradict each other: give one of them")
     path = weights or init_checkpoint
@@ -384,8 +426,11 @@ def check_normalization(model, resolution, rows):
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise
-        raise UserError(f"BatchNorm of {model.name} needs two images at once at {resolution} px and gets one: take a larger --batch-size, "
-                        "fewer --accumulation-steps or fewer processes") from None  # fmt: skip
+        raise UserError(
+            f"BatchNorm of {model.name} needs two images at once at {resolution} px and gets one: take a larger "
+            "--batch-size, "
+            "fewer --accumulation-steps or fewer processes"
+        ) from None
 
 
 def file_sha256(path):
@@ -395,7 +440,9 @@ def file_sha256(path):
 
 def class_difference(before, now):
     """How the data's classes (lists, or {task: list}) differ from a checkpoint's, in words, or None."""
-    old, new = ([c if t == TASK else f"{c} ({t})" for t, names in tasks_of(of).items() for c in names] for of in (before, now))
+    old, new = (
+        [c if t == TASK else f"{c} ({t})" for t, names in tasks_of(of).items() for c in names] for of in (before, now)
+    )
     changes = ("lack", [c for c in old if c not in new]), ("also have", [c for c in new if c not in old])
     parts = [f"{verb} {', '.join(map(repr, names[:5]))}" for verb, names in changes if names]
     if old != new:
@@ -459,7 +506,9 @@ class Recorder:
             self.restore(saved)
             stops.hint = f": {self.again} continues"
         self.interrupts.begin()
-        self.run.open(vars(args), environment(device_name(self.updater.precision.device)), saved["rows"], saved["log_bytes"])
+        self.run.open(
+            vars(args), environment(device_name(self.updater.precision.device)), saved["rows"], saved["log_bytes"]
+        )
 
     @property
     def again(self):
@@ -469,17 +518,26 @@ class Recorder:
     def check_resumed(self, saved):
         """Refuse to go on with other data than the checkpoint's, or to fewer epochs.  Raises UserError."""
         if "data" not in saved:
-            raise UserError(f"--resume {self.run.folder}: an earlier version of these scripts wrote it, start a new run")
+            raise UserError(
+                f"--resume {self.run.folder}: an earlier version of these scripts wrote it, start a new run"
+            )
         begun = saved["epoch"] if saved["step"] else saved["epoch"] - 1
         if self.epochs_wanted < begun:
-            raise UserError(f"--epochs {self.epochs_wanted} beside --resume: {begun} epochs of {self.run.folder} are done or begun")
+            raise UserError(
+                f"--epochs {self.epochs_wanted} beside --resume: {begun} epochs of {self.run.folder} are done or begun"
+            )
         before, now = saved["data"], self.content["data"]
         differ = class_difference(before["classes"], now["classes"])
         for split, sha in before["sha256"].items() if not differ else ():
             if sha != now["sha256"].get(split):
-                differ = f"{split} had other images or labels ({before['sizes'][split]:,} then, {now['sizes'].get(split, 0):,} now)"
+                differ = (
+                    f"{split} had other images or labels ({before['sizes'][split]:,} then, "
+                    f"{now['sizes'].get(split, 0):,} now)"
+                )
         if differ:
-            raise UserError(f"--resume {self.run.folder} with other data: {differ}: bring them back, or start a new run")
+            raise UserError(
+                f"--resume {self.run.folder} with other data: {differ}: bring them back, or start a new run"
+            )
 
     @property
     def seconds(self):
@@ -496,10 +554,13 @@ class Recorder:
         """The batches that are left of this epoch, with a progress bar on a terminal; stops after a signal."""
         self.epoch_started, self.images = time.time(), 0
         bar = tqdm(
-            loader.batches(self.epoch, self.step), total=(len(loader) - self.step) * loader.accumulate, unit="batch",
-            leave=False, desc=f"epoch {self.epoch}/{self.epochs_wanted}",
+            loader.batches(self.epoch, self.step),
+            total=(len(loader) - self.step) * loader.accumulate,
+            unit="batch",
+            leave=False,
+            desc=f"epoch {self.epoch}/{self.epochs_wanted}",
             disable=distributed.rank() > 0 or not sys.stderr.isatty(),
-        )  # fmt: skip
+        )
         for batch in bar:
             yield batch
             self.images += batch["valid"] * distributed.size()
@@ -523,7 +584,9 @@ class Recorder:
         gain = better(self.metric, values[self.metric], self.best)
         if gain or not self.best_epoch:
             self.best, self.last_gain = values[self.metric], self.epoch
-        if values[self.metric] == self.best or not self.best_epoch:  # of equal ones the later, which has learned for longer
+        if (
+            values[self.metric] == self.best or not self.best_epoch
+        ):  # of equal ones the later, which has learned for longer
             self.best_epoch = self.epoch
         self.updater.schedule.end_epoch(self.metric, values[self.metric])
         self.stopped_early = bool(self.patience) and self.epoch - self.last_gain >= self.patience
@@ -533,10 +596,24 @@ class Recorder:
         rate = self.images / max(self.train_seconds, 1e-9)
         row.update(images_per_second=round(rate, 1), seconds=round(time.time() - self.epoch_started, 2))
         self.run.add_row(row)
-        shown = dict.fromkeys(["train_loss", "train_accuracy", "val_loss", "val_accuracy", f"val_{self.metric}", "val_agreement", "val_knn", "val_teacher_knn"])
+        shown = dict.fromkeys(
+            [
+                "train_loss",
+                "train_accuracy",
+                "val_loss",
+                "val_accuracy",
+                f"val_{self.metric}",
+                "val_agreement",
+                "val_knn",
+                "val_teacher_knn",
+            ]
+        )
         parts = [f"{name} {row[name]:.4f}" for name in shown if row.get(name) is not None]
         mark = " *" if self.best_epoch == self.epoch else ""
-        self.run.log(f"epoch {self.epoch}/{self.epochs_wanted}: lr {row['lr']:.4g}, {', '.join(parts)}, {rate:.0f} images/s{mark}")
+        self.run.log(
+            f"epoch {self.epoch}/{self.epochs_wanted}: lr {row['lr']:.4g}, {', '.join(parts)}, {rate:.0f} "
+            f"images/s{mark}"
+        )
         if self.stopped_early:
             self.run.log(f"stopped early: no gain in val {self.metric} for {self.patience} epochs")
         epoch, self.epoch, self.step, self.meter = self.epoch, self.epoch + 1, 0, Meter()
@@ -553,15 +630,25 @@ class Recorder:
         if distributed.rank() > 0:
             return distributed.barrier()  # rank 0 writes; who ends before it has would end it too
         content = {
-            **self.content, "kind": updater.model.kind, "model": updater.evaluated_model.state_dict(),
+            **self.content,
+            "kind": updater.model.kind,
+            "model": updater.evaluated_model.state_dict(),
             "model_args": updater.model.build_args,
             "raw_model": None if updater.average is None else updater.model.state_dict(),
             "loss": None if self.loss is None else self.loss.state_dict(),
-            "updater": updater.state_dict(), "processes": processes, "epoch": self.epoch, "step": self.step,
-            "metric": self.metric, "best": self.best, "best_epoch": self.best_epoch, "last_gain": self.last_gain,
-            "stopped_early": self.stopped_early, "seconds": self.seconds, "rows": len(self.run.rows),
+            "updater": updater.state_dict(),
+            "processes": processes,
+            "epoch": self.epoch,
+            "step": self.step,
+            "metric": self.metric,
+            "best": self.best,
+            "best_epoch": self.best_epoch,
+            "last_gain": self.last_gain,
+            "stopped_early": self.stopped_early,
+            "seconds": self.seconds,
+            "rows": len(self.run.rows),
             "log_bytes": self.run.log_bytes,
-        }  # fmt: skip
+        }
         stopping, self.interrupts.saving = self.interrupts.saving, True  # a slow disk may take its time
         save_checkpoint(self.run.path("latest.pth"), content, [self.run.path(name) for name in names])
         self.interrupts.saving = stopping

@@ -1,10 +1,11 @@
 """What a batch job runs, writes and copies, settled before anything is copied.  Called by env.sh and sweep.sh.
 
-    python slurm/resolve.py train_student.py --seed 1                       # in the folder that the job was submitted from
+    python slurm/resolve.py train_student.py --seed 1      # in the folder that the job was submitted from
     python slurm/resolve.py --points train_student.py grid.json --epochs 5  # a line a point: index, name, run folder
     python slurm/resolve.py --check train_teacher.py --next distill.py      # several jobs: only what is wrong
 
-The first prints records for bash, each ended by NUL: A:ARGUMENT of the script, O:OUTPUT folder, S:PATH to stage, L:PATH to
+The first prints records for bash, each ended by NUL: A:ARGUMENT of the script, O:OUTPUT folder, S:PATH to stage, L:PATH
+to
 stage without its checkpoints, R: where the script can resume, W:PATTERN of files that the run replaces.
 An array index becomes plain flags; what the job's copy could not find out (a run folder that is taken, hub weights that
 are not here) is refused here.
@@ -23,13 +24,22 @@ try:
     from common import cli
     from common.training import load_checkpoint
 except ModuleNotFoundError as missing:
-    print(f"error: {sys.executable} has no {missing.name}: pip install -r requirements.txt there, or set PYTHON or VENV", file=sys.stderr)
+    print(
+        f"error: {sys.executable} has no {missing.name}: pip install -r requirements.txt there, or set PYTHON or VENV",
+        file=sys.stderr,
+    )
     sys.exit(2)
 
 MARK = ".slurm_job"  # in a run folder: the job that wrote it (stage.sh)
 ALONE = {"output", "config", "sweep", "sweep_index"}  # flags that have their own rules
-WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors", "open_clip_pytorch_model.bin",
-                "model.safetensors.index.json", "pytorch_model.bin.index.json")  # fmt: skip
+WEIGHT_FILES = (
+    "model.safetensors",
+    "pytorch_model.bin",
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.bin",
+    "model.safetensors.index.json",
+    "pytorch_model.bin.index.json",
+)
 
 
 def load_script(name):
@@ -62,7 +72,9 @@ def without(argv, *flags):
 
 def replaced(argv, old, new):
     """argv with one value in the place of another, also in --flag=value."""
-    return [new if w == old else w[: -len(old)] + new if w.startswith("--") and w.endswith("=" + old) else w for w in argv]
+    return [
+        new if w == old else w[: -len(old)] + new if w.startswith("--") and w.endswith("=" + old) else w for w in argv
+    ]
 
 
 def expand_index(parser, argv, index):
@@ -76,10 +88,14 @@ def expand_index(parser, argv, index):
             raise cli.UserError("--shard and --merge in an array job: the array index is the shard")
         first, last, count = (os.environ.get(f"SLURM_ARRAY_TASK_{name}") for name in ("MIN", "MAX", "COUNT"))
         if first != "0" or int(last) + 1 != int(count):
-            raise cli.UserError(f"the array {first} to {last} is a part of all shards: say of how many, --shard {{index}}/N")
+            raise cli.UserError(
+                f"the array {first} to {last} is a part of all shards: say of how many, --shard {{index}}/N"
+            )
         return [*argv, "--shard", f"{index}/{count}"]
     if "--seed" not in parser._option_string_actions:
-        raise cli.UserError(f"an array of {parser.prog}: it has no --seed and no --sweep that the array index could stand for")
+        raise cli.UserError(
+            f"an array of {parser.prog}: it has no --seed and no --sweep that the array index could stand for"
+        )
     for flag in ("--seed", "--resume"):
         if has(argv, flag):
             raise cli.UserError(f"{flag} in an array job without --sweep: the array index is the seed")
@@ -112,7 +128,9 @@ def check_output(args):
     if os.path.normpath(args.output) == ".":
         raise cli.UserError("--output . is the folder of the job itself: name one of its own")
     if getattr(args, "predict", None):
-        raise cli.UserError("--predict in a job: it writes one file, and a job brings back a folder; run evaluate.py by itself")
+        raise cli.UserError(
+            "--predict in a job: it writes one file, and a job brings back a folder; run evaluate.py by itself"
+        )
     if hasattr(args, "resume"):
         cli.RunFolder(args.output, bool(args.resume), args.overwrite)
     elif hasattr(args, "checkpoint") and os.path.exists(os.path.join(args.output, "config.json")):
@@ -167,7 +185,9 @@ def arrange(module, parser, args, argv):
         argv = replaced(replaced(argv, path, absolute), "hf:" + path, "hf:" + absolute)
         if absolute not in {word.split("=", 1)[-1].removeprefix("hf:") for word in argv}:  # it came from a file
             if resume and path != taught:
-                raise cli.UserError(f"{flag} {path} of {resume} lies outside this folder: submit from the folder it is relative to")
+                raise cli.UserError(
+                    f"{flag} {path} of {resume} lies outside this folder: submit from the folder it is relative to"
+                )
             argv = [*argv, flag, absolute]
     samples = getattr(args, "save_samples", None)
     if samples and not resume and not os.path.isabs(samples) and not samples.startswith(args.output.rstrip("/") + "/"):
@@ -186,13 +206,18 @@ def drop_nested(records):
 
 def hub_needs(args):
     """[(model, whether its weights are needed)] for all that would come from a hub."""
-    asked = [(getattr(args, "model", None), getattr(args, "pretrained", False)),
-             (getattr(args, "teacher_model", None), getattr(args, "teacher_pretrained", False))]  # fmt: skip
+    asked = [
+        (getattr(args, "model", None), getattr(args, "pretrained", False)),
+        (getattr(args, "teacher_model", None), getattr(args, "teacher_pretrained", False)),
+    ]
     if getattr(args, "text_model", None):
         from common.multimodal import IMAGE_MODELS, TEXT_MODELS
 
         text = TEXT_MODELS.get(args.text_model, args.text_model)
-        asked += [(name, args.pretrained) for name in (IMAGE_MODELS.get(args.image_model, args.image_model), text if text.startswith("hf:") else None)]
+        asked += [
+            (name, args.pretrained)
+            for name in (IMAGE_MODELS.get(args.image_model, args.image_model), text if text.startswith("hf:") else None)
+        ]
     for name, pretrained in asked:
         if name and name.startswith("hf:"):
             if not os.path.isdir(name.removeprefix("hf:")):
@@ -226,13 +251,18 @@ def is_cached(name, weights):
 
 def check_hub(args):
     given = os.environ.get
-    offline = any((given(name) or "").upper() in ("1", "ON", "YES", "TRUE") for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))
+    offline = any(
+        (given(name) or "").upper() in ("1", "ON", "YES", "TRUE") for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+    )
     if offline or given("HF_TOKEN") or given("HUGGINGFACE_HUB_TOKEN") or given("REQUIRE_HF_TOKEN") == "0":
         return
     for name, weights in hub_needs(args):
         if not is_cached(name, weights):
-            raise cli.UserError(f"{name} is not in the local cache and neither HF_TOKEN nor HUGGINGFACE_HUB_TOKEN is set: set one, fetch "
-                                "it beforehand, or set REQUIRE_HF_TOKEN=0 to try without")  # fmt: skip
+            raise cli.UserError(
+                f"{name} is not in the local cache and neither HF_TOKEN nor HUGGINGFACE_HUB_TOKEN is set: set "
+                "one, fetch "
+                "it beforehand, or set REQUIRE_HF_TOKEN=0 to try without"
+            )
 
 
 # ----------------------------------------------------------------------------------------------------------------- jobs
@@ -248,7 +278,9 @@ def job(script, argv):
         argv = expand_index(parser, argv, index)
     args = cli.parse_flags(parser, argv)
     if hasattr(args, "seeds"):
-        raise cli.UserError("--seeds in a job, which brings back one run folder: submit an array, --array=0-2, whose index is the seed")
+        raise cli.UserError(
+            "--seeds in a job, which brings back one run folder: submit an array, --array=0-2, whose index is the seed"
+        )
     if has(argv, "--sweep"):  # with --sweep-index by hand
         argv = cli.expand_sweep(parser, argv)
     if hasattr(args, "resume") and began_here(args.output):
@@ -256,7 +288,9 @@ def job(script, argv):
         args = cli.parse_flags(parser, argv)
     check_output(args)
     check_hub(args)
-    absent = [path for path in getattr(args, "runs", ()) if not os.path.exists(path)]  # of report.py: jobs before it may have failed
+    absent = [
+        path for path in getattr(args, "runs", ()) if not os.path.exists(path)
+    ]  # of report.py: jobs before it may have failed
     if absent and len(absent) < len(args.runs):
         print(f"note: the report goes without what is missing: {', '.join(absent)}", file=sys.stderr)
         argv = [word for word in argv if word not in absent]
@@ -264,7 +298,9 @@ def job(script, argv):
     if given and not getattr(args, "download", False) and not os.path.exists(given):
         raise cli.UserError(f"--data-root {given} is missing")
     output = os.path.normpath(args.output)
-    if hasattr(args, "shard"):  # it grows for hours and other shards write beside it: never copied, and goes on where it is
+    if hasattr(
+        args, "shard"
+    ):  # it grows for hours and other shards write beside it: never copied, and goes on where it is
         output = os.path.abspath(output)
         if int(os.environ.get("SLURM_RESTART_COUNT") or 0):
             argv = [word for word in argv if word != "--overwrite"]
@@ -272,7 +308,11 @@ def job(script, argv):
         output = os.path.abspath(output)
     argv, staged = arrange(module, parser, args, argv)
     argv = without(argv, "--output")
-    argv = [*without(argv, "--resume"), "--resume", output] if getattr(args, "resume", None) else [*argv, "--output", output]
+    argv = (
+        [*without(argv, "--resume"), "--resume", output]
+        if getattr(args, "resume", None)
+        else [*argv, "--output", output]
+    )
     records = [*staged, f"O:{output}"]
     if hasattr(args, "resume") or hasattr(args, "shard"):
         records.append("R:")

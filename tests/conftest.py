@@ -32,7 +32,9 @@ def shared_archive(name):
 def unpack(name, folder):
     """Unpack a real dataset's archive into a folder; skips as `shared_archive` does."""
     with tarfile.open(shared_archive(name)) as tar:
-        tar.extractall(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))  # Python before 3.11.4 has none
+        tar.extractall(
+            folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {})
+        )  # Python before 3.11.4 has none
 
 
 def script_environment():
@@ -43,9 +45,14 @@ def script_environment():
 def run_script(name, *args, cwd=None, timeout=300, root=ROOT):
     """Run a script of the project as a user would; returns the finished process."""
     return subprocess.run(
-        [sys.executable, str(Path(root) / name), *map(str, args)], cwd=cwd, capture_output=True, text=True,
-        timeout=timeout, env=script_environment(), stdin=subprocess.DEVNULL,
-    )  # fmt: skip
+        [sys.executable, str(Path(root) / name), *map(str, args)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=script_environment(),
+        stdin=subprocess.DEVNULL,
+    )
 
 
 def succeed(name, *args, **options):

@@ -1,15 +1,21 @@
 """A real Slurm for tests: `from slurm_lab import slurm  # noqa: F401` and take the fixture `slurm`.
 
-It is started once for the whole session by slurmlab.sh (nodes and partitions are described there) and stopped at its end;
+It is started once for the whole session by slurmlab.sh (nodes and partitions are described there) and stopped at its
+end;
 where slurm-wlm is not installed the tests skip. What it offers:
 
     job = slurm.sbatch("slurm/distill.sbatch", "--method", "response", cwd=folder, env={"VENV": ...})   # the job id
-    slurm.wait(job)                                  # until it has ended; -> a dict of `scontrol show job` for each array task
-    slurm.wait(job, ["RUNNING"], seconds=20)         # or until it is in one of these states; AssertionError after `seconds`
-    slurm.exit_code(job)                             # of the job; 128 + signal where one ended it; the largest of an array
+    slurm.wait(job)                                  # until it has ended; -> a dict of `scontrol show job` for each
+    array task
+    slurm.wait(job, ["RUNNING"], seconds=20)         # or until it is in one of these states; AssertionError after
+    `seconds`
+    slurm.exit_code(job)                             # of the job; 128 + signal where one ended it; the largest of an
+    array
     slurm.log(job)                                   # what the job has printed so far
-    slurm.run("scancel", "--batch", "--signal=USR1", job)      # any command in the lab's environment -> CompletedProcess
-    slurm.env, slurm.nodes                           # that environment; node names by those in slurmlab.sh: slurm.nodes["a1"]
+    slurm.run("scancel", "--batch", "--signal=USR1", job)      # any command in the lab's environment ->
+    CompletedProcess
+    slurm.env, slurm.nodes                           # that environment; node names by those in slurmlab.sh:
+    slurm.nodes["a1"]
 """
 
 import os
@@ -25,7 +31,17 @@ import pytest
 
 SCRIPT = Path(__file__).resolve().parent / "slurmlab.sh"
 NODES = ["a1", "a2", "v1", "u1", "u2", "c1"]
-ENDED = ["COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "PREEMPTED"]
+ENDED = [
+    "COMPLETED",
+    "FAILED",
+    "CANCELLED",
+    "TIMEOUT",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "BOOT_FAIL",
+    "DEADLINE",
+    "PREEMPTED",
+]
 # what a user may have set for a cluster of his own must not reach the lab
 FOREIGN = ("SLURM", "SBATCH_", "SINFO_", "SQUEUE_", "SRUN_", "SALLOC_", "SCONTROL_")
 
@@ -36,19 +52,31 @@ class Slurm:
         self.env = {k: v for k, v in os.environ.items() if not k.startswith(FOREIGN)}
         self.env["PATH"] = with_sbin(self.env.get("PATH", ""))
         self.env["SLURM_CONF"] = str(self.folder / "etc" / "slurm.conf")
-        lab = {"SLURMLAB_DIR": folder, "SLURMLAB_PORT": port, "SLURMLAB_NODES": " ".join(nodes), "SLURMLAB_OWNER": os.getpid()}
+        lab = {
+            "SLURMLAB_DIR": folder,
+            "SLURMLAB_PORT": port,
+            "SLURMLAB_NODES": " ".join(nodes),
+            "SLURMLAB_OWNER": os.getpid(),
+        }
         self.lab_env = {**self.env, **{k: str(v) for k, v in lab.items()}}
 
     def control(self, action):
-        return subprocess.run(["bash", str(SCRIPT), action], env=self.lab_env, capture_output=True, text=True, timeout=90)
+        return subprocess.run(
+            ["bash", str(SCRIPT), action], env=self.lab_env, capture_output=True, text=True, timeout=90
+        )
 
     def run(self, *command, cwd=None, env=None, check=False, timeout=60):
         """Run a command in the lab's environment; `env` is added to it, a value of None takes a variable away."""
         environment = {k: str(v) for k, v in {**self.env, **(env or {})}.items() if v is not None}
         done = subprocess.run(
-            [str(part) for part in command], cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout,
+            [str(part) for part in command],
+            cwd=cwd,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
             stdin=subprocess.DEVNULL,
-        )  # fmt: skip
+        )
         assert not check or done.returncode == 0, f"{command} exited {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done
 
@@ -61,8 +89,15 @@ class Slurm:
         done = self.run("scontrol", "-o", "show", "job", job)
         assert done.returncode == 0, done.stderr
         # a value reaches to the next " Name=" (it may have spaces, as in Command); the first of a name counts
-        pairs = [re.findall(r"(?:^| )([A-Za-z/:]+)=(.*?)(?= [A-Za-z/:]+=|$)", line) for line in done.stdout.splitlines() if line]
-        return sorted(({k: v.strip() for k, v in reversed(line)} for line in pairs), key=lambda j: j.get("ArrayTaskId", "").zfill(9))
+        pairs = [
+            re.findall(r"(?:^| )([A-Za-z/:]+)=(.*?)(?= [A-Za-z/:]+=|$)", line)
+            for line in done.stdout.splitlines()
+            if line
+        ]
+        return sorted(
+            ({k: v.strip() for k, v in reversed(line)} for line in pairs),
+            key=lambda j: j.get("ArrayTaskId", "").zfill(9),
+        )
 
     def wait(self, job, states=ENDED, seconds=180):
         """Wait until the job (each task of an array) is in one of `states`; returns jobs(job)."""
@@ -130,7 +165,10 @@ def free_ports(count):
 
 @pytest.fixture(scope="session")
 def slurm():
-    if not all(shutil.which(name, path=with_sbin(os.environ.get("PATH", ""))) for name in ("sbatch", "slurmctld", "slurmd", "munged")):
+    if not all(
+        shutil.which(name, path=with_sbin(os.environ.get("PATH", "")))
+        for name in ("sbatch", "slurmctld", "slurmd", "munged")
+    ):
         pytest.skip("slurm-wlm is not installed: apt-get install slurm-wlm munge")
     folder = tempfile.mkdtemp(prefix="slurmlab")
     lab = Slurm(folder, free_ports(len(NODES) + 1), node_names())

@@ -23,15 +23,23 @@ from common.augment import (
     render,
     sample_parameters,
     uniform,
-)  # fmt: skip
+)
 
 BILINEAR = InterpolationMode.BILINEAR
 ARCHIVES = {"ham10000": "ham10000.tar", "cifar10": "cifar10-jpg.tar.gz"}
 SEED, VIEW = 5, 3
 EVERYTHING = Policy(
-    crop="resized", crop_scale=(0.2, 1.0), hflip=0.5, vflip=0.5, rotation=30, scale=(0.8, 1.3), brightness=0.3,
-    contrast=0.3, saturation=0.3, hue=0.2,
-)  # fmt: skip
+    crop="resized",
+    crop_scale=(0.2, 1.0),
+    hflip=0.5,
+    vflip=0.5,
+    rotation=30,
+    scale=(0.8, 1.3),
+    brightness=0.3,
+    contrast=0.3,
+    saturation=0.3,
+    hue=0.2,
+)
 
 
 @functools.cache
@@ -40,7 +48,12 @@ def load(name):
     if name == "photos":
         from sklearn.datasets import load_sample_images
 
-        tiles = [p[85 * i : 85 * i + 85, 64 * j : 64 * j + 64] for p in load_sample_images().images for i in range(5) for j in range(10)]
+        tiles = [
+            p[85 * i : 85 * i + 85, 64 * j : 64 * j + 64]
+            for p in load_sample_images().images
+            for i in range(5)
+            for j in range(10)
+        ]
         return torch.from_numpy(np.stack(tiles)).permute(0, 3, 1, 2).contiguous()
     if not (SHARED_DATA / ARCHIVES[name]).exists():
         pytest.skip(f"{ARCHIVES[name]} is not here")
@@ -108,7 +121,13 @@ def splitmix_uniform(seed, view, stream, key, count):
 
 def test_mix_is_splitmix64():
     # the published outputs of splitmix64 for seed 1234567
-    expected = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821]
+    expected = [
+        6457827717110365317,
+        3203168211198807973,
+        9817491932198370423,
+        4593380528125082431,
+        16408922859458223821,
+    ]
     states = [(1234567 + 0x9E3779B97F4A7C15 * i) % 2**64 for i in range(1, 6)]
     signed = torch.tensor([s - 2**64 if s >> 63 else s for s in states])
     assert [v % 2**64 for v in _mix(signed).tolist()] == expected
@@ -145,9 +164,12 @@ def test_uniform_statistics():
     places = (torch.arange(n).double() + 0.5) / n
     assert (u[:, 0].sort().values - places).abs().max() < 1.95 / math.sqrt(n)  # Kolmogorov-Smirnov, 0.1 %
     others = {
-        "next key": uniform(0, 1, 0, count + 1)[:, 0], "view": uniform(0, 2, 0, count)[:, 0],
-        "stream": uniform(0, 1, 1, count)[:, 0], "seed": uniform(1, 1, 0, count)[:, 0], "draw": u[:, 1],
-    }  # fmt: skip
+        "next key": uniform(0, 1, 0, count + 1)[:, 0],
+        "view": uniform(0, 2, 0, count)[:, 0],
+        "stream": uniform(0, 1, 1, count)[:, 0],
+        "seed": uniform(1, 1, 0, count)[:, 0],
+        "draw": u[:, 1],
+    }
     for name, other in others.items():
         assert not torch.equal(u[:, 0], other), name
         assert torch.corrcoef(torch.stack([u[:, 0], other]))[0, 1].abs() < 4.5 / math.sqrt(n), name
@@ -159,7 +181,10 @@ def test_uniform_statistics():
 def test_hash_id():
     import hashlib
 
-    assert hash_id("train/cat/1.jpg") == np.frombuffer(hashlib.blake2b(b"train/cat/1.jpg", digest_size=8).digest(), "<i8")[0]
+    assert (
+        hash_id("train/cat/1.jpg")
+        == np.frombuffer(hashlib.blake2b(b"train/cat/1.jpg", digest_size=8).digest(), "<i8")[0]
+    )
     assert hash_id("digits/0000") == FROZEN_HASH
     assert hash_id(os.fsdecode(b"train/caf\xe9.jpg")) != hash_id("train/caf.jpg")  # a name that is no UTF-8
 
@@ -173,14 +198,24 @@ FROZEN_HASH = -902675391404786825
 @pytest.mark.parametrize(
     ("flag", "values"),
     [
-        ("--crop", {"crop": "middle"}), ("--padding", {"padding": -0.1}), ("--padding", {"padding": 1.5}),
-        ("--hflip", {"hflip": 1.01}), ("--vflip", {"vflip": -1}), ("--rotation", {"rotation": 181}),
-        ("--rotation", {"rotation": math.nan}), ("--scale", {"scale": (0, 1)}), ("--scale", {"scale": (1.2, 0.8)}),
-        ("--brightness", {"brightness": 2}), ("--contrast", {"contrast": -0.1}), ("--saturation", {"saturation": 1.1}),
-        ("--hue", {"hue": 0.6}), ("--crop-scale", {"crop_scale": (0, 1)}), ("--crop-scale", {"crop_scale": (0.5, 1.1)}),
+        ("--crop", {"crop": "middle"}),
+        ("--padding", {"padding": -0.1}),
+        ("--padding", {"padding": 1.5}),
+        ("--hflip", {"hflip": 1.01}),
+        ("--vflip", {"vflip": -1}),
+        ("--rotation", {"rotation": 181}),
+        ("--rotation", {"rotation": math.nan}),
+        ("--scale", {"scale": (0, 1)}),
+        ("--scale", {"scale": (1.2, 0.8)}),
+        ("--brightness", {"brightness": 2}),
+        ("--contrast", {"contrast": -0.1}),
+        ("--saturation", {"saturation": 1.1}),
+        ("--hue", {"hue": 0.6}),
+        ("--crop-scale", {"crop_scale": (0, 1)}),
+        ("--crop-scale", {"crop_scale": (0.5, 1.1)}),
         ("--crop-scale", {"crop_scale": (0.9, 0.5)}),
     ],
-)  # fmt: skip
+)
 def test_policy_errors(flag, values):
     with pytest.raises(PolicyError, match=flag) as caught:
         Policy(**values)
@@ -196,11 +231,15 @@ def test_policy_round_trip():
 
 
 # ------------------------------------------------------------------------------------- geometry, against torchvision
-# Required: below 0.5 of 255.  Measured (torch 2.14, torchvision 0.29): 0.007 at most, single pixels 0.16; of rotations and
+# Required: below 0.5 of 255.  Measured (torch 2.14, torchvision 0.29): 0.007 at most, single pixels 0.16; of rotations
+# and
 # zooms in, where torchvision rounds elsewhere.
 
 
-@pytest.mark.parametrize(("resolution", "bound"), [(4, 0.01), (17, 0.01), (26, 0.01), (31, 0.01), (33, 0.01), (64, 0.01), (100, 0.02), (160, 0.02)])
+@pytest.mark.parametrize(
+    ("resolution", "bound"),
+    [(4, 0.01), (17, 0.01), (26, 0.01), (31, 0.01), (33, 0.01), (64, 0.01), (100, 0.02), (160, 0.02)],
+)
 def test_plain_resize(real, resolution, bound):
     images = view_of(real, EVERYTHING, resolution, view=0)
     expected = [resize(image, resolution) for image in real]
@@ -313,22 +352,34 @@ def test_random_resized_crop(real, resolution):
 @pytest.mark.parametrize("scale", [(0.08, 1.0), (0.6, 1.0), (1.0, 1.0)])
 @pytest.mark.parametrize("height, width", [(1000, 1000), (750, 1000), (1000, 640), (300, 1000)])
 def test_resized_crops_are_distributed_as_torchvision_s(height, width, scale):
-    """Areas, aspect ratios and places of 3,000 crops: Kolmogorov-Smirnov distances of two samples below the 0.1 % bound.
+    """Areas, aspect ratios and places of 3,000 crops: Kolmogorov-Smirnov distances of two samples below the 0.1 %
+    bound.
 
     Rounded to 0.01, for torchvision's are of whole pixels and more than a few are the same, the fallback.
     """
     n = 3000
-    params = sample_parameters(Policy(crop="resized", crop_scale=scale), 0, torch.ones(n, dtype=torch.int64), torch.arange(n),
-                               torch.tensor([[height, width]] * n))  # fmt: skip
+    params = sample_parameters(
+        Policy(crop="resized", crop_scale=scale),
+        0,
+        torch.ones(n, dtype=torch.int64),
+        torch.arange(n),
+        torch.tensor([[height, width]] * n),
+    )
     w, h = params["matrix"][:, 0, 0].double() * width, params["matrix"][:, 1, 1].double() * height
-    left, top = ((params["shift"].double() + 1) * torch.tensor([width, height]) - torch.stack([w, h], 1)).div(2).unbind(1)
+    left, top = (
+        ((params["shift"].double() + 1) * torch.tensor([width, height]) - torch.stack([w, h], 1)).div(2).unbind(1)
+    )
     with torch.random.fork_rng():
         torch.manual_seed(0)
         image = torch.empty(1, height, width, dtype=torch.uint8)
         theirs = [RandomResizedCrop.get_params(image, list(scale), [3 / 4, 4 / 3]) for _ in range(n)]
     their_top, their_left, their_h, their_w = torch.tensor(theirs).double().unbind(1)
-    for name, ours, other in (("area", w * h / (width * height), their_w * their_h / (width * height)), ("aspect", w / h, their_w / their_h),
-                              ("left", left / width, their_left / width), ("top", top / height, their_top / height)):  # fmt: skip
+    for name, ours, other in (
+        ("area", w * h / (width * height), their_w * their_h / (width * height)),
+        ("aspect", w / h, their_w / their_h),
+        ("left", left / width, their_left / width),
+        ("top", top / height, their_top / height),
+    ):
         ours, other = ((x * 100).round().sort().values for x in (ours, other))
         values = torch.cat([ours, other]).unique()
         apart = [torch.searchsorted(x, values, right=True) / n for x in (ours, other)]
@@ -357,7 +408,12 @@ def test_resized_crop_of_whole_pixels(real, resolution, bound):
 
 @pytest.mark.parametrize(
     ("name", "index", "strength", "bound"),
-    [("brightness", 8, 0.5, 0.001), ("contrast", 9, 0.5, 0.001), ("saturation", 10, 0.8, 0.001), ("hue", 11, 0.5, 0.01)],
+    [
+        ("brightness", 8, 0.5, 0.001),
+        ("contrast", 9, 0.5, 0.001),
+        ("saturation", 10, 0.8, 0.001),
+        ("hue", 11, 0.5, 0.01),
+    ],
 )
 def test_colour(square, name, index, strength, bound):
     adjust, centre = getattr(TF, f"adjust_{name}"), 0 if name == "hue" else 1
@@ -419,7 +475,9 @@ def test_same_bits_whatever_is_resampled_together(monkeypatch, pixels):
     images = [photos[i, :, : 20 + 13 * i % 60, : 64 - 17 * i % 40] for i in range(21)]
     every = batch_of(images, list(range(21)))
     resample = augment._resample
-    monkeypatch.setattr(augment, "_resample", lambda images, *rest: sizes.append(len(images)) or resample(images, *rest))
+    monkeypatch.setattr(
+        augment, "_resample", lambda images, *rest: sizes.append(len(images)) or resample(images, *rest)
+    )
     monkeypatch.setattr(augment, "PIXELS_A_CORE", pixels)
     assert torch.equal(batch_of(images, list(range(21))), every)
     assert sum(sizes) == 21 and max(sizes) <= torch.get_num_threads() * max(1, pixels // 64**2)
@@ -451,15 +509,19 @@ def test_parameters_depend_on_seed_view_key_and_stream():
     sizes, key, view = torch.tensor([[32, 32]] * 50), keys(50), torch.full((50,), 2)
     base = sample_parameters(EVERYTHING, 0, view, key, sizes)
     others = {
-        "seed": sample_parameters(EVERYTHING, 1, view, key, sizes), "view": sample_parameters(EVERYTHING, 0, view + 1, key, sizes),
-        "key": sample_parameters(EVERYTHING, 0, view, key + 1, sizes), "stream": sample_parameters(EVERYTHING, 0, view, key, sizes, 1),
-    }  # fmt: skip
+        "seed": sample_parameters(EVERYTHING, 1, view, key, sizes),
+        "view": sample_parameters(EVERYTHING, 0, view + 1, key, sizes),
+        "key": sample_parameters(EVERYTHING, 0, view, key + 1, sizes),
+        "stream": sample_parameters(EVERYTHING, 0, view, key, sizes, 1),
+    }
     for what, other in others.items():
         for name in base:
             assert (base[name] != other[name]).any(), (what, name)
     assert all(torch.equal(v, sample_parameters(EVERYTHING, 0, view, key, sizes)[k]) for k, v in base.items())
     mixed = sample_parameters(EVERYTHING, 0, torch.tensor([2, 0] * 25), key, sizes)  # each sample has a view of its own
-    assert torch.equal(mixed["matrix"][::2], base["matrix"][::2]) and torch.equal(mixed["matrix"][1::2], torch.eye(2).expand(25, 2, 2))
+    assert torch.equal(mixed["matrix"][::2], base["matrix"][::2]) and torch.equal(
+        mixed["matrix"][1::2], torch.eye(2).expand(25, 2, 2)
+    )
 
 
 def test_a_flag_changes_its_own_draw_alone():
@@ -497,7 +559,12 @@ def test_teacher_and_student_see_the_same_view(real):
 
 def test_augmenter_shares_work_but_never_a_wrong_image():
     photos = load("photos")[:8]
-    batch = {"image": photos, "size": torch.tensor([[85, 64]] * 8), "key": keys(8), "view": torch.ones(8, dtype=torch.int64)}
+    batch = {
+        "image": photos,
+        "size": torch.tensor([[85, 64]] * 8),
+        "key": keys(8),
+        "view": torch.ones(8, dtype=torch.int64),
+    }
     augment = Augmenter(EVERYTHING, 0)
     first = augment(batch, 32)
     assert augment(batch, 32) is first and Augmenter(EVERYTHING, 0)(batch, 32) is first

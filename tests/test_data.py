@@ -66,7 +66,9 @@ def write_png16(path, array, colour_type):
     height, width = array.shape[:2]
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in array)
     header = struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0)
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    )
 
 
 def test_read_rgb_grey_and_bilevel(tmp_path, photo):
@@ -139,13 +141,28 @@ def test_read_16_bit_by_a_window_or_not_at_all(tmp_path, photo):
 def test_to_uint8():
     assert to_uint8(np.array([0, 7, 255], np.uint8), None, "x").tolist() == [0, 7, 255]
     assert to_uint8(np.array([False, True]), None, "x").tolist() == [0, 255]
-    assert to_uint8(np.array([-2000, -1000, 0, 1000, 3000], np.int16), (-1000, 1000), "x").tolist() == [0, 0, 128, 255, 255]
+    assert to_uint8(np.array([-2000, -1000, 0, 1000, 3000], np.int16), (-1000, 1000), "x").tolist() == [
+        0,
+        0,
+        128,
+        255,
+        255,
+    ]
 
 
-@pytest.mark.parametrize(("orientation", "turned"), [
-    (1, lambda a: a), (2, np.fliplr), (3, lambda a: np.rot90(a, 2)), (4, np.flipud), (5, lambda a: a.swapaxes(0, 1)),
-    (6, lambda a: np.rot90(a, -1)), (7, lambda a: np.rot90(a, 2).swapaxes(0, 1)), (8, np.rot90),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("orientation", "turned"),
+    [
+        (1, lambda a: a),
+        (2, np.fliplr),
+        (3, lambda a: np.rot90(a, 2)),
+        (4, np.flipud),
+        (5, lambda a: a.swapaxes(0, 1)),
+        (6, lambda a: np.rot90(a, -1)),
+        (7, lambda a: np.rot90(a, 2).swapaxes(0, 1)),
+        (8, np.rot90),
+    ],
+)
 def test_read_applies_exif_rotation(tmp_path, photo, orientation, turned):
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -165,7 +182,9 @@ def test_read_shrinks_to_the_decode_size(tmp_path, photo):
     import torchvision.transforms.functional as TF
 
     photo = photo[:400]
-    expected = TF.resize(torch.tensor(photo).permute(2, 0, 1).float(), [80, 128], antialias=True).permute(1, 2, 0).numpy()
+    expected = (
+        TF.resize(torch.tensor(photo).permute(2, 0, 1).float(), [80, 128], antialias=True).permute(1, 2, 0).numpy()
+    )
     for name, options in (("photo.png", {}), ("photo.jpg", {"quality": 95})):  # a JPEG is decoded at half its size
         Image.fromarray(photo).save(tmp_path / name, **options)
         image = read_image(tmp_path / name, 128)
@@ -176,7 +195,9 @@ def test_read_shrinks_to_the_decode_size(tmp_path, photo):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("kind", ["truncated.jpg", "truncated.png", "header.png", "empty.png", "text.jpg", "missing.jpg", "noise.tif"])
+@pytest.mark.parametrize(
+    "kind", ["truncated.jpg", "truncated.png", "header.png", "empty.png", "text.jpg", "missing.jpg", "noise.tif"]
+)
 def test_a_broken_image_is_named(tmp_path, photo, kind):
     path = tmp_path / kind
     if kind.startswith("truncated"):
@@ -224,7 +245,9 @@ def test_digits():
     from sklearn.datasets import load_digits
 
     digits, splits = load_digits(), load_splits("digits")
-    assert [len(getattr(splits, k)) for k in SPLITS] == [808, 270, 719] and splits.classes == [str(i) for i in range(10)]
+    assert [len(getattr(splits, k)) for k in SPLITS] == [808, 270, 719] and splits.classes == [
+        str(i) for i in range(10)
+    ]
     assert str(splits) == "digits: 808 train, 270 val, 719 test, 10 classes"
     seen = set()
     for split in SPLITS:
@@ -279,14 +302,20 @@ def test_limit_train_keeps_the_proportions():
 @pytest.mark.parametrize("images", [None, 300])
 def test_limit_labels_keeps_those_of_limit_train(images):
     """All images stay; the labels are those of the images that --limit-train would have left."""
-    few, splits = load_splits("digits", limit_train=100, split_seed=3), load_splits("digits", limit_train=images, limit_labels=100, split_seed=3)
+    few, splits = (
+        load_splits("digits", limit_train=100, split_seed=3),
+        load_splits("digits", limit_train=images, limit_labels=100, split_seed=3),
+    )
     train, whole = splits.train, load_splits("digits", limit_train=images, split_seed=3).train
     assert train.ids == whole.ids and len(train) == (images or 808)
     kept = np.isin(train.ids, few.train.ids)
     assert kept.sum() == 100 and (train.labels[kept] == whole.labels[kept]).all() and (train.labels[~kept] == -1).all()
     assert (splits.val.labels >= 0).all() and (splits.test.labels >= 0).all()
     told = splits.describe()
-    assert told["labelled"] == {"train": 100, "sha256": few.describe()["sha256"]["train"]}  # what a baseline is found by
+    assert told["labelled"] == {
+        "train": 100,
+        "sha256": few.describe()["sha256"]["train"],
+    }  # what a baseline is found by
     assert told["sizes"]["train"] == len(train) and "100 with labels" in str(splits)
     assert "labelled" not in few.describe()
     fails("digits", limit_labels=809, match="--limit-labels 809 is not in 1 to 808")
@@ -309,7 +338,9 @@ def test_an_added_file_moves_few_samples():
     labels = np.arange(2000) % 7
 
     def val_of(ids, labels):
-        return set(split_off(ImageDataset(ids, labels, np.zeros((len(ids), 2, 2), np.uint8)), len(ids) // 10, 0, 1001)[1].ids)
+        return set(
+            split_off(ImageDataset(ids, labels, np.zeros((len(ids), 2, 2), np.uint8)), len(ids) // 10, 0, 1001)[1].ids
+        )
 
     before = val_of(ids, labels)
     for new in ("train/0000a.jpg", "train/zzz.jpg", "train/-.jpg"):
@@ -322,8 +353,11 @@ def test_fingerprint():
     one, two = ImageDataset(["a", "b", "c"], [0, 1, 0], images), ImageDataset(["c", "a", "b"], [0, 0, 1], images)
     expected = hashlib.sha256(b"a\tcat\nb\tdog\nc\tcat\n").hexdigest()
     assert one.fingerprint(["cat", "dog"]) == two.fingerprint(["cat", "dog"]) == expected
-    others = [one.fingerprint(["cat", "fox"]), ImageDataset(["a", "b", "d"], [0, 1, 0], images).fingerprint(["cat", "dog"]),
-              ImageDataset(["a", "b", "c"], [0, 1, 1], images).fingerprint(["cat", "dog"])]  # fmt: skip
+    others = [
+        one.fingerprint(["cat", "fox"]),
+        ImageDataset(["a", "b", "d"], [0, 1, 0], images).fingerprint(["cat", "dog"]),
+        ImageDataset(["a", "b", "c"], [0, 1, 1], images).fingerprint(["cat", "dog"]),
+    ]
     assert len({expected, *others}) == 4
 
 
@@ -346,12 +380,26 @@ def test_classes_are_mapped_by_name():
     fails("digits", classes=[f"c{i}" for i in range(10)], match="0, 1, 2, 3, 4 are not among them")
 
 
-@pytest.mark.parametrize("classes, given, expected", [
-    (["benign", "malignant"], (), "malignant"), (["0", "1"], (), "1"), (["cancer", "normal"], (), "cancer"), (["NORMAL", "PNEUMONIA"], (), "PNEUMONIA"),
-    (["abnormal", "normal"], (), "abnormal"), (["negative", "positive"], (), "positive"), (["no", "yes"], (), "yes"), (["false", "true"], (), "true"),
-    (["disease", "healthy"], (), "disease"), (["case", "control"], (), "case"), (["cat", "dog"], (), "dog"), (["benign", "normal"], (), "normal"),
-    (["cat", "dog"], ["cat"], "cat"), (["benign", "malignant"], ["benign"], "benign"), (["1", "2"], (), "2"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "classes, given, expected",
+    [
+        (["benign", "malignant"], (), "malignant"),
+        (["0", "1"], (), "1"),
+        (["cancer", "normal"], (), "cancer"),
+        (["NORMAL", "PNEUMONIA"], (), "PNEUMONIA"),
+        (["abnormal", "normal"], (), "abnormal"),
+        (["negative", "positive"], (), "positive"),
+        (["no", "yes"], (), "yes"),
+        (["false", "true"], (), "true"),
+        (["disease", "healthy"], (), "disease"),
+        (["case", "control"], (), "case"),
+        (["cat", "dog"], (), "dog"),
+        (["benign", "normal"], (), "normal"),
+        (["cat", "dog"], ["cat"], "cat"),
+        (["benign", "malignant"], ["benign"], "benign"),
+        (["1", "2"], (), "2"),
+    ],
+)
 def test_the_positive_class(classes, given, expected):
     """What --positive names, else the one beside a name that says no, else the second."""
     splits = Splits("x", "custom", classes, positive=given)
@@ -366,9 +414,10 @@ def test_the_positive_classes_of_several_tasks():
     assert Splits("x", "custom", [str(i) for i in range(10)]).positive == {}
     for names, given, match in (
         (classes, ["lung"], "--positive lung is no class: choose left, right or absent, present"),
-        (["cat", "dog"], ["cow"], "--positive cow is no class: choose cat, dog"), (["cat", "dog"], ["cat", "dog"], "name one"),
+        (["cat", "dog"], ["cow"], "--positive cow is no class: choose cat, dog"),
+        (["cat", "dog"], ["cat", "dog"], "name one"),
         (["a", "b", "c"], ["a"], "--positive a: no task here has two classes"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(DataError, match=match):
             Splits("x", "custom", names, positive=given)
 
@@ -386,7 +435,9 @@ def write_cifar(folder, parts, labels_key, meta):
     """Batches as published: pickled dicts of data (N, 3072), red first, and labels; returns [[name, MD5]]."""
     folder.mkdir(parents=True)
     sums = {}
-    for name, content in [(n, {"data": i.transpose(0, 3, 1, 2).reshape(len(i), -1), labels_key: y}) for n, i, y in parts] + [meta]:
+    for name, content in [
+        (n, {"data": i.transpose(0, 3, 1, 2).reshape(len(i), -1), labels_key: y}) for n, i, y in parts
+    ] + [meta]:
         (folder / name).write_bytes(pickle.dumps(content, protocol=2))
         sums[name] = hashlib.md5((folder / name).read_bytes()).hexdigest()
     return [[name, sums[name]] for name, _, _ in parts], sums[meta[0]]
@@ -404,7 +455,10 @@ def test_cifar(tmp_path, tiles, monkeypatch, name):
     parts = [(f, tiles[a:b], labels[a:b]) for f, a, b in zip(files, cuts, cuts[1:])]
     meta_key = kind.meta["key"]
     listed, meta_sum = write_cifar(
-        tmp_path / kind.base_folder, parts, "labels" if name == "cifar10" else "fine_labels", (kind.meta["filename"], {meta_key: names})
+        tmp_path / kind.base_folder,
+        parts,
+        "labels" if name == "cifar10" else "fine_labels",
+        (kind.meta["filename"], {meta_key: names}),
     )
     monkeypatch.setattr(kind, "train_list", listed[:-1])
     monkeypatch.setattr(kind, "test_list", listed[-1:])
@@ -462,13 +516,25 @@ def test_medmnist(tmp_path, tiles, grey):
         ({"val_images": None, "test_labels": None}, "is no MedMNIST file: it lacks val_images, test_labels"),
         ({"test_labels": np.full((10, 1), 4, np.uint8)}, "test_labels are out of range: 4, train has 0, 1, 2, 3"),
         ({"val_labels": np.full((10, 1), -1)}, "val_labels are out of range .* from -1"),
-        ({"train_labels": np.array([[255]] + [[i % 4] for i in range(39)], np.uint8)}, "train_labels are out of range: 255"),
+        (
+            {"train_labels": np.array([[255]] + [[i % 4] for i in range(39)], np.uint8)},
+            "train_labels are out of range: 255",
+        ),
         ({"train_labels": np.full((40, 1), 0.5)}, "train_labels are out of range .float64"),
         ({"train_labels": np.array([[np.nan]] + [[1.0]] * 39)}, "train_labels are out of range .float64"),
         ({"train_labels": np.zeros((40, 14), np.uint8)}, r"train_labels of shape \(40, 14\) are not one class"),
-        ({"train_labels": np.zeros((39, 1), np.uint8)}, r"train_labels of shape \(39,\) are not one class for each image"),
-        ({"train_images": np.zeros((40, 28, 28, 28), np.uint8)}, r"train_images of shape \(40, 28, 28, 28\) are no grey"),
-        ({"val_images": np.zeros((0, 28, 28), np.uint8), "val_labels": np.zeros((0, 1), np.uint8)}, r"val_labels of shape \(0,\) are not"),
+        (
+            {"train_labels": np.zeros((39, 1), np.uint8)},
+            r"train_labels of shape \(39,\) are not one class for each image",
+        ),
+        (
+            {"train_images": np.zeros((40, 28, 28, 28), np.uint8)},
+            r"train_images of shape \(40, 28, 28, 28\) are no grey",
+        ),
+        (
+            {"val_images": np.zeros((0, 28, 28), np.uint8), "val_labels": np.zeros((0, 1), np.uint8)},
+            r"val_labels of shape \(0,\) are not",
+        ),
         ({"train_labels": np.array([["a"]] * 40, object)}, "cannot read .*: Object arrays"),
         ({"test_labels": np.array([["cat"]] * 10)}, "test_labels holds values of type <U3, not numbers"),
         ({"val_images": np.full((10, 28, 28), "0")}, "val_images holds values of type <U1, not numbers"),
@@ -483,7 +549,8 @@ def test_medmnist_errors(tmp_path, tiles, change, match):
 
 
 def test_medmnist_in_other_forms(tmp_path, tiles, capsys):
-    """Labels from 1 or as floats, a channel axis of one, a class that train lacks: what the numbers say, no spare class."""
+    """Labels from 1 or as floats, a channel axis of one, a class that train lacks: what the numbers say, no spare
+    class."""
     plain = medmnist_arrays(tiles, grey=True)
 
     def load(change, **options):
@@ -498,17 +565,26 @@ def test_medmnist_in_other_forms(tmp_path, tiles, capsys):
     assert mapped.test.labels.tolist() == [1, 0, 3, 2, 1, 0, 3, 2, 1, 0]
     splits = load({"labels": lambda v: v.astype(np.float32), "images": lambda v: v[..., None]})
     assert splits.classes == ["0", "1", "2", "3"] and splits.test.labels.tolist() == [2, 3, 0, 1, 2, 3, 0, 1, 2, 3]
-    assert np.array_equal(splits.test[3]["image"], np.stack([plain["test_images"][3]] * 3)) and capsys.readouterr().out == ""
+    assert (
+        np.array_equal(splits.test[3]["image"], np.stack([plain["test_images"][3]] * 3))
+        and capsys.readouterr().out == ""
+    )
     load({"images": lambda v: v.repeat(8, 1).repeat(8, 2)})  # 224 px, as in pathmnist_224.npz
-    assert capsys.readouterr().out == f"note: {tmp_path}/x.npz has images of 224 px: --resolution 224 keeps them, the default is 28\n"
+    assert (
+        capsys.readouterr().out
+        == f"note: {tmp_path}/x.npz has images of 224 px: --resolution 224 keeps them, the default is 28\n"
+    )
     load({"labels": lambda v: v if len(v) == 40 else v % 3})
-    assert capsys.readouterr().out.splitlines() == [f"note: {s} has no image of '3' (10 images): its metrics are of the other classes"
-                                                    for s in ("val", "test")]  # fmt: skip
+    assert capsys.readouterr().out.splitlines() == [
+        f"note: {s} has no image of '3' (10 images): its metrics are of the other classes" for s in ("val", "test")
+    ]
     (tmp_path / "x.npz").unlink()
     arrays = {k: np.zeros_like(v) for k, v in plain.items()}
     np.savez(tmp_path / "x.npz", **arrays)
     fails("medmnist", str(tmp_path), match="--dataset medmnist has one class only, '0': there is nothing to tell apart")
-    assert len(load_splits("medmnist", str(tmp_path), labels=False).train) == 40  # to extract embeddings there need not be two
+    assert (
+        len(load_splits("medmnist", str(tmp_path), labels=False).train) == 40
+    )  # to extract embeddings there need not be two
 
 
 def test_a_small_medmnist_file_that_unpacks_to_much(tmp_path, tiles, monkeypatch):
@@ -580,21 +656,34 @@ def test_imagefolder_with_its_own_val(tmp_path, tiles):
     root = str(make_folder(tmp_path, tiles, counts))
     splits = load_splits("imagefolder", root)
     assert [len(getattr(splits, k)) for k in SPLITS] == [20, 2, 3] and splits.val.labels.tolist() == [1, 1]
-    fails("imagefolder", root, val_split=0.2, match=r"--val-split 0.2: imagefolder has a val split of its own \(2 images\)")
+    fails(
+        "imagefolder",
+        root,
+        val_split=0.2,
+        match=r"--val-split 0.2: imagefolder has a val split of its own \(2 images\)",
+    )
     alone = load_splits("imagefolder", root, splits=("train",))
     assert len(alone.train) == 20 and alone.val is None  # nothing is split off a train that has a val beside it
     assert load_splits("imagefolder", root, splits=("val",), classes=["cat", "dog"]).val.labels.tolist() == [1, 1]
 
 
-@pytest.mark.parametrize(("train", "val", "test"), [
-    ("train", "valid", "test"), ("training", "validation", "testing"), ("Train", "Val", "TEST"), ("train", "dev", "test"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("train", "val", "test"),
+    [
+        ("train", "valid", "test"),
+        ("training", "validation", "testing"),
+        ("Train", "Val", "TEST"),
+        ("train", "dev", "test"),
+    ],
+)
 def test_imagefolder_with_other_names_of_splits(tmp_path, tiles, capsys, train, val, test):
     make_folder(tmp_path, tiles, {train: {"cat": 12, "dog": 8}, val: {"cat": 3, "dog": 2}, test: {"cat": 1, "dog": 1}})
     splits = load_splits("imagefolder", str(tmp_path))
     assert [len(getattr(splits, k)) for k in SPLITS] == [20, 5, 2] and splits.val.ids[0] == f"{val}/cat/000.png"
     renamed = [(name, split) for name, split in ((train, "train"), (val, "val"), (test, "test")) if name != split]
-    assert sorted(capsys.readouterr().out.splitlines()) == sorted(f"note: {tmp_path}: {n}/ is taken as {s}" for n, s in renamed)
+    assert sorted(capsys.readouterr().out.splitlines()) == sorted(
+        f"note: {tmp_path}: {n}/ is taken as {s}" for n, s in renamed
+    )
     if val == "valid":
         make_folder(tmp_path, tiles, {"val": {"cat": 1, "dog": 1}})
         assert len(load_splits("imagefolder", str(tmp_path)).val) == 2
@@ -607,7 +696,9 @@ def test_imagefolder_without_images_of_a_class(tmp_path, tiles, capsys):
     (root / "test" / "dog").mkdir()
     splits = load_splits("imagefolder", str(root))
     assert splits.test.labels.tolist() == [0, 0, 0] and splits.classes == ["cat", "dog"]
-    assert capsys.readouterr().out == "note: test has no image of 'dog' (3 images): its metrics are of the other classes\n"
+    assert (
+        capsys.readouterr().out == "note: test has no image of 'dog' (3 images): its metrics are of the other classes\n"
+    )
     for file in (root / "test" / "cat").iterdir():
         file.unlink()
     fails("imagefolder", str(root), match="test holds no images")
@@ -629,28 +720,45 @@ def test_what_lies_beside_the_images(tmp_path, tiles, capsys):
     ids = {*splits.train.ids, *splits.val.ids}
     assert splits.classes == ["cat", "dog"] and len(splits.test) == 4 and capsys.readouterr().out == ""
     assert ids == {*(f"train/{c}/{i:03d}.png" for c in ("cat", "dog") for i in range(10)), "train/cat/loop.png"}
-    with pytest.raises(DataError, match="cannot read image .*loop.png"):  # an image that is missing is named, not passed over
+    with pytest.raises(
+        DataError, match="cannot read image .*loop.png"
+    ):  # an image that is missing is named, not passed over
         read_image(cat / "loop.png")
     (cat / "IM0001.dcm").write_bytes(b"\0" * 128 + b"DICM")
     (cat / "IM0002").write_bytes(b"\0" * 128 + b"DICM")
     load_splits("imagefolder", str(root))
-    expected = f"note: 2 files in {root / 'train'} have no image's ending and are not used, the first is '{cat / 'IM0001.dcm'}'\n"
+    expected = (
+        f"note: 2 files in {root / 'train'} have no image's ending and are not used, the first is "
+        f"'{cat / 'IM0001.dcm'}'\n"
+    )
     assert capsys.readouterr().out == expected
     for file in cat.glob("*.png"):
         file.unlink() if file.is_symlink() or file.is_file() else None
-    fails("imagefolder", str(root), match=r"train/cat holds no images \(.jpg, .*\), only 2 other files, the first is .*IM0001.dcm'")
+    fails(
+        "imagefolder",
+        str(root),
+        match=r"train/cat holds no images \(.jpg, .*\), only 2 other files, the first is .*IM0001.dcm'",
+    )
     fails("unlabeled", str(cat), labels=False, match="--data-root .*cat holds no images .*, only 2 other files")
 
 
 def test_imagefolder_has_the_order_of_a_table(tmp_path, tiles):
-    """The same names in a table of the same images are in the same order, so that a model of one teaches on the other."""
-    root = make_folder(tmp_path, tiles, {split: {str(c): 2 for c in (10, 2, 0, 9)} for split in ("train", "val", "test")})
+    """The same names in a table of the same images are in the same order, so that a model of one teaches on the
+    other."""
+    root = make_folder(
+        tmp_path, tiles, {split: {str(c): 2 for c in (10, 2, 0, 9)} for split in ("train", "val", "test")}
+    )
     lines = [f"{path.relative_to(root)},{path.parent.name},{path.parts[-3]}" for path in root.rglob("*.png")]
     (root / "table.csv").write_text("\n".join(["image,label,split", *lines]))
     for name in ("imagefolder", "csv"):
         splits = load_splits(name, str(root))
         assert splits.classes == ["0", "2", "9", "10"]
-        assert {(i.split("/")[1], label) for i, label in zip(splits.test.ids, splits.test.labels)} == {("0", 0), ("2", 1), ("9", 2), ("10", 3)}
+        assert {(i.split("/")[1], label) for i, label in zip(splits.test.ids, splits.test.labels)} == {
+            ("0", 0),
+            ("2", 1),
+            ("9", 2),
+            ("10", 3),
+        }
     make_folder(root, tiles, {"train": {"02": 1}})
     fails("imagefolder", str(root), match="train writes one class as '02' and as '2': write it in one way")
 
@@ -671,10 +779,14 @@ def test_imagefolder_in_two_unicode_forms(tmp_path, tiles):
 def test_imagefolder_alone(tmp_path, tiles):
     """A single split, as for an outside test set; val without a folder is made from train."""
     root = make_folder(tmp_path, tiles, {"train": {"cat": 12, "dog": 8}, "test": {"dog": 3}})
-    assert load_splits("imagefolder", str(root), splits=("val",)).val.ids == load_splits("imagefolder", str(root)).val.ids
+    assert (
+        load_splits("imagefolder", str(root), splits=("val",)).val.ids == load_splits("imagefolder", str(root)).val.ids
+    )
     (root / "train").rename(root / "unused")
     outside = load_splits("imagefolder", str(root), splits=("test",), classes=["ant", "cat", "dog"])
-    assert outside.test.labels.tolist() == [2, 2, 2] and outside.classes == ["ant", "cat", "dog"] and outside.train is None
+    assert (
+        outside.test.labels.tolist() == [2, 2, 2] and outside.classes == ["ant", "cat", "dog"] and outside.train is None
+    )
     fails("imagefolder", str(root), splits=("test",), classes=["ant", "cat"], match="the checkpoint does not know: dog")
 
 
@@ -720,7 +832,11 @@ def test_imagefolder_errors(tmp_path, tiles):
     (tmp_path / "train" / "dog").mkdir()
     fails("imagefolder", str(tmp_path), match=r"train/dog holds no images \(.jpg, .jpeg, .*.pgm\)$")
     (tmp_path / "train" / "dog" / "readme.txt").write_text("no image")
-    fails("imagefolder", str(tmp_path), match="train/dog holds no images .*, only 1 other files, the first is .*dog/readme.txt")
+    fails(
+        "imagefolder",
+        str(tmp_path),
+        match="train/dog holds no images .*, only 1 other files, the first is .*dog/readme.txt",
+    )
     Image.fromarray(tiles[0]).save(tmp_path / "train" / "dog" / "1.png")
     fails("imagefolder", str(tmp_path), val_split=0.01, match="--val-split 0.01 of 7 images leaves train or val empty")
     assert len(load_splits("imagefolder", str(tmp_path)).val) == 1
@@ -737,7 +853,9 @@ def test_bad_images_are_skipped_by_name(tmp_path, tiles, capsys):
     assert len(printed) == 2 and all(line.startswith("skipped: cannot read image ") for line in printed)
     assert "train/cat/003.png" in printed[0] and "test/cat/001.png" in printed[1]
     assert {*clean.train.ids, *clean.val.ids} - {*splits.train.ids, *splits.val.ids} == {"train/cat/003.png"}
-    assert splits.test.ids == [i for i in clean.test.ids if i != "test/cat/001.png"] and splits.test.labels.tolist() == [0, 0, 0, 1]
+    assert splits.test.ids == [
+        i for i in clean.test.ids if i != "test/cat/001.png"
+    ] and splits.test.labels.tolist() == [0, 0, 0, 1]
     assert len(load_splits("imagefolder", str(root)).test) == 5  # not looked at unless asked
     (root / "test/dog/000.png").write_bytes(b"")
     fails("imagefolder", str(root), on_bad_image="skip", match="after skipping 2 broken images a class has none left")

@@ -1,4 +1,5 @@
-"""Tables of images, skin lesions, folds, include lists and hair removal: files in the official formats, made here or real."""
+"""Tables of images, skin lesions, folds, include lists and hair removal: files in the official formats, made here or
+real."""
 
 import csv
 import re
@@ -52,12 +53,15 @@ def check_groups_whole(splits):
 
 @pytest.fixture
 def ham(tmp_path):
-    """HAM10000's layout: 280 images of 140 lesions, two images each, seven diagnoses; half of them in the official second folder."""
+    """HAM10000's layout: 280 images of 140 lesions, two images each, seven diagnoses; half of them in the official
+    second folder."""
     rows = []
     for i in range(280):
         name = f"ISIC_{24306 + i:07d}"
         save_image(tmp_path / f"HAM10000_images_part_{1 + i % 2}" / f"{name}.jpg", i)
-        rows.append({"lesion_id": f"HAM_{i // 2:07d}", "image_id": name, "dx": DX[i // 2 % 7], "age": "", "sex": "male"})
+        rows.append(
+            {"lesion_id": f"HAM_{i // 2:07d}", "image_id": name, "dx": DX[i // 2 % 7], "age": "", "sex": "male"}
+        )
     write_csv(tmp_path / "HAM10000_metadata.csv", rows)
     return tmp_path
 
@@ -65,14 +69,17 @@ def ham(tmp_path):
 @pytest.fixture
 def table(tmp_path):
     """90 images of 30 patients; columns image, label, patient_id."""
-    rows = [{"image": f"{i:03d}.jpg", "label": ("no", "yes")[i % 9 == 0], "patient_id": f"p{i // 3}"} for i in range(90)]
+    rows = [
+        {"image": f"{i:03d}.jpg", "label": ("no", "yes")[i % 9 == 0], "patient_id": f"p{i // 3}"} for i in range(90)
+    ]
     for i in range(90):
         save_image(tmp_path / "images" / f"{i:03d}.jpg", i)
     write_csv(tmp_path / "table.csv", rows)
     return tmp_path
 
 
-# -------------------------------------------------------------------------------------------------------------- HAM10000
+# --------------------------------------------------------------------------------------------------------------
+# HAM10000
 
 
 def test_ham10000(ham):
@@ -92,7 +99,9 @@ def test_ham10000(ham):
     assert np.array_equal(two.test.labels, np.isin(splits.test.labels, [0, 1, 4]))
     limited = load_splits("ham10000", str(ham), limit_train=70)
     assert len(limited.train) == 70 and limited.val.ids == splits.val.ids and len(limited.train.groups) == 70
-    outside = load_splits("ham10000", str(ham), splits=("test",), classes=["benign", "malignant"])  # a binary model's classes
+    outside = load_splits(
+        "ham10000", str(ham), splits=("test",), classes=["benign", "malignant"]
+    )  # a binary model's classes
     assert np.array_equal(outside.test.labels, two.test.labels)
 
 
@@ -101,7 +110,11 @@ def test_ham10000_errors(ham, capsys):
     fails("ham10000", str(ham / "none"), match="none is no folder")
     gone = ham / "HAM10000_images_part_1" / "ISIC_0024308.jpg"
     gone.rename(ham / "HAM10000_images_part_1" / "ISIC_9999999.jpg")
-    fails("ham10000", str(ham), match=r"1 rows of .*HAM10000_metadata.csv have no image in .*, the first is 'ISIC_0024308' \(--on-bad")
+    fails(
+        "ham10000",
+        str(ham),
+        match=r"1 rows of .*HAM10000_metadata.csv have no image in .*, the first is 'ISIC_0024308' \(--on-bad",
+    )
     splits = load_splits("ham10000", str(ham), on_bad_image="skip")
     assert sum(len(p) for p in parts_of(splits).values()) == 279
     printed = capsys.readouterr().out.splitlines()
@@ -110,7 +123,10 @@ def test_ham10000_errors(ham, capsys):
     path = ham / "HAM10000_metadata.csv"
     for changed, match in [
         (text.replace("dx,", "diagnosis,", 1), "has no column 'dx': it has lesion_id, image_id, diagnosis"),
-        (text.replace(",nv,", ",naevus,", 1), "1 rows of .* have an unknown dx, the first is 'naevus': it must be one of akiec"),
+        (
+            text.replace(",nv,", ",naevus,", 1),
+            "1 rows of .* have an unknown dx, the first is 'naevus': it must be one of akiec",
+        ),
         (text.replace(",nv,", ",,", 1), "1 rows of .* have no dx"),
         (text + text.splitlines()[5] + "\n", "1 rows whose image an earlier row has, the first is 'ISIC_0024310'"),
         (text + "a,b\n", "line 282 has 2 values, the header has 5"),
@@ -124,7 +140,8 @@ def test_ham10000_errors(ham, capsys):
     fails("ham10000", str(ham), match="cannot read .*HAM10000_metadata.csv: No such file")
 
 
-# ------------------------------------------------------------------------------------------------------------- ISIC 2017
+# ------------------------------------------------------------------------------------------------------------- ISIC
+# 2017
 
 
 @pytest.fixture
@@ -136,7 +153,13 @@ def isic2017(tmp_path):
             number += 1
             save_image(tmp_path / f"ISIC-2017_{name}_Data" / f"ISIC_{number:07d}.jpg", number)
             Image.new("RGB", (20, 15)).save(tmp_path / f"ISIC-2017_{name}_Data" / f"ISIC_{number:07d}_superpixels.png")
-            rows.append({"image_id": f"ISIC_{number:07d}", "melanoma": float(i % 3 == 0), "seborrheic_keratosis": float(i % 3 == 2)})
+            rows.append(
+                {
+                    "image_id": f"ISIC_{number:07d}",
+                    "melanoma": float(i % 3 == 0),
+                    "seborrheic_keratosis": float(i % 3 == 2),
+                }
+            )
         write_csv(tmp_path / f"ISIC-2017_{name}_Part3_GroundTruth.csv", rows)
     return tmp_path
 
@@ -159,21 +182,32 @@ def test_isic2017_errors(isic2017, capsys):
     path = isic2017 / "ISIC-2017_Test_v2_Part3_GroundTruth.csv"
     text = path.read_text()
     path.write_text(text.replace("1.0,0.0", "1.0,1.0", 1))
-    fails("isic2017", str(isic2017), match="1 rows of .* are melanoma and seborrheic_keratosis, the first is 'ISIC_0000040'")
+    fails(
+        "isic2017",
+        str(isic2017),
+        match="1 rows of .* are melanoma and seborrheic_keratosis, the first is 'ISIC_0000040'",
+    )
     path.write_text(text.replace("1.0,0.0", "maybe,0.0", 1))
     fails("isic2017", str(isic2017), match="unknown melanoma, the first is 'maybe'")
     path.write_text(text.replace("1.0,0.0", "0.0,0.0"))
     capsys.readouterr()
-    assert [len(p) for p in parts_of(load_splits("isic2017", str(isic2017))).values()] == [30, 9, 12]  # an official split stands
+    assert [len(p) for p in parts_of(load_splits("isic2017", str(isic2017))).values()] == [
+        30,
+        9,
+        12,
+    ]  # an official split stands
     load_splits("isic2017", str(isic2017), binary=True)
-    assert capsys.readouterr().out.splitlines() == [f"note: test has no image of {c!r} (12 images): its metrics are of the other classes"
-                                                    for c in ("melanoma", "malignant")]  # fmt: skip
+    assert capsys.readouterr().out.splitlines() == [
+        f"note: test has no image of {c!r} (12 images): its metrics are of the other classes"
+        for c in ("melanoma", "malignant")
+    ]
     path.unlink()
     fails("isic2017", str(isic2017), match="cannot read .*Test_v2_Part3")
     assert len(load_splits("isic2017", str(isic2017), splits=("train", "val")).train) == 30
 
 
-# ------------------------------------------------------------------------------------------------------------- ISIC 2024
+# ------------------------------------------------------------------------------------------------------------- ISIC
+# 2024
 
 
 @pytest.fixture
@@ -186,7 +220,9 @@ def isic2024(tmp_path):
             save_image(tmp_path / "x.jpg", i)
             name = f"ISIC_{i:07d}"
             file.create_dataset(name, data=np.void((tmp_path / "x.jpg").read_bytes()))
-            rows.append({"isic_id": name, "target": int(i % 25 < 2), "patient_id": f"IP_{i // 5:07d}", "age_approx": "60.0"})
+            rows.append(
+                {"isic_id": name, "target": int(i % 25 < 2), "patient_id": f"IP_{i // 5:07d}", "age_approx": "60.0"}
+            )
     (tmp_path / "x.jpg").unlink()
     write_csv(tmp_path / "train-metadata.csv", rows)
     return tmp_path
@@ -200,10 +236,14 @@ def test_isic2024(isic2024):
     for part in parts_of(splits).values():
         i = len(part) // 2
         number = int(part.ids[i][5:])
-        assert part.labels[i] == (number % 25 < 2) and abs(int(part[i]["image"].float().mean()) - (number % 200 + 20)) <= 2
+        assert (
+            part.labels[i] == (number % 25 < 2) and abs(int(part[i]["image"].float().mean()) - (number % 200 + 20)) <= 2
+        )
     # workers that were forked after the file was opened here, and those that were spawned, read the same
     whole = torch.cat([b["image"][: b["valid"]] for b in Loader(splits.val, 8, "cpu", cache="ram").batches()])
-    loaded = torch.cat([b["image"][: b["valid"]] for b in Loader(splits.val, 8, "cpu", cache="off", workers=2).batches()])
+    loaded = torch.cat(
+        [b["image"][: b["valid"]] for b in Loader(splits.val, 8, "cpu", cache="off", workers=2).batches()]
+    )
     assert torch.equal(whole, loaded)
 
 
@@ -220,8 +260,13 @@ def test_isic2024_negatives_and_extra(isic2024, tmp_path_factory, capsys):
     for name in ("a.jpg", "sub/b.jpg", "ISIC_0000007.jpg"):
         save_image(folder / name, 5)
     extra = load_splits("isic2024", str(isic2024), negatives=100, extra_train=str(folder))
-    assert set(extra.train.ids) - set(fewer.train.ids) == {"extra/a.jpg", "extra/sub/b.jpg"} and extra.val.ids == fewer.val.ids
-    assert extra.train.labels[extra.train.ids.index("extra/a.jpg")] == 1 and extra.train[len(extra.train) - 1]["image"].shape == (3, 15, 20)
+    assert (
+        set(extra.train.ids) - set(fewer.train.ids) == {"extra/a.jpg", "extra/sub/b.jpg"}
+        and extra.val.ids == fewer.val.ids
+    )
+    assert extra.train.labels[extra.train.ids.index("extra/a.jpg")] == 1 and extra.train[len(extra.train) - 1][
+        "image"
+    ].shape == (3, 15, 20)
     assert "1 images of --extra-train" in capsys.readouterr().out  # one is in the dataset: it could be in test
     fails("isic2024", str(isic2024), extra_train="nowhere", match="--extra-train nowhere is no folder")
     fails("digits", negatives=3, match="--negatives with --dataset digits: it is for isic2024")
@@ -243,7 +288,11 @@ def test_isic2024_errors(isic2024):
     h5py = sys.modules["h5py"]
     with h5py.File(isic2024 / "train-image.hdf5", "a") as file:
         del file["ISIC_0000003"]
-    fails("isic2024", str(isic2024), match=r"1 rows of .*metadata.csv have no image in .*train-image.hdf5, the first is 'ISIC_0000003'")
+    fails(
+        "isic2024",
+        str(isic2024),
+        match=r"1 rows of .*metadata.csv have no image in .*train-image.hdf5, the first is 'ISIC_0000003'",
+    )
     assert len(load_splits("isic2024", str(isic2024), on_bad_image="skip").train)
     images._open_files.popitem()[1].close()  # HDF5 refuses to write what is being read
     with h5py.File(isic2024 / "train-image.hdf5", "a") as file:
@@ -262,10 +311,16 @@ def test_a_missing_package_is_named(isic2024, table, monkeypatch):
     monkeypatch.setitem(sys.modules, "h5py", None)
     monkeypatch.setitem(sys.modules, "cv2", None)
     fails("isic2024", str(isic2024), match="needs the package h5py: pip install h5py")
-    fails("csv", str(table), hair_removal=True, match="--hair-removal needs the package opencv-python-headless: pip install opencv")
+    fails(
+        "csv",
+        str(table),
+        hair_removal=True,
+        match="--hair-removal needs the package opencv-python-headless: pip install opencv",
+    )
 
 
-# ------------------------------------------------------------------------------------------------------------- any table
+# ------------------------------------------------------------------------------------------------------------- any
+# table
 
 
 def test_csv(table, capsys):
@@ -276,7 +331,10 @@ def test_csv(table, capsys):
     assert load_splits("csv", str(table), split_seed=3).test.ids == splits.test.ids
     plain = load_splits("csv", str(table), group_column="none")
     assert plain.train.groups is None and len(plain.test) == 18
-    rows = [{"picture": f"images/{i:03d}", "y": i % 3 * 5, "part": ("train", "Valid", "TEST")[i % 10 % 3]} for i in range(90)]
+    rows = [
+        {"picture": f"images/{i:03d}", "y": i % 3 * 5, "part": ("train", "Valid", "TEST")[i % 10 % 3]}
+        for i in range(90)
+    ]
     write_csv(table / "other.csv", rows)
     fails("csv", str(table), match="holds 2 .csv files: name the one, --table FILE.csv")
     columns = {"image_column": "picture", "label_column": "y", "split_column": "part"}
@@ -284,7 +342,13 @@ def test_csv(table, capsys):
     splits = load_splits("csv", str(table), table="other.csv", **columns)
     assert splits.classes == ["0", "5", "10"] and [len(p) for p in parts_of(splits).values()] == [36, 27, 27]
     assert splits.test.ids[0] == "images/002" and splits.test.groups is None
-    fails("csv", str(table), table="other.csv", **{**columns, "label_column": "z"}, match=r"no column 'z' \(--label-column\)")
+    fails(
+        "csv",
+        str(table),
+        table="other.csv",
+        **{**columns, "label_column": "z"},
+        match=r"no column 'z' \(--label-column\)",
+    )
     fails("csv", str(table), table="other.csv", **{**columns, "split_column": "y"}, match="unknown y, the first is '0'")
     fails("csv", str(table), table="none.csv", match="cannot read none.csv")
     fails("digits", table="x.csv", match="--table with --dataset digits: it is for csv")
@@ -317,7 +381,10 @@ def test_one_order_of_classes():
     assert sorted_classes("t", ["N\u00e4vus", "Na\u0308vus"]) == ["N\u00e4vus"]
     for one, two in (("1", "1.0"), ("01", "1"), ("0", "00"), ("1e2", "100")):
         for names in ([one, two, "7"], ["text", two, one]):
-            with pytest.raises(DataError, match=f"t writes one class as '{min(one, two)}' and as '{max(one, two)}': write it in one way"):
+            with pytest.raises(
+                DataError,
+                match=f"t writes one class as '{min(one, two)}' and as '{max(one, two)}': write it in one way",
+            ):
                 sorted_classes("t", names)
 
 
@@ -329,14 +396,22 @@ def test_a_missing_label_is_no_class(table, capsys, hole):
     splits = load_splits("csv", str(table))
     assert splits.classes == ["0", "1"] and sum(len(p) for p in parts_of(splits).values()) == 88
     assert not {"004.jpg", "006.jpg"} & {i for part in parts_of(splits).values() for i in part.ids}
-    assert f"note: 2 rows of {table}/table.csv have no label ({hole!r}), the first is '004.jpg': they are left out" in capsys.readouterr().out
+    assert (
+        f"note: 2 rows of {table}/table.csv have no label ({hole!r}), the first is '004.jpg': they are left out"
+        in capsys.readouterr().out
+    )
     (table / "table.csv").write_text(re.sub(r"jpg,\d", f"jpg,{hole}", text))
     fails("csv", str(table), match="90 rows of .*table.csv have no label .*, the first is '000.jpg'$")
 
 
 def test_csv_headers_as_people_write_them(table, capsys):
     text = (table / "table.csv").read_text()
-    for header in ("Image,Label,Patient_ID", "File Name,CLASS,PatientID", "image-path,Dx,subject_id", "ID,Target,Patient ID"):
+    for header in (
+        "Image,Label,Patient_ID",
+        "File Name,CLASS,PatientID",
+        "image-path,Dx,subject_id",
+        "ID,Target,Patient ID",
+    ):
         (table / "table.csv").write_text(text.replace("image,label,patient_id", header))
         splits = load_splits("csv", str(table))
         check_groups_whole(splits)
@@ -352,7 +427,9 @@ def test_csv_headers_as_people_write_them(table, capsys):
     for name in ("label", "image", "patient_id"):
         (table / "table.csv").write_text("\n".join([lines[0].replace("AGE", name)] + lines[1:]))
         fails("csv", str(table), match=f"table.csv has two columns '{name}': rename or remove one of them")
-    (table / "table.csv").write_text("\n".join(line.replace(",AGE", ",") + "," for line in lines))  # a spreadsheet's empty columns
+    (table / "table.csv").write_text(
+        "\n".join(line.replace(",AGE", ",") + "," for line in lines)
+    )  # a spreadsheet's empty columns
     assert load_splits("csv", str(table)).classes == ["no", "yes"]
 
 
@@ -364,8 +441,21 @@ def test_csv_names_as_people_write_them(table, capsys):
     (table / "odd" / "x.jpg").rename(table / "odd" / "x.jfif")
     save_image(table / "odd" / "Twin.jpg", 9)
     save_image(table / "odd" / "twin.JPG", 10)
-    names = ["./odd/N\u00e4vus0.JPG", "odd\\N\u00e4vus1.JPG", "N\u00e4vus2.jpg", "odd/n\u00c4vus3.jpg", "Na\u0308vus4.jpg"]
-    names += ["odd/Na\u0308vus5", "odd//N\u00e4vus6.jpg", ".\\odd\\N\u00e4vus7.jpg", "odd/x.jfif", "odd/Twin.jpg", "twin.JPG"]
+    names = [
+        "./odd/N\u00e4vus0.JPG",
+        "odd\\N\u00e4vus1.JPG",
+        "N\u00e4vus2.jpg",
+        "odd/n\u00c4vus3.jpg",
+        "Na\u0308vus4.jpg",
+    ]
+    names += [
+        "odd/Na\u0308vus5",
+        "odd//N\u00e4vus6.jpg",
+        ".\\odd\\N\u00e4vus7.jpg",
+        "odd/x.jfif",
+        "odd/Twin.jpg",
+        "twin.JPG",
+    ]
 
     def write(names):
         path.write_text("image,label\n" + "\n".join(f"{name},{'ab'[i % 2]}" for i, name in enumerate(names)))
@@ -373,25 +463,44 @@ def test_csv_names_as_people_write_them(table, capsys):
     path = table / "odd.csv"
     write([*names, *(f"{i:03d}.jpg" for i in range(20))])
     splits = load_splits("csv", str(table), table=str(path))
-    greys = {i: int(part[row]["image"].float().mean()) for part in parts_of(splits).values() for row, i in enumerate(part.ids)}
+    greys = {
+        i: int(part[row]["image"].float().mean())
+        for part in parts_of(splits).values()
+        for row, i in enumerate(part.ids)
+    }
     assert [round(greys[name] - 20) for name in names] == pytest.approx(range(11), abs=1)
     for other in ("odd/Na\u0308vus0.jpg", "N\u00e4vus0", "odd/../odd/N\u00e4vus0.JPG"):
         write([*names, other])
-        fails("csv", str(table), table=str(path), match=f"odd.csv has 1 rows whose image an earlier row has, the first is {other!r}")
+        fails(
+            "csv",
+            str(table),
+            table=str(path),
+            match=f"odd.csv has 1 rows whose image an earlier row has, the first is {other!r}",
+        )
     write(["odd/TWIN.jpg"])
     fails("csv", str(table), table=str(path), match="'odd/TWIN.jpg' is the name of several images below")
 
 
 @pytest.mark.parametrize("split", ["val", "test"])
 def test_an_official_split_without_a_class_is_noted(table, capsys, split):
-    rows = [{"image": f"{i:03d}.jpg", "label": "abc"[i % 3], "split": ("train", "val", "test")[i // 3 % 3]} for i in range(90)]
+    rows = [
+        {"image": f"{i:03d}.jpg", "label": "abc"[i % 3], "split": ("train", "val", "test")[i // 3 % 3]}
+        for i in range(90)
+    ]
     lacking = [row for row in rows if (row["label"], row["split"]) != ("c", split)]
     write_csv(table / "table.csv", lacking)
     splits = load_splits("csv", str(table))
-    assert {k: sorted(set(p.labels)) for k, p in parts_of(splits).items()} == {k: [0, 1] if k == split else [0, 1, 2] for k in SPLITS}
-    assert f"note: {split} has no image of 'c' (20 images): its metrics are of the other classes" in capsys.readouterr().out
+    assert {k: sorted(set(p.labels)) for k, p in parts_of(splits).items()} == {
+        k: [0, 1] if k == split else [0, 1, 2] for k in SPLITS
+    }
+    assert (
+        f"note: {split} has no image of 'c' (20 images): its metrics are of the other classes"
+        in capsys.readouterr().out
+    )
     write_csv(table / "table.csv", [row for row in rows if row["label"] != "c" or row["split"] == split])
-    with pytest.raises(DataError, match=r"train has no image of 'c' \(20 images\)$"):  # no advice on splits that are given
+    with pytest.raises(
+        DataError, match=r"train has no image of 'c' \(20 images\)$"
+    ):  # no advice on splits that are given
         load_splits("csv", str(table))
     few = [row for row in rows if row["label"] != "c"] + [{**rows[2], "split": "train"}]
     write_csv(table / "table.csv", few)
@@ -407,7 +516,9 @@ def test_an_image_without_a_group_is_its_own(ham, capsys):
     assert all(part.groups.tolist() == part.ids for part in parts_of(splits).values())
     assert np.bincount(splits.test.labels).tolist() == [8] * 7  # a fifth of 40
     path.write_text(re.sub(r"HAM_0000003", "NA", text))  # two images of one lesion, of which nothing is known now
-    groups = {i: g for part in parts_of(load_splits("ham10000", str(ham))).values() for i, g in zip(part.ids, part.groups)}
+    groups = {
+        i: g for part in parts_of(load_splits("ham10000", str(ham))).values() for i, g in zip(part.ids, part.groups)
+    }
     before = {i: g for part in parts_of(whole).values() for i, g in zip(part.ids, part.groups)}
     lost = ["ISIC_0024312", "ISIC_0024313"]
     assert groups == {**before, **{i: i for i in lost}} and [before[i] for i in lost] == ["HAM_0000003"] * 2
@@ -417,7 +528,9 @@ def test_an_image_without_a_group_is_its_own(ham, capsys):
 
 def test_csv_groups_in_two_splits_are_refused(table):
     with open(table / "table.csv", newline="") as file:
-        rows = [{**row, "split": "test" if i in (0, 1) or i > 80 else "train"} for i, row in enumerate(csv.DictReader(file))]
+        rows = [
+            {**row, "split": "test" if i in (0, 1) or i > 80 else "train"} for i, row in enumerate(csv.DictReader(file))
+        ]
     write_csv(table / "table.csv", rows)
     fails("csv", str(table), match="the group 'p0' is in .* and in .*: a model would be judged on what it has seen")
     assert len(load_splits("csv", str(table), group_column="none").test) == 11
@@ -435,7 +548,9 @@ def test_folds_of_every_kind():
         vals += splits.val.ids
         sizes.append(np.bincount(splits.val.labels, minlength=10))
     assert sorted(vals) == sorted([*whole.train.ids, *whole.val.ids]) and np.ptp(sizes, axis=0).max() <= 1
-    assert load_splits("digits", folds=5, fold=0, split_seed=1).val.ids != load_splits("digits", folds=5, fold=0).val.ids
+    assert (
+        load_splits("digits", folds=5, fold=0, split_seed=1).val.ids != load_splits("digits", folds=5, fold=0).val.ids
+    )
     fails("digits", folds=5, match="--folds K and --fold I belong together")
     fails("digits", fold=1, match="belong together")
     fails("digits", folds=5, fold=5, match="--folds 5 --fold 5")
@@ -466,15 +581,24 @@ def test_include_list(table, capsys):
     splits = load_splits("csv", str(table), include_list=str(table / "kept.txt"))
     assert set(splits.train.ids) == set(keep) & set(whole.train.ids) | {whole.train.ids[9]}
     assert splits.val.ids == whole.val.ids and splits.test.ids == whole.test.ids
-    assert f"2 names of {table / 'kept.txt'} are not in train, the first is {whole.val.ids[0]!r}" in capsys.readouterr().out
+    assert (
+        f"2 names of {table / 'kept.txt'} are not in train, the first is {whole.val.ids[0]!r}"
+        in capsys.readouterr().out
+    )
     (table / "kept.txt").write_text("nothing\n")
-    fails("csv", str(table), include_list=str(table / "kept.txt"), match="leaves train empty: none of its 1 names is in train")
+    fails(
+        "csv",
+        str(table),
+        include_list=str(table / "kept.txt"),
+        match="leaves train empty: none of its 1 names is in train",
+    )
     (table / "kept.txt").write_text(next(i for i, y in zip(whole.train.ids, whole.train.labels) if not y))
     fails("csv", str(table), include_list=str(table / "kept.txt"), match="train has no image of 'yes'")
     fails("digits", include_list="no.txt", match="cannot read --include-list no.txt")
 
 
-# ---------------------------------------------------------------------------------------------------------- hair removal
+# ---------------------------------------------------------------------------------------------------------- hair
+# removal
 
 
 @pytest.mark.parametrize("side", [200, 600])
@@ -490,7 +614,11 @@ def test_hairs_go_and_the_lesion_stays(side):
     hairy = clean.copy()
     draw = ImageDraw.Draw(hairy)
     for start, end in (((0, 0.1), (1, 0.9)), ((0, 0.8), (0.9, 0)), ((0.1, 1), (0.3, 0))):
-        draw.line([start[0] * side, start[1] * height, end[0] * side, end[1] * height], fill=(60, 40, 30), width=max(2, side // 150))
+        draw.line(
+            [start[0] * side, start[1] * height, end[0] * side, end[1] * height],
+            fill=(60, 40, 30),
+            width=max(2, side // 150),
+        )
     clean, hairy = np.array(clean), np.array(hairy)
     drawn = (clean != hairy).any(2)
     assert hair_mask(hairy)[drawn].mean() > 0.8 and hair_mask(clean).mean() == 0
@@ -509,7 +637,9 @@ def test_hair_is_removed_wherever_images_are_read(ham):
         assert part.read(0).min() > 150 and part.subset([0]).read(0).min() > 150
         assert read_image(part.paths[0]).min() < 80
     cached = next(Loader(splits.val, 4, "cpu", cache="ram").batches())["image"]
-    assert cached.min() > 150 and torch.equal(cached, next(Loader(splits.val, 4, "cpu", cache="off", workers=1).batches())["image"])
+    assert cached.min() > 150 and torch.equal(
+        cached, next(Loader(splits.val, 4, "cpu", cache="off", workers=1).batches())["image"]
+    )
     assert len(load_splits("digits", hair_removal=True).val) == 270  # decoded in memory: once, as they are read
 
 
@@ -529,7 +659,15 @@ def test_derm_augmentation():
 
 
 def test_flags_of_older_checkpoints():
-    old = {"dataset": "digits", "data_root": None, "val_split": None, "split_seed": 0, "limit_train": 0, "decode_size": 512, "window": None}
+    old = {
+        "dataset": "digits",
+        "data_root": None,
+        "val_split": None,
+        "split_seed": 0,
+        "limit_train": 0,
+        "decode_size": 512,
+        "window": None,
+    }
     assert cli.split_flags(old) == {"split_seed": 0, "decode_size": 512}
     assert cli.split_flags({**old, "folds": 5, "fold": 0, "binary": False})["fold"] == 0
     splits = evaluation.splits_of({"flags": old, "classes": [str(i) for i in range(10)]})
@@ -540,29 +678,63 @@ def test_a_run_s_splits_are_rebuilt_from_its_checkpoint(ham, tmp_path):
     """Training on a fold, then evaluate.py's way back to each split; the predictions name the lesions."""
     pytest.importorskip("cv2", reason="opencv-python-headless is not installed")
     (ham / "kept.txt").write_text("\n".join(load_splits("ham10000", str(ham), folds=4, fold=1).train.ids[5:]))
-    flags = ["--dataset", "ham10000", "--data-root", ham, "--binary", "--folds", 4, "--fold", 1, "--hair-removal", "--include-list",
-             ham / "kept.txt", "--split-seed", 2, "--resolution", 8, "--epochs", 1, "--device", "cpu", "--limit-train", 90]  # fmt: skip
+    flags = [
+        "--dataset",
+        "ham10000",
+        "--data-root",
+        ham,
+        "--binary",
+        "--folds",
+        4,
+        "--fold",
+        1,
+        "--hair-removal",
+        "--include-list",
+        ham / "kept.txt",
+        "--split-seed",
+        2,
+        "--resolution",
+        8,
+        "--epochs",
+        1,
+        "--device",
+        "cpu",
+        "--limit-train",
+        90,
+    ]
     succeed("train_student.py", *flags, "--output", tmp_path / "run")
     checkpoint = torch.load(tmp_path / "run" / "best.pth", weights_only=True)
-    options = {"binary": True, "folds": 4, "fold": 1, "include_list": str(ham / "kept.txt"), "split_seed": 2, "limit_train": 90}
+    options = {
+        "binary": True,
+        "folds": 4,
+        "fold": 1,
+        "include_list": str(ham / "kept.txt"),
+        "split_seed": 2,
+        "limit_train": 90,
+    }
     wanted = load_splits("ham10000", str(ham), **options)
     for split in SPLITS:
         part = getattr(evaluation.splits_of(checkpoint, split=split), split)
         assert part.ids == getattr(wanted, split).ids and part.hair_removal
     predictions = np.load(tmp_path / "run" / "predictions_test.npz")
-    assert predictions["groups"].tolist() == wanted.test.groups.tolist() and predictions["ids"].tolist() == wanted.test.ids
+    assert (
+        predictions["groups"].tolist() == wanted.test.groups.tolist() and predictions["ids"].tolist() == wanted.test.ids
+    )
     (ham / "kept.txt").unlink()  # what changed train alone is not needed for val
     assert evaluation.splits_of(checkpoint, split="val").val.ids == wanted.val.ids
 
 
-@pytest.mark.parametrize("args, words", [
-    (["--folds", 1, "--fold", 0], ["--folds"]),
-    (["--folds", 3], ["--folds", "--fold"]),
-    (["--binary"], ["--binary", "digits", "ham10000"]),
-    (["--include-list", "no.txt"], ["no.txt"]),
-    (["--dataset", "csv"], ["csv", "--data-root"]),
-    (["--dataset", "isic2024", "--data-root", "nowhere"], ["nowhere", "train-metadata.csv"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (["--folds", 1, "--fold", 0], ["--folds"]),
+        (["--folds", 3], ["--folds", "--fold"]),
+        (["--binary"], ["--binary", "digits", "ham10000"]),
+        (["--include-list", "no.txt"], ["no.txt"]),
+        (["--dataset", "csv"], ["csv", "--data-root"]),
+        (["--dataset", "isic2024", "--data-root", "nowhere"], ["nowhere", "train-metadata.csv"]),
+    ],
+)
 def test_bad_flags_end_in_one_line(tmp_path, args, words):
     done = run_script("train_student.py", *args, "--device", "cpu", cwd=tmp_path)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
@@ -583,7 +755,9 @@ def real_ham(tmp_path_factory):
 def test_real_ham10000(real_ham):
     splits = load_splits("ham10000", real_ham)
     parts = parts_of(splits)
-    assert [len(p) for p in parts.values()] == [6808, 1203, 2004] and sum(len(set(p.groups)) for p in parts.values()) == 7470
+    assert [len(p) for p in parts.values()] == [6808, 1203, 2004] and sum(
+        len(set(p.groups)) for p in parts.values()
+    ) == 7470
     check_groups_whole(splits)
     labels = np.concatenate([p.labels for p in parts.values()])
     assert splits.classes == DX and np.bincount(labels).tolist() == [327, 514, 1099, 115, 1113, 6705, 142]
@@ -591,7 +765,10 @@ def test_real_ham10000(real_ham):
         assert np.abs(np.bincount(part.labels) / len(part) - np.bincount(labels) / 10015).max() < 0.01
     assert splits.train[0]["image"].shape == (3, 150, 200)
     binary = load_splits("ham10000", real_ham, binary=True)
-    assert binary.test.ids == splits.test.ids and sum(p.labels.sum() for p in parts_of(binary).values()) == 327 + 514 + 1113
+    assert (
+        binary.test.ids == splits.test.ids
+        and sum(p.labels.sum() for p in parts_of(binary).values()) == 327 + 514 + 1113
+    )
     check_groups_whole(binary)
 
 

@@ -26,12 +26,25 @@ def start(size, script, *args, cwd=None):
         port = free.getsockname()[1]
     processes = []
     for rank in range(size):
-        own = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1",
-               "MASTER_PORT": port, "OMP_NUM_THREADS": 1}  # fmt: skip
-        processes.append(subprocess.Popen(
-            [sys.executable, str(ROOT / script), *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            cwd=cwd, env={**script_environment(), **{k: str(v) for k, v in own.items()}},
-        ))  # fmt: skip
+        own = {
+            "RANK": rank,
+            "WORLD_SIZE": size,
+            "LOCAL_RANK": rank,
+            "LOCAL_WORLD_SIZE": size,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "OMP_NUM_THREADS": 1,
+        }
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, str(ROOT / script), *map(str, args)],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                cwd=cwd,
+                env={**script_environment(), **{k: str(v) for k, v in own.items()}},
+            )
+        )
     return processes
 
 
@@ -86,7 +99,9 @@ def train_20_steps(accumulate, weighted):
     criterion.double()
     optimizer = make_optimizer("sgd", [model], 0.05, projectors=criterion)
     parallel = data_parallel(Student(model, criterion), device)
-    updater = Updater(model, optimizer, Schedule("constant", 0.05, 2, 16), Precision("off", device), 1.0, 0, accumulate, parallel)
+    updater = Updater(
+        model, optimizer, Schedule("constant", 0.05, 2, 16), Precision("off", device), 1.0, 0, accumulate, parallel
+    )
     keys = []
     for epoch in (1, 2):
         for batch in loader.batches(epoch):
@@ -99,7 +114,11 @@ def train_20_steps(accumulate, weighted):
                 updater(loss)
     assert updater.steps == 20 and loader.batch_size == 48
     state = {**model.state_dict(), **{f"projector.{k}": v for k, v in criterion.state_dict().items()}}
-    return {"state": state, "keys": keys, "size": torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1}
+    return {
+        "state": state,
+        "keys": keys,
+        "size": torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1,
+    }
 
 
 def test_two_processes_take_the_steps_of_one(tmp_path):
@@ -114,7 +133,9 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
             assert sorted(k for r in ranks for k in r[i]["keys"]) == sorted(one["keys"])  # the same images, each once
             for r in ranks:
                 assert r[i]["size"] == size
-                worst = max((r[i]["state"][k].double() - v.double()).abs().max().item() for k, v in one["state"].items())
+                worst = max(
+                    (r[i]["state"][k].double() - v.double()).abs().max().item() for k, v in one["state"].items()
+                )
                 assert worst < 1e-6, (size, accumulate, weighted, worst)
     plain, weighted = (results[1][0][i]["state"]["projector.projectors.0.weight"] for i in (0, 1))
     assert (plain - weighted).abs().max() > 1e-3  # the projector learned, and the class weights mattered
@@ -124,7 +145,8 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
 
 
 def differing(folder):
-    """On each of two processes: BatchNorm that has seen other images, a loss that is NaN on one, dropout's random numbers."""
+    """On each of two processes: BatchNorm that has seen other images, a loss that is NaN on one, dropout's random
+    numbers."""
     from common.augment import normalize
     from common.cli import RunFolder
     from common.data import load_splits
@@ -160,15 +182,34 @@ def differing(folder):
     for resume in (False, True, True):
         model = build_model("resnet8", 10, 8)
         updater = Updater(model, torch.optim.SGD(model.parameters(), 0.1), Schedule("constant", 0.1, 9, 1), precision)
-        content = {"classes": [], "preprocess": {}, "flags": {"dataset": "d", "data_root": None}, "data": {"classes": [], "sha256": {}}}
-        recorder = Recorder(RunFolder(f"{folder}/run", resume, not resume), updater, Interrupts(), epochs=9, metric="accuracy", patience=0,
-                            save_every=0, content=content)  # fmt: skip
+        content = {
+            "classes": [],
+            "preprocess": {},
+            "flags": {"dataset": "d", "data_root": None},
+            "data": {"classes": [], "sha256": {}},
+        }
+        recorder = Recorder(
+            RunFolder(f"{folder}/run", resume, not resume),
+            updater,
+            Interrupts(),
+            epochs=9,
+            metric="accuracy",
+            patience=0,
+            save_every=0,
+            content=content,
+        )
         torch.manual_seed(0)
         recorder.open(SimpleNamespace(resume=resume, seed=0))
         dropped.append(torch.rand(8))
         if not resume:
             recorder.save()
-    return {"own": own, "found": torch.from_numpy(found), "loss": loss, "message": message, "dropped": torch.stack(dropped)}
+    return {
+        "own": own,
+        "found": torch.from_numpy(found),
+        "loss": loss,
+        "message": message,
+        "dropped": torch.stack(dropped),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +225,9 @@ def test_batch_norm_of_rank_0_is_what_is_judged(two_ranks):
     assert (a["own"] - b["own"]).abs().max() > 0.01
     for found in (a["found"], b["found"]):
         torch.testing.assert_close(found, a["own"], rtol=1e-4, atol=1e-4)
-    divergence = [(-np.log(10) - found["own"].log_softmax(1).mean()).item() for found in two_ranks]  # KL(even || student)
+    divergence = [
+        (-np.log(10) - found["own"].log_softmax(1).mean()).item() for found in two_ranks
+    ]  # KL(even || student)
     assert abs(divergence[0] - divergence[1]) > 0.001
     assert a["loss"] == b["loss"] == pytest.approx(divergence[0], abs=1e-5)
 
@@ -207,7 +250,19 @@ def test_dropout_masks_differ_between_processes(two_ranks):
 def vit(tmp_path_factory):
     """Runs of one and of two processes without BatchNorm, which sees other batches in each."""
     folder = tmp_path_factory.mktemp("vit")
-    flags = [*SMALL, "--model", "vit_6_192", "--patch-size", 4, "--optimizer", "adamw", "--epochs", 2, "--class-weights", "balanced"]
+    flags = [
+        *SMALL,
+        "--model",
+        "vit_6_192",
+        "--patch-size",
+        4,
+        "--optimizer",
+        "adamw",
+        "--epochs",
+        2,
+        "--class-weights",
+        "balanced",
+    ]
     succeed("train_student.py", *flags, "--output", folder / "one")
     out = two("train_student.py", *flags, "--output", folder / "two")
     return folder, out
@@ -222,26 +277,46 @@ def test_two_processes_of_a_script_agree_with_one(vit):
             assert x[key] == pytest.approx(y[key], abs=2e-4), key
     results = json.loads((folder / "two" / "results.json").read_text())
     assert results["processes"] == 2 and results["test"]["loss"] == pytest.approx(
-        json.loads((folder / "one" / "results.json").read_text())["test"]["loss"], abs=2e-4)  # fmt: skip
+        json.loads((folder / "one" / "results.json").read_text())["test"]["loss"], abs=2e-4
+    )
 
 
 def test_every_image_is_judged_once(vit, tmp_path):
     """Predictions of two processes equal those of one from the same checkpoint, bit for bit, in the dataset's order."""
     folder, _ = vit
-    succeed("evaluate.py", folder / "two" / "best.pth", "--device", "cpu", "--batch-size", 32, "--output", tmp_path / "e")
+    succeed(
+        "evaluate.py", folder / "two" / "best.pth", "--device", "cpu", "--batch-size", 32, "--output", tmp_path / "e"
+    )
     ours, theirs = (np.load(f / "predictions_test.npz") for f in (folder / "two", tmp_path / "e"))
     assert len(set(ours["ids"])) == 719
-    said = two("evaluate.py", folder / "two" / "best.pth", "--device", "cpu", "--batch-size", 32, "--output", tmp_path / "f")
+    said = two(
+        "evaluate.py", folder / "two" / "best.pth", "--device", "cpu", "--batch-size", 32, "--output", tmp_path / "f"
+    )
     assert said.count("evaluation.json") == 1  # one of them writes
     for key in ("ids", "labels", "logits"):
-        assert np.array_equal(ours[key], theirs[key]) and np.array_equal(np.load(tmp_path / "f" / "predictions_test.npz")[key], theirs[key]), key
+        assert np.array_equal(ours[key], theirs[key]) and np.array_equal(
+            np.load(tmp_path / "f" / "predictions_test.npz")[key], theirs[key]
+        ), key
 
 
 @pytest.fixture(scope="module")
 def distilled(tmp_path_factory, teacher):
     """An undisturbed run of two processes: projectors, BatchNorm, EMA, accumulation."""
     folder = tmp_path_factory.mktemp("two") / "run"
-    flags = [*SMALL, *FEATURE, "--epochs", 3, "--ema", 0.9, "--clip-grad", 1, "--accumulation-steps", 2, "--teacher-checkpoint", teacher / "best.pth"]
+    flags = [
+        *SMALL,
+        *FEATURE,
+        "--epochs",
+        3,
+        "--ema",
+        0.9,
+        "--clip-grad",
+        1,
+        "--accumulation-steps",
+        2,
+        "--teacher-checkpoint",
+        teacher / "best.pth",
+    ]
     two("distill.py", *flags, "--output", folder)
     return folder, flags
 
@@ -256,15 +331,20 @@ def test_a_signal_to_one_process_stops_both_and_they_resume_exactly(distilled, t
         time.sleep(0.002)
     processes[1].send_signal(signal.SIGUSR1)
     codes, _, errors = ends(processes)
-    assert codes == [75, 75] and errors.startswith("interrupted by SIGUSR1") and len(errors.splitlines()) == 1, (codes, errors)
+    assert codes == [75, 75] and errors.startswith("interrupted by SIGUSR1") and len(errors.splitlines()) == 1, (
+        codes,
+        errors,
+    )
     saved = torch.load(run / "latest.pth", weights_only=True)
     assert saved["epoch"] in (2, 3) and len(saved["processes"]) == 2 and not (run / "results.json").exists()
     two("distill.py", "--resume", run)
     for name in ("latest.pth", "best.pth"):
         same(*(torch.load(f / name, weights_only=True) for f in (run, reference)), name)
     times = ("images_per_second", "seconds")
-    ours, theirs = ([{k: v for k, v in row.items() if k not in times} for row in json.loads((f / "metrics.json").read_text())]
-                    for f in (run, reference))  # fmt: skip
+    ours, theirs = (
+        [{k: v for k, v in row.items() if k not in times} for row in json.loads((f / "metrics.json").read_text())]
+        for f in (run, reference)
+    )
     assert ours == theirs
 
 
@@ -276,8 +356,20 @@ def test_a_run_of_two_processes_goes_on_in_one(distilled):
 
 
 def test_parameters_without_a_gradient(teacher, tmp_path):
-    """Features of an inner layer leave those behind it untouched (there is no head); DDP must not wait for their gradient."""
-    flags = [*SMALL, *FEATURE, "--ce-weight", 0, "--kl-weight", 0, "--epochs", 1, "--teacher-checkpoint", teacher / "best.pth"]
+    """Features of an inner layer leave those behind it untouched (there is no head); DDP must not wait for their
+    gradient."""
+    flags = [
+        *SMALL,
+        *FEATURE,
+        "--ce-weight",
+        0,
+        "--kl-weight",
+        0,
+        "--epochs",
+        1,
+        "--teacher-checkpoint",
+        teacher / "best.pth",
+    ]
     two("distill.py", *flags, "--output", tmp_path / "two")
     last = weights(tmp_path / "two")["backbone.layer4.0.conv1.weight"]
     succeed("distill.py", *flags, "--output", tmp_path / "one")
@@ -286,10 +378,29 @@ def test_parameters_without_a_gradient(teacher, tmp_path):
 
 def test_torchrun(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "train_teacher.py"),
-         *SMALL, "--model", "resnet8", "--epochs", "1", "--cache", "off", "--output", str(tmp_path / "run")],
-        capture_output=True, text=True, timeout=600, env=script_environment(),
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            str(ROOT / "train_teacher.py"),
+            *SMALL,
+            "--model",
+            "resnet8",
+            "--epochs",
+            "1",
+            "--cache",
+            "off",
+            "--output",
+            str(tmp_path / "run"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env=script_environment(),
+    )
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["processes"] == 2 and results["role"] == "teacher" and results["environment"]["processes"] == 2
@@ -298,11 +409,14 @@ def test_torchrun(tmp_path):
 # --------------------------------------------------------------------------------------------------------------- errors
 
 
-@pytest.mark.parametrize("flags, words", [
-    (["--lrr", "1"], "--lrr"),
-    (["--batch-size", "33"], "multiple of 2"),
-    (["--dataset", "imagefolder", "--data-root", "nowhere"], "nowhere"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--lrr", "1"], "--lrr"),
+        (["--batch-size", "33"], "multiple of 2"),
+        (["--dataset", "imagefolder", "--data-root", "nowhere"], "nowhere"),
+    ],
+)
 def test_one_line_from_all_processes(tmp_path, flags, words):
     codes, _, errors = ends(start(2, "train_student.py", *SMALL, *flags, cwd=tmp_path))
     assert 2 in codes and 0 not in codes, (codes, errors)
@@ -339,8 +453,14 @@ def test_the_environment_names_the_process(monkeypatch):
     for name, value in slurm.items():
         monkeypatch.setenv(name, value)
     assert environment() == Processes(0, 1, 0, 1)  # the batch script of a job of four tasks is no task
-    for name, value in {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "7", "SLURM_PROCID": "6", "SLURM_LOCALID": "0",
-                        "SLURM_NODEID": "2", "SLURM_STEP_TASKS_PER_NODE": "3(x2),1"}.items():  # fmt: skip
+    for name, value in {
+        "SLURM_STEP_ID": "0",
+        "SLURM_STEP_NUM_TASKS": "7",
+        "SLURM_PROCID": "6",
+        "SLURM_LOCALID": "0",
+        "SLURM_NODEID": "2",
+        "SLURM_STEP_TASKS_PER_NODE": "3(x2),1",
+    }.items():
         monkeypatch.setenv(name, value)
     assert environment() == Processes(6, 7, 0, 1)
     monkeypatch.setenv("SLURM_NODEID", "1")
@@ -377,7 +497,11 @@ def test_a_second_run_on_the_folder_of_two_processes(distilled, locked):
     before = (folder / "latest.pth").read_bytes()
     locked(folder)
     codes, _, errors = ends(start(2, "distill.py", *flags, "--output", folder, "--overwrite"))
-    assert codes == [2, 2] and errors.startswith(f"error: another run is writing {folder}") and len(errors.splitlines()) == 1, errors
+    assert (
+        codes == [2, 2]
+        and errors.startswith(f"error: another run is writing {folder}")
+        and len(errors.splitlines()) == 1
+    ), errors
     assert (folder / "latest.pth").read_bytes() == before
 
 

@@ -88,7 +88,9 @@ def test_layout_and_meta(extracted, teacher):
         assert store.arrays["embeddings"].dtype == np.float16 and store.arrays["tokens"].shape == (count, 3, 1, 512)
         dataset = getattr(load_splits("digits"), split)  # all of its images, though the teacher saw a part
         assert list(store.ids) == dataset.ids and np.array_equal(store.labels, dataset.labels)
-        assert store.meta["teacher"]["sha256"] == json.loads((teacher / "results.json").read_text())["checkpoint_sha256"]
+        assert (
+            store.meta["teacher"]["sha256"] == json.loads((teacher / "results.json").read_text())["checkpoint_sha256"]
+        )
         assert store.meta["split"] == split and store.policy == Policy("pad", 0.125, rotation=20)
 
 
@@ -97,7 +99,9 @@ def test_the_stored_view_is_the_live_teacher_s_of_the_remade_view(extracted, tea
     """Another batch size, order and process: cosine above 0.999 for every image and view."""
     store = Store(extracted / f"{split}_embeddings")
     model, preprocess = load_model(load_checkpoint(str(teacher / "best.pth")))
-    targets = live_teacher(model, preprocess, Augmenter(store.policy, store.seed), Precision("off", torch.device("cpu")))
+    targets = live_teacher(
+        model, preprocess, Augmenter(store.policy, store.seed), Precision("off", torch.device("cpu"))
+    )
     dataset = getattr(load_splits("digits"), split).subset(np.arange(100)[::-1])
     rows = store.rows(dataset.ids)
     for batch in Loader(dataset, 25, "cpu", shuffle=True, seed=9).batches(7):
@@ -115,8 +119,13 @@ def test_the_stored_view_is_the_live_teacher_s_of_the_remade_view(extracted, tea
 
 
 def start(*args):
-    return subprocess.Popen([sys.executable, str(ROOT / "extract_embeddings.py"), *map(str, args)], stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True, env=script_environment())  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "extract_embeddings.py"), *map(str, args)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=script_environment(),
+    )
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGKILL, -9), (signal.SIGUSR1, 75), (signal.SIGTERM, 143)])
@@ -165,10 +174,27 @@ def test_three_shards_merged(extracted, teacher, tmp_path):
 
 def test_two_processes_write_disjoint_rows(extracted, teacher, tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "extract_embeddings.py"),
-         "--checkpoint", str(teacher / "best.pth"), *map(str, SAVE), "--rotation", "20", "--output", str(tmp_path / "e")],
-        capture_output=True, text=True, timeout=600, env={**script_environment(), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            str(ROOT / "extract_embeddings.py"),
+            "--checkpoint",
+            str(teacher / "best.pth"),
+            *map(str, SAVE),
+            "--rotation",
+            "20",
+            "--output",
+            str(tmp_path / "e"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**script_environment(), "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr
     assert_equal_stores(extracted, tmp_path / "e")
 
@@ -179,30 +205,41 @@ def test_shards_hold_every_row_once(count, parts):
     assert rows == list(range(count))
 
 
-# -------------------------------------------------------------------------------------------------------------- refusals
+# --------------------------------------------------------------------------------------------------------------
+# refusals
 
 
 def test_another_extraction_is_refused(extracted, teacher):
     before = (extracted / "val_embeddings" / "embeddings.npy").read_bytes()
-    for flags, words in ((["--rotation", 10], "policy"), (["--rotation", 20, "--seed", 1], "seed"),
-                         (["--rotation", 20, "--num-views", 2], "num_views: 3, not 2")):  # fmt: skip
-        done = run_script("extract_embeddings.py", "--checkpoint", teacher / "best.pth", *SAVE, *flags, "--output", extracted)
+    for flags, words in (
+        (["--rotation", 10], "policy"),
+        (["--rotation", 20, "--seed", 1], "seed"),
+        (["--rotation", 20, "--num-views", 2], "num_views: 3, not 2"),
+    ):
+        done = run_script(
+            "extract_embeddings.py", "--checkpoint", teacher / "best.pth", *SAVE, *flags, "--output", extracted
+        )
         assert done.returncode == 2 and words in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
-    done = succeed("extract_embeddings.py", "--checkpoint", teacher / "best.pth", *SAVE, "--rotation", 20, "--output", extracted)
+    done = succeed(
+        "extract_embeddings.py", "--checkpoint", teacher / "best.pth", *SAVE, "--rotation", 20, "--output", extracted
+    )
     assert done.stdout.count("complete") == 3
     assert (extracted / "val_embeddings" / "embeddings.npy").read_bytes() == before
 
 
-@pytest.mark.parametrize("flags, words", [
-    ([], "--checkpoint"),
-    (["--model", "resnet8", "--checkpoint", "x.pth"], "one of"),
-    (["--model", "resnet8", "--pooling", "cls"], "class token"),
-    (["--model", "resnet8", "--limit-train", "5"], "--limit-train"),
-    (["--model", "resnet8", "--shard", "3/3"], "3/3"),
-    (["--model", "resnet8", "--weights", "nowhere.pth"], "nowhere.pth"),
-    (["--checkpoint", "nowhere.pth"], "nowhere.pth"),
-    (["--merge", "2"], "embeddings"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ([], "--checkpoint"),
+        (["--model", "resnet8", "--checkpoint", "x.pth"], "one of"),
+        (["--model", "resnet8", "--pooling", "cls"], "class token"),
+        (["--model", "resnet8", "--limit-train", "5"], "--limit-train"),
+        (["--model", "resnet8", "--shard", "3/3"], "3/3"),
+        (["--model", "resnet8", "--weights", "nowhere.pth"], "nowhere.pth"),
+        (["--checkpoint", "nowhere.pth"], "nowhere.pth"),
+        (["--merge", "2"], "embeddings"),
+    ],
+)
 def test_bad_flags(tmp_path, flags, words):
     done = run_script("extract_embeddings.py", *flags, cwd=tmp_path)
     assert done.returncode == 2 and words in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
@@ -286,7 +323,9 @@ def test_shards_of_other_extractions_are_not_joined(tmp_path):
     folder = tmp_path / "s"
     for i, seed in ((0, 0), (1, 5)):
         meta = {"seed": seed, "policy": Policy().to_dict(), "num_views": 2}
-        writer = Writer(str(folder), meta, [f"id{i}" for i in range(6)], np.arange(6), {"embeddings": (2, 4)}, shard=(i, 2))
+        writer = Writer(
+            str(folder), meta, [f"id{i}" for i in range(6)], np.arange(6), {"embeddings": (2, 4)}, shard=(i, 2)
+        )
         writer.write(np.arange(3 * i, 3 * i + 3), {"embeddings": np.ones((3, 2, 4))})
         writer.finish()
     with pytest.raises(UserError, match="seed"):
@@ -319,15 +358,19 @@ def test_unfinished_rows_are_not_finished(tmp_path):
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux")
 def test_memory_does_not_grow_with_the_images(tmp_path):
     """Peak memory at 4,000 images beyond that at 500 stays below a tenth of what the added values take."""
-    code = ("import sys, resource, numpy as np; sys.path.insert(0, sys.argv[1]);"
-            "from common.embeddings import Writer; n = int(sys.argv[3]);"
-            "w = Writer(sys.argv[2], {}, [f'id{i}' for i in range(n)], np.zeros(n), {'tokens': (1, 64, 512)}, 'float32');"
-            "x = np.ones((50, 1, 64, 512), np.float32);"
-            "f = lambda: int(next(l for l in open('/proc/self/status') if l.startswith('RssAnon')).split()[1]) / 1024;"
-            "[w.write(np.arange(i, i + 50), {'tokens': x}) for i in range(0, n, 50)]; print(f())")  # fmt: skip
+    code = (
+        "import sys, resource, numpy as np; sys.path.insert(0, sys.argv[1]);"
+        "from common.embeddings import Writer; n = int(sys.argv[3]);"
+        "w = Writer(sys.argv[2], {}, [f'id{i}' for i in range(n)], np.zeros(n), {'tokens': (1, 64, 512)}, 'float32');"
+        "x = np.ones((50, 1, 64, 512), np.float32);"
+        "f = lambda: int(next(l for l in open('/proc/self/status') if l.startswith('RssAnon')).split()[1]) / 1024;"
+        "[w.write(np.arange(i, i + 50), {'tokens': x}) for i in range(0, n, 50)]; print(f())"
+    )
     peaks = []
     for n in (500, 4000):
-        done = subprocess.run([sys.executable, "-c", code, str(ROOT), str(tmp_path / str(n)), str(n)], capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(ROOT), str(tmp_path / str(n)), str(n)], capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr
         peaks.append(float(done.stdout))
         shutil.rmtree(tmp_path / str(n))
@@ -336,7 +379,19 @@ def test_memory_does_not_grow_with_the_images(tmp_path):
 
 def test_random_weights_by_name_are_the_seed_s(tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        succeed("extract_embeddings.py", "--model", "vit_6_192", "--pooling", "mean", "--splits", "val", "--seed", seed, "--output", tmp_path / name)
+        succeed(
+            "extract_embeddings.py",
+            "--model",
+            "vit_6_192",
+            "--pooling",
+            "mean",
+            "--splits",
+            "val",
+            "--seed",
+            seed,
+            "--output",
+            tmp_path / name,
+        )
     a, b, c = (np.load(tmp_path / name / "val_embeddings/embeddings.npy") for name in "abc")
     assert a.shape == (270, 1, 192) and np.array_equal(a, b) and not np.array_equal(a, c)
 
@@ -345,8 +400,13 @@ def test_random_weights_by_name_are_the_seed_s(tmp_path):
 
 
 def test_the_view_is_a_function_of_seed_epoch_and_key(tmp_path):
-    writer = Writer(str(tmp_path / "s"), {"seed": 0, "policy": Policy().to_dict(), "num_views": 4}, [f"id{i}" for i in range(200)],
-                    np.arange(200), {"embeddings": (4, 2)})  # fmt: skip
+    writer = Writer(
+        str(tmp_path / "s"),
+        {"seed": 0, "policy": Policy().to_dict(), "num_views": 4},
+        [f"id{i}" for i in range(200)],
+        np.arange(200),
+        {"embeddings": (4, 2)},
+    )
     values = np.stack([np.stack([np.full(200, v), np.arange(200)], 1) for v in range(4)], 1)  # (200, 4, 2): (view, row)
     writer.write(np.arange(200), {"embeddings": values})
     writer.finish()
@@ -356,11 +416,18 @@ def test_the_view_is_a_function_of_seed_epoch_and_key(tmp_path):
         ids = [f"id{i}" for i in range(199, -1, -1)]  # in another order than the store's
 
     def teacher(**options):
-        return StoredTeacher(dict.fromkeys(("train", "val", "test"), store), {"train": Dataset}, ["embeddings"], **options)
+        return StoredTeacher(
+            dict.fromkeys(("train", "val", "test"), store), {"train": Dataset}, ["embeddings"], **options
+        )
 
     def batch(epoch, index):
         index = torch.tensor(index)
-        return {"index": index, "key": index * 77, "view": torch.full_like(index, epoch), "image": torch.zeros(len(index))}
+        return {
+            "index": index,
+            "key": index * 77,
+            "view": torch.full_like(index, epoch),
+            "image": torch.zeros(len(index)),
+        }
 
     everything = list(range(200))
     seen = torch.stack([teacher().choose_view(batch(epoch, everything))["view"] for epoch in range(1, 5)])
@@ -375,46 +442,95 @@ def test_the_view_is_a_function_of_seed_epoch_and_key(tmp_path):
     assert told.tolist() == [[chosen["view"][0], 199], [chosen["view"][1], 192]]  # by id, of the view that is shown
 
 
-@pytest.mark.parametrize("method, terms", [
-    (["--method", "response"], ["ce", "kl"]),
-    (["--method", "combined", "--projection-weight", 1, "--rkd-distance-weight", 1, "--rkd-angle-weight", 1, "--mmd-weight", 1],
-     ["ce", "kl", "projection", "contrastive", "rkd_distance", "rkd_angle", "mmd"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "method, terms",
+    [
+        (["--method", "response"], ["ce", "kl"]),
+        (
+            [
+                "--method",
+                "combined",
+                "--projection-weight",
+                1,
+                "--rkd-distance-weight",
+                1,
+                "--rkd-angle-weight",
+                1,
+                "--mmd-weight",
+                1,
+            ],
+            ["ce", "kl", "projection", "contrastive", "rkd_distance", "rkd_angle", "mmd"],
+        ),
+    ],
+)
 def test_distillation_from_the_store_is_that_of_the_live_teacher(extracted, teacher, tmp_path, method, terms):
     """Plain images: the same losses, up to float16."""
     flags = ["--resolution", 8, "--limit-train", 160, "--epochs", 2, "--device", "cpu", *method]
     live = [*flags, "--dataset", "digits", "--no-augment", "--teacher-checkpoint", teacher / "best.pth"]
     succeed("distill.py", *live, "--output", tmp_path / "live")
-    done = succeed("distill.py", *flags, "--teacher-embeddings", extracted, "--num-views", 1, "--output", tmp_path / "stored")
+    done = succeed(
+        "distill.py", *flags, "--teacher-embeddings", extracted, "--num-views", 1, "--output", tmp_path / "stored"
+    )
     assert "1 stored views" in done.stdout
     a, b = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("live", "stored"))
     for x, y in zip(a, b):
         for name in terms:
             assert x[f"train_{name}"] == pytest.approx(y[f"train_{name}"], rel=0.05), name
-    ours, theirs = (json.loads((tmp_path / name / "results.json").read_text())["teacher"] for name in ("live", "stored"))
-    assert ours["sha256"] == theirs["sha256"] and ours["val"]["accuracy"] == pytest.approx(theirs["val"]["accuracy"], abs=0.005)
+    ours, theirs = (
+        json.loads((tmp_path / name / "results.json").read_text())["teacher"] for name in ("live", "stored")
+    )
+    assert ours["sha256"] == theirs["sha256"] and ours["val"]["accuracy"] == pytest.approx(
+        theirs["val"]["accuracy"], abs=0.005
+    )
 
 
 def test_embedding_distillation_stops_and_resumes_exactly(extracted, tmp_path):
     from test_resume import lines_in, same, stop_when
 
-    flags = ["--teacher-embeddings", extracted, "--method", "embedding", "--teacher-projector", "frozen-orthogonal", "--shared-dim", 32,
-             "--optimizer", "adamw", "--limit-train", 160, "--epochs", 3, "--device", "cpu"]  # fmt: skip
+    flags = [
+        "--teacher-embeddings",
+        extracted,
+        "--method",
+        "embedding",
+        "--teacher-projector",
+        "frozen-orthogonal",
+        "--shared-dim",
+        32,
+        "--optimizer",
+        "adamw",
+        "--limit-train",
+        160,
+        "--epochs",
+        3,
+        "--device",
+        "cpu",
+    ]
     succeed("distill.py", *flags, "--output", tmp_path / "whole")
     row = json.loads((tmp_path / "whole" / "metrics.json").read_text())[-1]
     assert row["train_teacher_variance"] > 1e-4 and {"train_embedding", "val_agreement"} <= row.keys()
-    process = subprocess.Popen([sys.executable, str(ROOT / "distill.py"), *map(str, flags), "--output", str(tmp_path / "run")],
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=script_environment())  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "distill.py"), *map(str, flags), "--output", str(tmp_path / "run")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=script_environment(),
+    )
     assert stop_when(process, lambda: lines_in(tmp_path / "run" / "log.txt", "epoch 1/3:"), signal.SIGTERM)[0] == 143
     succeed("distill.py", "--resume", tmp_path / "run")
     same(*(torch.load(tmp_path / name / "latest.pth", weights_only=True) for name in ("run", "whole")))
 
 
 def test_an_extraction_of_other_images_does_not_go_on(tmp_path):
-    """The same settings, as many images, other ids: neither an unfinished store nor a whole one is taken for its own."""
+    """The same settings, as many images, other ids: neither an unfinished store nor a whole one is taken for its
+    own."""
     writer = small_writer(tmp_path / "s")
     writer.write([0, 1], {"embeddings": np.ones((2, 2, 4))})
-    arguments = ({"seed": 0, "policy": Policy().to_dict(), "num_views": 2}, [f"other{i}" for i in range(6)], np.arange(6), {"embeddings": (2, 4)})
+    arguments = (
+        {"seed": 0, "policy": Policy().to_dict(), "num_views": 2},
+        [f"other{i}" for i in range(6)],
+        np.arange(6),
+        {"embeddings": (2, 4)},
+    )
     with pytest.raises(UserError, match="other images"):
         Writer(str(tmp_path / "s"), *arguments)
     small_store(tmp_path / "t")
@@ -424,40 +540,85 @@ def test_an_extraction_of_other_images_does_not_go_on(tmp_path):
 
 
 def test_the_student_is_shown_the_views_of_the_store_s_seed(here, tmp_path):
-    """A student that is the teacher, and does not learn, has the teacher's distances, up to float16, on those views alone."""
+    """A student that is the teacher, and does not learn, has the teacher's distances, up to float16, on those views
+    alone."""
     flags = ["--resolution", 8, "--weights", "w.pth", "--device", "cpu", "--model", "vit_6_192"]
     torch.save(build_model("vit_6_192", 10, 8).backbone.state_dict(), tmp_path / "w.pth")
-    assert here("extract_embeddings.py", *flags, "--num-views", 2, "--seed", 5, "--rotation", 90, "--brightness", 0.9)[0] == 0
+    assert (
+        here("extract_embeddings.py", *flags, "--num-views", 2, "--seed", 5, "--rotation", 90, "--brightness", 0.9)[0]
+        == 0
+    )
     losses = {}
     for seed in (5, 6):
         for meta in (tmp_path / "embeddings").glob("*/meta.json"):
             meta.write_text(json.dumps({**json.loads(meta.read_text()), "seed": seed}))
-        code, _, errors = here("distill.py", *flags, "--teacher-embeddings", "embeddings", "--method", "rkd", "--ce-weight", 0, "--rkd-angle-weight", 0,
-                               "--rkd-distance-weight", 1, "--lr", 1e-12, "--limit-train", 128, "--epochs", 2, "--output", f"run{seed}")  # fmt: skip
+        code, _, errors = here(
+            "distill.py",
+            *flags,
+            "--teacher-embeddings",
+            "embeddings",
+            "--method",
+            "rkd",
+            "--ce-weight",
+            0,
+            "--rkd-angle-weight",
+            0,
+            "--rkd-distance-weight",
+            1,
+            "--lr",
+            1e-12,
+            "--limit-train",
+            128,
+            "--epochs",
+            2,
+            "--output",
+            f"run{seed}",
+        )
         assert code == 0, errors
         losses[seed] = json.loads((tmp_path / f"run{seed}/metrics.json").read_text())[-1]["train_rkd_distance"]
     assert losses[5] < 1e-5 < 1e-3 < losses[6], losses
 
 
-FLAGS = {"val_split": 0.3, "split_seed": 7, "folds": None, "fold": None, "decode_size": 256, "window": None, "dataset": "digits", "data_root": None}
+FLAGS = {
+    "val_split": 0.3,
+    "split_seed": 7,
+    "folds": None,
+    "fold": None,
+    "decode_size": 256,
+    "window": None,
+    "dataset": "digits",
+    "data_root": None,
+}
 
 
-@pytest.mark.parametrize("given, words", [
-    ([], None), (["--split-seed", 7, "--val-split", 0.3], None),
-    (["--split-seed", 0], "--split-seed 0: t.pth was trained with 7"),
-    (["--val-split", 0.1], "--val-split 0.1: t.pth was trained with 0.3"),
-    (["--folds", 3, "--fold", 0], "--folds 3: t.pth was trained with none"),
-    (["--dataset", "cifar10", "--split-seed", 0], None), (["--data-root", "elsewhere", "--split-seed", 1], None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        ([], None),
+        (["--split-seed", 7, "--val-split", 0.3], None),
+        (["--split-seed", 0], "--split-seed 0: t.pth was trained with 7"),
+        (["--val-split", 0.1], "--val-split 0.1: t.pth was trained with 0.3"),
+        (["--folds", 3, "--fold", 0], "--folds 3: t.pth was trained with none"),
+        (["--dataset", "cifar10", "--split-seed", 0], None),
+        (["--data-root", "elsewhere", "--split-seed", 1], None),
+    ],
+)
 @pytest.mark.parametrize("script", ["distill", "extract_embeddings"])
 def test_the_division_is_the_teacher_s(monkeypatch, script, given, words):
-    """What was val for the teacher stays val, whatever the flags' own defaults; another division of its data is refused."""
+    """What was val for the teacher stays val, whatever the flags' own defaults; another division of its data is
+    refused."""
     module = importlib.import_module(script)
-    args = module.build_parser().parse_args([str(flag) for flag in ["--checkpoint", "t.pth"] * (script != "distill") + given])
+    args = module.build_parser().parse_args(
+        [str(flag) for flag in ["--checkpoint", "t.pth"] * (script != "distill") + given]
+    )
     monkeypatch.setattr("extract_embeddings.load_checkpoint", lambda path: {"flags": FLAGS, "kind": "image"})
 
     def settle():
-        return module.settle(args) if script != "distill" else module.take_dataset_from({"flags": FLAGS}, "t.pth", args, True)
+        return (
+            module.settle(args)
+            if script != "distill"
+            else module.take_dataset_from({"flags": FLAGS}, "t.pth", args, True)
+        )
 
     if words:
         with pytest.raises(UserError, match=words):
@@ -466,7 +627,9 @@ def test_the_division_is_the_teacher_s(monkeypatch, script, given, words):
         settle()
         own = "--dataset" in given
         expected = {"--dataset": (None, 0, 512), "--data-root": (0.3, 1, 256)}.get((given or ["-"])[0], (0.3, 7, 256))
-        assert (args.val_split, args.split_seed, args.decode_size) == expected and args.dataset == ("cifar10" if own else "digits")
+        assert (args.val_split, args.split_seed, args.decode_size) == expected and args.dataset == (
+            "cifar10" if own else "digits"
+        )
 
 
 def test_the_default_share_of_val_is_no_other_division():
@@ -475,21 +638,44 @@ def test_the_default_share_of_val_is_no_other_division():
     assert args.val_split == 0.25, "that of digits"
 
 
-@pytest.mark.parametrize("given, words", [
-    ([], None), (["--folds", 3, "--fold", 2], None),
-    (["--fold", 0], "--fold 0: the embeddings were made with 2"),
-    (["--split-seed", 0], "--split-seed 0: the embeddings were made with 3"),
-    (["--decode-size", 512], "--decode-size 512: the embeddings were made with 256"),
-    (["--rotation", 0], "--rotation and --teacher-embeddings"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        ([], None),
+        (["--folds", 3, "--fold", 2], None),
+        (["--fold", 0], "--fold 0: the embeddings were made with 2"),
+        (["--split-seed", 0], "--split-seed 0: the embeddings were made with 3"),
+        (["--decode-size", 512], "--decode-size 512: the embeddings were made with 256"),
+        (["--rotation", 0], "--rotation and --teacher-embeddings"),
+    ],
+)
 def test_zero_beside_a_store_is_a_flag_that_was_given(tmp_path, given, words):
-    meta = {**dict.fromkeys(cli.STORED_FLAGS), "dataset": "digits", "folds": 3, "fold": 2, "split_seed": 3, "decode_size": 256,
-            "seed": 0, "policy": Policy().to_dict(), "num_views": 2}  # fmt: skip
+    meta = {
+        **dict.fromkeys(cli.STORED_FLAGS),
+        "dataset": "digits",
+        "folds": 3,
+        "fold": 2,
+        "split_seed": 3,
+        "decode_size": 256,
+        "seed": 0,
+        "policy": Policy().to_dict(),
+        "num_views": 2,
+    }
     for split in ("train", "val", "test"):
-        writer = Writer(split_folder(tmp_path, split), {**meta, "split": split, "sha256": split}, ["a"], np.zeros(1, int), {"embeddings": (2, 4)})
+        writer = Writer(
+            split_folder(tmp_path, split),
+            {**meta, "split": split, "sha256": split},
+            ["a"],
+            np.zeros(1, int),
+            {"embeddings": (2, 4)},
+        )
         writer.write([0], {"embeddings": np.ones((1, 2, 4))})
         writer.finish()
-    args = importlib.import_module("distill").build_parser().parse_args(["--teacher-embeddings", str(tmp_path), *map(str, given)])
+    args = (
+        importlib.import_module("distill")
+        .build_parser()
+        .parse_args(["--teacher-embeddings", str(tmp_path), *map(str, given)])
+    )
     if words:
         with pytest.raises(UserError, match=words):
             open_stores(args)
@@ -511,5 +697,8 @@ def test_stores_that_do_not_fit_the_run(extracted, tmp_path):
         (["--teacher-embeddings", tmp_path], "no folder of stored"),
     ):
         done = run_script("distill.py", *flags, "--output", tmp_path / "run")
-        assert done.returncode == 2 and words in done.stderr and len(done.stderr.splitlines()) == 1, (flags, done.stderr)
+        assert done.returncode == 2 and words in done.stderr and len(done.stderr.splitlines()) == 1, (
+            flags,
+            done.stderr,
+        )
     assert not (tmp_path / "run").exists()

@@ -17,7 +17,9 @@ def predictions(right, groups=None, classes=3, seed=0):
     logits = rng.normal(size=(len(right), classes)).astype(np.float32)
     logits[np.arange(len(right)), np.where(right, labels, (labels + 1) % classes)] += 8
     names = [f"class {c}" for c in range(classes)]
-    return Predictions(np.array([f"i{i}" for i in range(len(right))]), groups, {"label": labels}, {"label": logits}, {"label": names})
+    return Predictions(
+        np.array([f"i{i}" for i in range(len(right))]), groups, {"label": labels}, {"label": logits}, {"label": names}
+    )
 
 
 @pytest.fixture
@@ -33,7 +35,9 @@ def test_bootstrap_against_scipy(students):
         before, after = (some[:count] for some in students)
         found = evidence.paired_bootstrap(before, after, repeats=6000)
         difference = np.mean([b.right("label").astype(float) - a.right("label") for a, b in zip(before, after)], axis=0)
-        expected = scipy.stats.bootstrap((difference,), np.mean, n_resamples=6000, method="percentile", rng=5).confidence_interval
+        expected = scipy.stats.bootstrap(
+            (difference,), np.mean, n_resamples=6000, method="percentile", rng=5
+        ).confidence_interval
         assert found["gain"] == pytest.approx(difference.mean(), abs=1e-12)
         assert found["interval"] == pytest.approx(list(expected), abs=0.004)  # steps of 1/400, and the draws differ
         assert found["units"] == 400
@@ -82,12 +86,19 @@ def test_gain_of_other_metrics(students, metric):
 
 def test_several_tasks_are_averaged_or_named(students):
     (one, other, _), _ = students
-    two = Predictions(one.ids, None, {"a": one.targets["label"], "b": other.targets["label"]},
-                      {"a": one.logits["label"], "b": other.logits["label"]}, {"a": one.classes["label"], "b": other.classes["label"]})  # fmt: skip
+    two = Predictions(
+        one.ids,
+        None,
+        {"a": one.targets["label"], "b": other.targets["label"]},
+        {"a": one.logits["label"], "b": other.logits["label"]},
+        {"a": one.classes["label"], "b": other.classes["label"]},
+    )
     shares = [run.right("label").mean() for run in (one, other)]
     assert two.value("accuracy")[0] == pytest.approx(np.mean(shares))
     assert [two.value(f"{task}_accuracy")[0] for task in "ab"] == pytest.approx(shares)
-    near = Predictions(one.ids, None, *({"organ": of["a"], "organ_side": of["b"]} for of in (two.targets, two.logits, two.classes)))
+    near = Predictions(
+        one.ids, None, *({"organ": of["a"], "organ_side": of["b"]} for of in (two.targets, two.logits, two.classes))
+    )
     assert [near.value(f"{task}_accuracy")[0] for task in ("organ", "organ_side")] == pytest.approx(shares)
 
 
@@ -109,19 +120,30 @@ def test_mcnemar_is_the_exact_binomial_test(gained, lost):
 
 def test_interval_over_seeds():
     """Differences 1, 2, 3: mean 2, standard error 1/sqrt(3), 4.302653 is Student's t for two degrees of freedom."""
-    assert evidence.seeds_interval([1.0, 2.0, 3.0]) == pytest.approx([2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5], abs=1e-5)
+    assert evidence.seeds_interval([1.0, 2.0, 3.0]) == pytest.approx(
+        [2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5], abs=1e-5
+    )
     assert evidence.seeds_interval([1.0]) is None
 
 
-@pytest.mark.parametrize(("gain", "images", "seeds", "word", "said"), [
-    (0.02, [0.01, 0.03], [0.005, 0.035], "gain", "exclude 0"),
-    (0.02, [0.01, 0.03], None, "gain", "one seed says nothing"),
-    (-0.02, [-0.03, -0.01], [-0.03, -0.01], "loss", "exclude 0"),
-    (0.02, [-0.01, 0.05], [0.01, 0.03], "within noise", "over test images, holds 0 (+1.00 to +3.00 points over seeds does not)"),
-    (0.02, [0.01, 0.03], [-0.01, 0.05], "within noise", "over seeds, holds 0"),
-    (0.02, [-0.01, 0.05], [-0.01, 0.05], "within noise", "hold 0"),
-    (0.0, [0.0, 0.0], None, "within noise", "holds 0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("gain", "images", "seeds", "word", "said"),
+    [
+        (0.02, [0.01, 0.03], [0.005, 0.035], "gain", "exclude 0"),
+        (0.02, [0.01, 0.03], None, "gain", "one seed says nothing"),
+        (-0.02, [-0.03, -0.01], [-0.03, -0.01], "loss", "exclude 0"),
+        (
+            0.02,
+            [-0.01, 0.05],
+            [0.01, 0.03],
+            "within noise",
+            "over test images, holds 0 (+1.00 to +3.00 points over seeds does not)",
+        ),
+        (0.02, [0.01, 0.03], [-0.01, 0.05], "within noise", "over seeds, holds 0"),
+        (0.02, [-0.01, 0.05], [-0.01, 0.05], "within noise", "hold 0"),
+        (0.0, [0.0, 0.0], None, "within noise", "holds 0"),
+    ],
+)
 def test_verdicts(gain, images, seeds, word, said):
     found, sentence = evidence.verdict(gain, images, seeds)
     assert found == word and said in sentence and f"of {100 * abs(gain):.2f} points" in sentence
@@ -131,17 +153,25 @@ def test_reliability_by_hand():
     """Confidences 0.9 (right), 0.9 (wrong) and 0.58 (right) in 15 bins."""
     probabilities = np.array([[0.9, 0.1], [0.9, 0.1], [0.42, 0.58]])
     logits = np.log(probabilities).astype(np.float32)
-    run = Predictions(np.array(["a", "b", "c"]), None, {"label": np.array([0, 1, 1])}, {"label": logits}, {"label": ["x", "y"]})
+    run = Predictions(
+        np.array(["a", "b", "c"]), None, {"label": np.array([0, 1, 1])}, {"label": logits}, {"label": ["x", "y"]}
+    )
     found = evidence.reliability([run, run], "label")
     assert np.flatnonzero(found["share"]).tolist() == [8, 13]  # (8/15, 9/15] and (13/15, 14/15]
-    assert found["share"][[8, 13]] == pytest.approx([1 / 3, 2 / 3]) and found["accuracy"][[8, 13]] == pytest.approx([1, 0.5])
-    assert found["confidence"][[8, 13]] == pytest.approx([0.58, 0.9], abs=1e-6) and found["ece"] == pytest.approx(0.42 / 3 + 0.4 * 2 / 3, abs=1e-6)
+    assert found["share"][[8, 13]] == pytest.approx([1 / 3, 2 / 3]) and found["accuracy"][[8, 13]] == pytest.approx(
+        [1, 0.5]
+    )
+    assert found["confidence"][[8, 13]] == pytest.approx([0.58, 0.9], abs=1e-6) and found["ece"] == pytest.approx(
+        0.42 / 3 + 0.4 * 2 / 3, abs=1e-6
+    )
 
 
 def test_one_common_seed_of_three_is_said(students):
     before, after = students
     found = evidence.weigh(None, {0: before[0], 1: before[1]}, {1: after[1], 2: after[2]}, "accuracy", 3)
-    assert found["seeds"] == [1] and found["sentence"].startswith("On seed 1 alone, of which both kinds have predictions: the gain")
+    assert found["seeds"] == [1] and found["sentence"].startswith(
+        "On seed 1 alone, of which both kinds have predictions: the gain"
+    )
     assert found["gain"] == pytest.approx(after[1].right("label").mean() - before[1].right("label").mean())
     whole = evidence.weigh(None, dict(enumerate(before)), dict(enumerate(after)), "accuracy", 3)
     assert whole["seeds"] == [0, 1, 2] and whole["sentence"].startswith("The gain") and whole["grouped"] is False
@@ -154,7 +184,11 @@ def test_gain_of_each_class():
     labels = before.targets["label"]
     for row in evidence.class_gains([before], [after], "label"):
         own = labels == int(row["class"].split()[1])
-        assert row["images"] == own.sum() and row["before"] == pytest.approx(before.right("label")[own].mean()) and row["after"] == 1
+        assert (
+            row["images"] == own.sum()
+            and row["before"] == pytest.approx(before.right("label")[own].mean())
+            and row["after"] == 1
+        )
 
 
 def test_disagreements_are_balanced_ordered_and_of_distinct_groups():
@@ -164,7 +198,10 @@ def test_disagreements_are_balanced_ordered_and_of_distinct_groups():
     rows = evidence.disagreements(before, after, "label", 10)
     gained = [after.right("label")[row] for row in rows]
     assert gained == [True] * 5 + [False] * 5
-    change = [abs(after.probabilities("label") - before.probabilities("label"))[row, before.targets["label"][row]] for row in rows]
+    change = [
+        abs(after.probabilities("label") - before.probabilities("label"))[row, before.targets["label"][row]]
+        for row in rows
+    ]
     assert change[:5] == sorted(change[:5], reverse=True) and change[5:] == sorted(change[5:], reverse=True)
     before.groups = np.array([f"case {i // 6}" for i in range(60)])
     rows = evidence.disagreements(before, after, "label", 40)
@@ -177,16 +214,30 @@ def test_disagreements_are_balanced_ordered_and_of_distinct_groups():
 
 def test_predictions_are_read_and_aligned(tmp_path):
     run = predictions([True, False, True], groups=np.array(["p", "p", "q"]))
-    arrays = {"ids": run.ids, "groups": run.groups, "labels": run.targets["label"], "logits": run.logits["label"], "classes": np.array(run.classes["label"])}
+    arrays = {
+        "ids": run.ids,
+        "groups": run.groups,
+        "labels": run.targets["label"],
+        "logits": run.logits["label"],
+        "classes": np.array(run.classes["label"]),
+    }
     np.savez(tmp_path / "whole.npz", **arrays)
     found = evidence.read_predictions(tmp_path / "whole.npz")
     assert found.classes == run.classes and found.value("accuracy")[0] == pytest.approx(2 / 3)
     order = [2, 0, 1]
-    np.savez(tmp_path / "turned.npz", **{**{key: value[order] for key, value in arrays.items() if key != "classes"}, "classes": arrays["classes"]})
+    np.savez(
+        tmp_path / "turned.npz",
+        **{**{key: value[order] for key, value in arrays.items() if key != "classes"}, "classes": arrays["classes"]},
+    )
     turned = evidence.read_predictions(tmp_path / "turned.npz")
-    assert turned.right("label").tolist() == [True, True, False] and evidence.align(turned, found).right("label").tolist() == [True, False, True]
-    for key, value, words in (("ids", np.array(["i0", "i1", "other"]), "test images"), ("classes", arrays["classes"][::-1], "classes"),
-                              ("labels", (arrays["labels"] + 1) % 3, "test labels")):  # fmt: skip
+    assert turned.right("label").tolist() == [True, True, False] and evidence.align(turned, found).right(
+        "label"
+    ).tolist() == [True, False, True]
+    for key, value, words in (
+        ("ids", np.array(["i0", "i1", "other"]), "test images"),
+        ("classes", arrays["classes"][::-1], "classes"),
+        ("labels", (arrays["labels"] + 1) % 3, "test labels"),
+    ):
         np.savez(tmp_path / "other.npz", **{**arrays, key: value})
         with pytest.raises(ValueError, match=words):
             evidence.align(evidence.read_predictions(tmp_path / "other.npz"), found)
@@ -197,7 +248,10 @@ def test_predictions_are_read_and_aligned(tmp_path):
     (tmp_path / "half.npz").write_bytes(whole[: len(whole) // 2])  # an interrupted copy
     with pytest.raises(ValueError, match="zip file"):
         evidence.read_predictions(tmp_path / "half.npz")
-    np.savez(tmp_path / "nan.npz", **{**arrays, "logits": np.where(arrays["logits"] == arrays["logits"].max(), np.nan, arrays["logits"])})
+    np.savez(
+        tmp_path / "nan.npz",
+        **{**arrays, "logits": np.where(arrays["logits"] == arrays["logits"].max(), np.nan, arrays["logits"])},
+    )
     with pytest.raises(ValueError, match="not finite"):
         evidence.read_predictions(tmp_path / "nan.npz")
     np.savez(tmp_path / "hostile.npz", **{**arrays, "ids": np.array([object()] * 3)})
@@ -207,8 +261,19 @@ def test_predictions_are_read_and_aligned(tmp_path):
 
 def test_several_tasks_in_a_file(tmp_path):
     run = predictions([True, False, True])
-    np.savez(tmp_path / "p.npz", ids=run.ids, **{f"{key}_{task}": value for task in ("organ", "left_or_right") for key, value in
-             (("labels", run.targets["label"]), ("logits", run.logits["label"]), ("classes", np.array(run.classes["label"])))})  # fmt: skip
+    np.savez(
+        tmp_path / "p.npz",
+        ids=run.ids,
+        **{
+            f"{key}_{task}": value
+            for task in ("organ", "left_or_right")
+            for key, value in (
+                ("labels", run.targets["label"]),
+                ("logits", run.logits["label"]),
+                ("classes", np.array(run.classes["label"])),
+            )
+        },
+    )
     found = evidence.read_predictions(tmp_path / "p.npz")
     assert list(found.targets) == ["organ", "left_or_right"] and found.groups is None
 
@@ -245,7 +310,8 @@ def test_folds_are_resampled_each_on_their_own(students):
 
 
 def test_intervals_of_results_are_of_whole_groups():
-    """results.json's interval of ten equal images a lesion is that of the lesions: about 1.96 * sqrt(p (1 - p) / 100) on either side."""
+    """results.json's interval of ten equal images a lesion is that of the lesions: about 1.96 * sqrt(p (1 - p) / 100)
+    on either side."""
     from types import SimpleNamespace
 
     from common.data import Splits
@@ -254,5 +320,7 @@ def test_intervals_of_results_are_of_whole_groups():
     right = np.repeat(np.random.default_rng(1).random(100) < 0.7, 10)
     logits, labels = np.stack([right, ~right], 1).astype(np.float32), np.zeros(1000, int)
     dataset = SimpleNamespace(targets={"label": labels}, groups=np.repeat([f"lesion {i}" for i in range(100)], 10))
-    low, high = uncertainty({"label": logits}, dataset, Splits("toy", "natural", ["x", "y"], None, None, None))["intervals"]["accuracy"]
+    low, high = uncertainty({"label": logits}, dataset, Splits("toy", "natural", ["x", "y"], None, None, None))[
+        "intervals"
+    ]["accuracy"]
     assert high - low == pytest.approx(2 * 1.96 * math.sqrt(right.mean() * (1 - right.mean()) / 100), rel=0.15)

@@ -36,7 +36,8 @@ def real(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def generated(tmp_path_factory):
-    """A nested folder: real digits of test, a little perturbed, and pure noise; the folders' file names are the same."""
+    """A nested folder: real digits of test, a little perturbed, and pure noise; the folders' file names are the
+    same."""
     folder, test, rng = tmp_path_factory.mktemp("generated") / "g", load_splits("digits").test, np.random.default_rng(0)
     for i in range(COUNT):
         good = np.clip(test.read(i)[:, :, 0] + rng.normal(0, 4, (8, 8)), 0, 255).astype(np.uint8)
@@ -48,7 +49,9 @@ def generated(tmp_path_factory):
 @pytest.fixture(scope="module")
 def filtered(real, generated, tmp_path_factory):
     folder = tmp_path_factory.mktemp("filtered") / "f"
-    done = succeed(SCRIPT, *MODEL, "--images", generated, "--reference", real, "--keep-fraction", 0.5, "--output", folder)
+    done = succeed(
+        SCRIPT, *MODEL, "--images", generated, "--reference", real, "--keep-fraction", 0.5, "--output", folder
+    )
     return folder, done.stdout
 
 
@@ -64,7 +67,11 @@ def brute_force(own, others):
 def test_the_folder_s_store(filtered, generated):
     store = Store(filtered[0] / "images_embeddings")
     assert sorted(store.ids) == sorted(str(p.relative_to(generated)) for p in generated.rglob("*.png"))
-    assert len(store) == 2 * COUNT and set(store.labels) == {-1} and store.arrays["embeddings"].shape == (2 * COUNT, 1, 512)
+    assert (
+        len(store) == 2 * COUNT
+        and set(store.labels) == {-1}
+        and store.arrays["embeddings"].shape == (2 * COUNT, 1, 512)
+    )
     meta = store.meta
     assert meta["split"] == "images" and meta["dataset"] is None and meta["resolution"] == 8  # the reference's
     assert not (filtered[0] / "train_embeddings").exists()
@@ -73,11 +80,15 @@ def test_the_folder_s_store(filtered, generated):
 def test_noise_is_dropped(filtered, real, generated):
     folder, said = filtered
     kept = (folder / "kept.txt").read_text().splitlines()
-    assert sorted(kept) == sorted(str(p.relative_to(generated)) for p in generated.rglob("*.png") if "noise" not in p.parts)
+    assert sorted(kept) == sorted(
+        str(p.relative_to(generated)) for p in generated.rglob("*.png") if "noise" not in p.parts
+    )
     with open(folder / "distances.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     store, reference = Store(folder / "images_embeddings"), Store(real / "train_embeddings")
-    distances, places = brute_force(store.arrays["embeddings"][:, 0], reference.arrays["embeddings"][:, 0].astype(np.float64))
+    distances, places = brute_force(
+        store.arrays["embeddings"][:, 0], reference.arrays["embeddings"][:, 0].astype(np.float64)
+    )
     order = np.argsort(distances, kind="stable")
     assert [row["id"] for row in rows] == list(store.ids[order]) and kept == list(store.ids[order[:COUNT]])
     assert np.allclose([float(row["distance"]) for row in rows], distances[order], rtol=1e-4)
@@ -91,7 +102,18 @@ def test_another_fraction_needs_no_extraction(filtered, real, generated, tmp_pat
     folder = tmp_path / "f"
     shutil.copytree(filtered[0], folder)
     values = (folder / "images_embeddings" / "embeddings.npy").read_bytes()
-    done = succeed(SCRIPT, *MODEL, "--images", generated, "--reference", real / "train_embeddings", "--keep-fraction", 0.01, "--output", folder)
+    done = succeed(
+        SCRIPT,
+        *MODEL,
+        "--images",
+        generated,
+        "--reference",
+        real / "train_embeddings",
+        "--keep-fraction",
+        0.01,
+        "--output",
+        folder,
+    )
     assert "images_embeddings: complete" in done.stdout
     assert (folder / "kept.txt").read_text().splitlines() == (filtered[0] / "kept.txt").read_text().splitlines()[:1]
     assert (folder / "images_embeddings" / "embeddings.npy").read_bytes() == values
@@ -108,7 +130,20 @@ def test_shards_of_a_folder(filtered, real, generated, tmp_path):
 def test_train_of_a_dataset_ranked_by_itself(real, tmp_path):
     """No image is its own neighbour: the nearest is another one, as when itself is taken away."""
     shutil.copytree(real, tmp_path / "copy")
-    succeed(SCRIPT, *MODEL, "--dataset", "digits", "--splits", "train", "--reference", real, "--keep-fraction", 1, "--output", tmp_path / "copy")
+    succeed(
+        SCRIPT,
+        *MODEL,
+        "--dataset",
+        "digits",
+        "--splits",
+        "train",
+        "--reference",
+        real,
+        "--keep-fraction",
+        1,
+        "--output",
+        tmp_path / "copy",
+    )
     with open(tmp_path / "copy" / "distances.csv", newline="") as file:
         rows = {row["id"]: row for row in csv.DictReader(file)}
     store = Store(real / "train_embeddings")
@@ -126,26 +161,35 @@ def test_another_folder_of_the_same_names_is_other_images(filtered, generated, t
     assert done.returncode == 2 and "holds other embeddings" in done.stderr
 
 
-@pytest.mark.parametrize("flags, words", [
-    (["--reference", "{real}", "--keep-fraction", "0"], "0 must be above 0"),
-    (["--reference", "{real}", "--keep-fraction", "1.5"], "at most 1"),
-    (["--reference", "{real}", "--keep-fraction", "nan"], "nan"),
-    (["--reference", "{real}"], "--keep-fraction F belong together"),
-    (["--keep-fraction", "0.5"], "belong together"),
-    (["--reference", "{real}", "--keep-fraction", "0.5", "--shard", "0/2"], "--merge"),
-    (["--reference", "nowhere", "--keep-fraction", "0.5"], "nowhere/train_embeddings is no folder of stored embeddings"),
-    (["--reference", "{real}", "--keep-fraction", "0.5", "--seed", "1"], 'weights: "random, seed 0", not "random, seed 1"'),
-    (["--reference", "{real}", "--keep-fraction", "0.5", "--model", "resnet18"], 'name: "resnet8", not "resnet18"'),
-    (["--reference", "{real}", "--keep-fraction", "0.5", "--resolution", "16"], "resolution: 8, not 16"),
-    (["--reference", "{real}", "--keep-fraction", "0.5", "--pooling", "mean"], 'pooling: null, not "mean"'),
-    (["--images", "{empty}"], "holds no images"),
-    (["--images", "nowhere"], "--images nowhere is no folder"),
-    (["--dataset", "digits"], "--dataset and --images contradict"),
-    (["--data-root", "x"], "--data-root and --images contradict"),
-    (["--fold", "0"], "--fold and --images contradict"),
-    (["--splits", "train", "val", "test"], "--splits and --images contradict"),
-    (["--save-logits"], "--checkpoint"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--reference", "{real}", "--keep-fraction", "0"], "0 must be above 0"),
+        (["--reference", "{real}", "--keep-fraction", "1.5"], "at most 1"),
+        (["--reference", "{real}", "--keep-fraction", "nan"], "nan"),
+        (["--reference", "{real}"], "--keep-fraction F belong together"),
+        (["--keep-fraction", "0.5"], "belong together"),
+        (["--reference", "{real}", "--keep-fraction", "0.5", "--shard", "0/2"], "--merge"),
+        (
+            ["--reference", "nowhere", "--keep-fraction", "0.5"],
+            "nowhere/train_embeddings is no folder of stored embeddings",
+        ),
+        (
+            ["--reference", "{real}", "--keep-fraction", "0.5", "--seed", "1"],
+            'weights: "random, seed 0", not "random, seed 1"',
+        ),
+        (["--reference", "{real}", "--keep-fraction", "0.5", "--model", "resnet18"], 'name: "resnet8", not "resnet18"'),
+        (["--reference", "{real}", "--keep-fraction", "0.5", "--resolution", "16"], "resolution: 8, not 16"),
+        (["--reference", "{real}", "--keep-fraction", "0.5", "--pooling", "mean"], 'pooling: null, not "mean"'),
+        (["--images", "{empty}"], "holds no images"),
+        (["--images", "nowhere"], "--images nowhere is no folder"),
+        (["--dataset", "digits"], "--dataset and --images contradict"),
+        (["--data-root", "x"], "--data-root and --images contradict"),
+        (["--fold", "0"], "--fold and --images contradict"),
+        (["--splits", "train", "val", "test"], "--splits and --images contradict"),
+        (["--save-logits"], "--checkpoint"),
+    ],
+)
 def test_bad_flags(real, generated, tmp_path, flags, words):
     (tmp_path / "empty").mkdir()
     flags = [f.format(real=real, empty=tmp_path / "empty") for f in flags]
@@ -156,14 +200,32 @@ def test_bad_flags(real, generated, tmp_path, flags, words):
 
 def test_reference_is_not_what_is_written(real):
     before = (real / "train_embeddings" / "embeddings.npy").read_bytes()
-    done = run_script(SCRIPT, *MODEL, "--dataset", "digits", "--splits", "train", "--overwrite", "--reference", real, "--keep-fraction", 0.5, "--output", real)
+    done = run_script(
+        SCRIPT,
+        *MODEL,
+        "--dataset",
+        "digits",
+        "--splits",
+        "train",
+        "--overwrite",
+        "--reference",
+        real,
+        "--keep-fraction",
+        0.5,
+        "--output",
+        real,
+    )
     assert done.returncode == 2 and "is what this command writes" in done.stderr
     assert (real / "train_embeddings" / "embeddings.npy").read_bytes() == before
 
 
 def test_a_store_of_a_folder_teaches_nobody(filtered):
     done = run_script("distill.py", "--teacher-embeddings", filtered[0])
-    assert done.returncode == 2 and "train_embeddings is no folder of stored embeddings" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert (
+        done.returncode == 2
+        and "train_embeddings is no folder of stored embeddings" in done.stderr
+        and len(done.stderr.splitlines()) == 1
+    )
 
 
 def test_broken_images(real, generated, tmp_path):
@@ -183,7 +245,20 @@ def test_broken_images(real, generated, tmp_path):
 
 def test_logits_of_a_checkpoint(teacher, generated, tmp_path):
     """A checkpoint brings its resolution and classes; its plain image is the same as through a dataset."""
-    succeed(SCRIPT, "--checkpoint", teacher / "best.pth", "--images", generated, "--save-logits", "--num-views", 2, "--device", "cpu", "--output", tmp_path)
+    succeed(
+        SCRIPT,
+        "--checkpoint",
+        teacher / "best.pth",
+        "--images",
+        generated,
+        "--save-logits",
+        "--num-views",
+        2,
+        "--device",
+        "cpu",
+        "--output",
+        tmp_path,
+    )
     store = Store(tmp_path / "images_embeddings")
     assert store.arrays["logits"].shape == (2 * COUNT, 2, 10) and store.meta["classes"] == [str(i) for i in range(10)]
     good = [i for i in store.ids if not i.startswith("noise")]
@@ -206,13 +281,16 @@ def store_of(folder, values, ids=None, **meta):
 
 @pytest.mark.parametrize("chunk", [1, 7, 40, 64, 1000])
 def test_chunks_change_nothing(tmp_path, chunk):
-    """Far from the origin, near each other: what a product of matrices alone would round away.  View 1 must not count."""
+    """Far from the origin, near each other: what a product of matrices alone would round away.  View 1 must not
+    count."""
     rng = np.random.default_rng(1)
     own, others = (300 + rng.normal(0, 1, (n, 2, 24)).astype(np.float32) for n in (40, 64))
     own[:8, 0] = others[10:18, 0] + 1e-3
     distances, rows = nearest(store_of(tmp_path / "a", own), store_of(tmp_path / "b", others), chunk=chunk)
     expected, places = brute_force(own[:, 0], others[:, 0].astype(np.float64))
-    assert np.array_equal(rows, places) and np.allclose(distances, expected, rtol=1e-4) and distances.dtype == np.float32
+    assert (
+        np.array_equal(rows, places) and np.allclose(distances, expected, rtol=1e-4) and distances.dtype == np.float32
+    )
 
 
 def test_an_image_is_not_its_own_neighbour(tmp_path):
@@ -236,15 +314,27 @@ def test_an_image_is_not_its_own_neighbour(tmp_path):
 def test_what_makes_a_model_the_same():
     def meta(weights="hub", parameters=1, sha=None, mean=0.5):
         preprocess = {"resolution": 8, "mean": [mean] * 3, "std": [1.0] * 3}
-        return {"pooling": None, "teacher": {"name": "n", "weights": weights, "sha256": sha, "parameters": parameters, "preprocess": preprocess}}
+        return {
+            "pooling": None,
+            "teacher": {
+                "name": "n",
+                "weights": weights,
+                "sha256": sha,
+                "parameters": parameters,
+                "preprocess": preprocess,
+            },
+        }
 
     assert model_of(meta()) == model_of(meta(parameters=2))  # another head
     random = "random, seed 0"
-    assert model_of(meta(random)) != model_of(meta(random, parameters=2)) and model_of(meta(sha="a")) != model_of(meta(sha="b"))
+    assert model_of(meta(random)) != model_of(meta(random, parameters=2)) and model_of(meta(sha="a")) != model_of(
+        meta(sha="b")
+    )
     assert model_of(meta()) != model_of(meta(mean=0.4))
 
 
-# -------------------------------------------------------------------------------------------------- kept.txt as a filter
+# -------------------------------------------------------------------------------------------------- kept.txt as a
+# filter
 
 
 def test_kept_images_train(filtered, generated, tmp_path):
@@ -259,8 +349,12 @@ def test_kept_images_train(filtered, generated, tmp_path):
     whole = load_splits("imagefolder", str(tmp_path), val_split=0.2)
     for seed in range(4):  # 0.png is a/0.png and a/noise/0.png, also where one of them is in val
         with pytest.raises(DataError, match=r"'[012].png' is the name of 2 images of train"):
-            load_splits("imagefolder", str(tmp_path), val_split=0.4, split_seed=seed, include_list=str(tmp_path / "list.txt"))
-    (tmp_path / "list.txt").write_text("".join(f"a/{line}\n" for line in kept.splitlines()) + "".join(f"real{i}\n" for i in range(20, 32)))
+            load_splits(
+                "imagefolder", str(tmp_path), val_split=0.4, split_seed=seed, include_list=str(tmp_path / "list.txt")
+            )
+    (tmp_path / "list.txt").write_text(
+        "".join(f"a/{line}\n" for line in kept.splitlines()) + "".join(f"real{i}\n" for i in range(20, 32))
+    )
     splits = load_splits("imagefolder", str(tmp_path), val_split=0.2, include_list=str(tmp_path / "list.txt"))
     assert set(splits.train.ids) == {i for i in whole.train.ids if "noise" not in i} and splits.val.ids == whole.val.ids
     assert any("noise" in i for i in whole.train.ids) and any("deep" in i for i in splits.train.ids)
@@ -280,14 +374,23 @@ def test_kept_images_beside_isic2024(filtered, generated, tmp_path, capsys):
     splits = load_splits("isic2024", str(tmp_path), **options)
     good = [p.relative_to(generated).as_posix() for p in generated.rglob("*.png") if "noise" not in p.parts]
     assert splits.train.ids[: len(plain.train)] == plain.train.ids  # the list does not judge the real ones
-    assert sorted(splits.train.ids[len(plain.train) :]) == sorted(f"extra/{i}" for i in good)  # 0.png is not noise/0.png
-    assert splits.val.ids == plain.val.ids and splits.test.ids == plain.test.ids and set(splits.train.labels[len(plain.train) :]) == {1}
+    assert sorted(splits.train.ids[len(plain.train) :]) == sorted(
+        f"extra/{i}" for i in good
+    )  # 0.png is not noise/0.png
+    assert (
+        splits.val.ids == plain.val.ids
+        and splits.test.ids == plain.test.ids
+        and set(splits.train.labels[len(plain.train) :]) == {1}
+    )
     assert "not in" not in capsys.readouterr().out
     (tmp_path / "l.txt").write_text("extra/0.png\nnoise/1.png\ndeep/5.png\ngood/deep/4\nISIC_0000000\n")
     splits = load_splits("isic2024", str(tmp_path), extra_train=str(generated), include_list=str(tmp_path / "l.txt"))
     assert set(splits.train.ids) - set(plain.train.ids) == {"extra/0.png", "extra/noise/1.png", "extra/good/deep/5.png"}
     assert "2 names of" in capsys.readouterr().out
-    for names, match in (("5.png", "'5.png' is the name of 2 images of the extra images"), ("ISIC_0000000", "leaves the extra images empty")):
+    for names, match in (
+        ("5.png", "'5.png' is the name of 2 images of the extra images"),
+        ("ISIC_0000000", "leaves the extra images empty"),
+    ):
         (tmp_path / "l.txt").write_text(names)
         with pytest.raises(DataError, match=match):
             load_splits("isic2024", str(tmp_path), extra_train=str(generated), include_list=str(tmp_path / "l.txt"))
@@ -298,17 +401,37 @@ def test_datasets_in_memory_take_a_list(tmp_path, name):
     digits, root = load_splits("digits"), None
     if name == "medmnist":
         root = str(tmp_path / "x.npz")
-        np.savez(root, **{f"{split}_{what}": value for split in ("train", "val", "test") for what, value in
-                          (("images", getattr(digits, split).images), ("labels", getattr(digits, split).labels[:, None]))})  # fmt: skip
+        np.savez(
+            root,
+            **{
+                f"{split}_{what}": value
+                for split in ("train", "val", "test")
+                for what, value in (
+                    ("images", getattr(digits, split).images),
+                    ("labels", getattr(digits, split).labels[:, None]),
+                )
+            },
+        )
     train = load_splits(name, root).train
     (tmp_path / "l.txt").write_text("\n".join([train.ids[-1], *(i.split("/")[1] for i in train.ids[:99])]))
     assert load_splits(name, root, include_list=str(tmp_path / "l.txt")).train.ids == [*train.ids[:99], train.ids[-1]]
 
 
 def test_names_with_odd_bytes(real, tmp_path):
-    for i, name in enumerate(["a b.png", "ü,\".png", b"\xff.png".decode("utf-8", "surrogateescape")]):
+    for i, name in enumerate(["a b.png", 'ü,".png', b"\xff.png".decode("utf-8", "surrogateescape")]):
         save(tmp_path / "g" / name, load_splits("digits").test.read(i))
-    succeed(SCRIPT, *MODEL, "--images", tmp_path / "g", "--reference", real, "--keep-fraction", 1, "--output", tmp_path / "f")
+    succeed(
+        SCRIPT,
+        *MODEL,
+        "--images",
+        tmp_path / "g",
+        "--reference",
+        real,
+        "--keep-fraction",
+        1,
+        "--output",
+        tmp_path / "f",
+    )
     names = (tmp_path / "f" / "kept.txt").read_text(errors="surrogateescape").splitlines()
     assert sorted(names) == sorted(p.name for p in (tmp_path / "g").iterdir())
     assert json.loads((tmp_path / "f" / "images_embeddings" / "meta.json").read_text())["count"] == 3

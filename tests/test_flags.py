@@ -1,8 +1,11 @@
 """Every flag of every script does something: with another value a run differs in what the flag is for.
 
-Each line of a table is a command line of tiny data and models, run twice in this process, once with the flag's words and once
-without (or with those behind it); what must differ is named: weights (of best.pth and latest.pth), lines (what is printed),
-results, rows (metrics.json), files, calls (what cannot be done here) or what the stored arrays hold.  What a run says of its own
+Each line of a table is a command line of tiny data and models, run twice in this process, once with the flag's words
+and once
+without (or with those behind it); what must differ is named: weights (of best.pth and latest.pth), lines (what is
+printed),
+results, rows (metrics.json), files, calls (what cannot be done here) or what the stored arrays hold.  What a run says
+of its own
 flags (config.json) does not count.
 """
 
@@ -64,9 +67,15 @@ def small_and_quick(monkeypatch):
     for name in ("vit_6_192", "vit_tiny"):
         monkeypatch.setitem(common.models.SMALL_MODELS, name, narrow_vit)
     monkeypatch.setattr(common.evaluation, "cost", lambda model, *args, **options: {"parameters": model.num_parameters})
-    monkeypatch.setattr(common.metrics, "bootstrap", lambda *args, names=common.metrics.RESAMPLED, **options: {name: [0.25, 0.75] for name in names})
+    monkeypatch.setattr(
+        common.metrics,
+        "bootstrap",
+        lambda *args, names=common.metrics.RESAMPLED, **options: {name: [0.25, 0.75] for name in names},
+    )
     monkeypatch.setattr(signal, "signal", lambda *args: None)
-    monkeypatch.setattr(common.multimodal, "SCRATCH_MODELS", {"bert-tiny-scratch": (1, 64), "bert-mini-scratch": (2, 64)})
+    monkeypatch.setattr(
+        common.multimodal, "SCRATCH_MODELS", {"bert-tiny-scratch": (1, 64), "bert-mini-scratch": (2, 64)}
+    )
     monkeypatch.setattr(common.data, "read_isic2024", read_isic2024)
     monkeypatch.setattr(common.data, "opencv", lambda: None)
     for module in (common.data, common.images):
@@ -74,8 +83,16 @@ def small_and_quick(monkeypatch):
     # what cannot be done here is noted instead: the hub, a download, a compiler, workers
     medmnist, build, loads = common.data._medmnist, common.models._build, torch.utils.data.DataLoader
     splits = {"train", "val", "test"}
-    monkeypatch.setattr(common.data, "_cifar", lambda name, root, download: CALLS.append(f"download {download}") or medmnist(root, None, splits))
-    monkeypatch.setattr(common.models, "_build", lambda name, *args: CALLS.append(f"{name} pretrained {args[3]}") or build(name, *args[:3], False, *args[4:]))
+    monkeypatch.setattr(
+        common.data,
+        "_cifar",
+        lambda name, root, download: CALLS.append(f"download {download}") or medmnist(root, None, splits),
+    )
+    monkeypatch.setattr(
+        common.models,
+        "_build",
+        lambda name, *args: CALLS.append(f"{name} pretrained {args[3]}") or build(name, *args[:3], False, *args[4:]),
+    )
     monkeypatch.setattr(nn.Module, "compile", lambda self: CALLS.append("compile"))
     start = common.loader.Loader.__init__
 
@@ -86,8 +103,13 @@ def small_and_quick(monkeypatch):
 
     monkeypatch.setattr(common.loader.Loader, "__init__", noted)
     monkeypatch.setattr(common.charts, "draw_report", no_figures)
-    monkeypatch.setattr(torch.utils.data, "DataLoader", lambda *args, num_workers, persistent_workers, worker_init_fn, **options: CALLS.append(
-        f"{num_workers} workers") or loads(*args, **options))  # fmt: skip
+    monkeypatch.setattr(
+        torch.utils.data,
+        "DataLoader",
+        lambda *args, num_workers, persistent_workers, worker_init_fn, **options: (
+            CALLS.append(f"{num_workers} workers") or loads(*args, **options)
+        ),
+    )
     monkeypatch.delenv("DATA_ROOT", raising=False)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
@@ -112,7 +134,8 @@ def archive(path, seed, counts=(24, 9, 9), classes=3, dtype=np.uint8, side=8):
 
 
 def table(folder, count=60):
-    """Coloured images, two of a patient, in a table with two columns of each kind, and a second table without its last four rows."""
+    """Coloured images, two of a patient, in a table with two columns of each kind, and a second table without its last
+    four rows."""
     rng, parts = np.random.default_rng(3), ("train", "train", "train", "val", "test")
     lines = ["image,other_image,label,other,patient_id,ward,split,part"]
     folder.mkdir()
@@ -121,7 +144,11 @@ def table(folder, count=60):
         Image.fromarray((rng.integers(0, 40, (12, 16, 3)) + shade).astype(np.uint8)).save(folder / f"{i}.png")
         classes, groups = f"{('cancer', 'normal')[i % 2]},{'abc'[i % 3]}", f"p{i // 2},w{i // 4}"
         lines.append(f"{i}.png,{(i + 2) % count}.png,{classes},{groups},{parts[i // 2 % 5]},{parts[i // 2 % 4 + 1]}")
-    for name, kept in (("one.csv", lines), ("two.csv", lines[:-4]), ("gone.csv", [*lines, "gone.png,1.png,normal,a,p,w,train,train"])):
+    for name, kept in (
+        ("one.csv", lines),
+        ("two.csv", lines[:-4]),
+        ("gone.csv", [*lines, "gone.png,1.png,normal,a,p,w,train,train"]),
+    ):
         (folder / name).write_text("\n".join(kept) + "\n")
 
 
@@ -132,9 +159,20 @@ def pairs(folder):
     for split, count in (("train", 24), ("val", 12), ("test", 12)):
         rows = []
         for i in range(count):
-            Image.fromarray(rng.integers(0, 90, (8, 8, 3), np.uint8) + np.uint8(50 * (i % 2))).save(folder / f"{split}{i}.png")
-            rows.append({"image": f"{split}{i}.png", "text": f"one {'abc'[i % 3]} of many words {i}", "other": f"seen {i % 2}", "organ": "xyz"[i % 3],
-                         "sign": ("no", "yes")[i % 2], "group": f"{split}{i // 2}", "ward": f"{split}{i // 4}"})  # fmt: skip
+            Image.fromarray(rng.integers(0, 90, (8, 8, 3), np.uint8) + np.uint8(50 * (i % 2))).save(
+                folder / f"{split}{i}.png"
+            )
+            rows.append(
+                {
+                    "image": f"{split}{i}.png",
+                    "text": f"one {'abc'[i % 3]} of many words {i}",
+                    "other": f"seen {i % 2}",
+                    "organ": "xyz"[i % 3],
+                    "sign": ("no", "yes")[i % 2],
+                    "group": f"{split}{i // 2}",
+                    "ward": f"{split}{i // 4}",
+                }
+            )
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -151,7 +189,11 @@ def lesions(folder):
 def read_isic2024(root, **decoding):
     """In place of the reader, which needs h5py: the table's 60 images of 30 patients, 20 malignant."""
     labels, names = (np.arange(60) % 3 == 0).astype(int), [f"{i}.png" for i in range(60)]
-    return {"train": ImageDataset(names, labels, paths=[f"{root}/{i}" for i in names], groups=[f"p{i // 2}" for i in range(60)])}, ["benign", "malignant"]
+    return {
+        "train": ImageDataset(
+            names, labels, paths=[f"{root}/{i}" for i in names], groups=[f"p{i // 2}" for i in range(60)]
+        )
+    }, ["benign", "malignant"]
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +231,11 @@ def outcome(place, monkeypatch, capsys, script, words):
     if (script, words) not in SEEN:
         folder = place / f"run{len(SEEN)}"
         monkeypatch.chdir(place)
-        monkeypatch.setattr(sys, "argv", [f"{script}.py", *shlex.split(words), *([] if "--output" in words else ["--output", str(folder)])])
+        monkeypatch.setattr(
+            sys,
+            "argv",
+            [f"{script}.py", *shlex.split(words), *([] if "--output" in words else ["--output", str(folder)])],
+        )
         module, code = runpy.run_path(str(ROOT / f"{script}.py")), 0
         before = {path: path.stat().st_mtime_ns for path in place.rglob("*") if path.is_file()}
         capsys.readouterr(), CALLS.clear()
@@ -197,8 +243,15 @@ def outcome(place, monkeypatch, capsys, script, words):
             cli.run_script(module["main"], module["build_parser"])
         except SystemExit as stop:
             code = stop.code
-        lines = TIMES.sub("", "".join(capsys.readouterr())).replace(str(folder), "RUN").replace(folder.name, "RUN").splitlines()
-        fresh = sorted(path for path in place.rglob("*") if path.is_file() and path.stat().st_mtime_ns != before.get(path))
+        lines = (
+            TIMES.sub("", "".join(capsys.readouterr()))
+            .replace(str(folder), "RUN")
+            .replace(folder.name, "RUN")
+            .splitlines()
+        )
+        fresh = sorted(
+            path for path in place.rglob("*") if path.is_file() and path.stat().st_mtime_ns != before.get(path)
+        )
         SEEN[script, words] = {"calls": list(CALLS), "lines": [f"exit {code}", *lines], **left(place, folder, fresh)}
         for name in (folder, place / "elsewhere"):
             shutil.rmtree(name, ignore_errors=True)
@@ -206,22 +259,43 @@ def outcome(place, monkeypatch, capsys, script, words):
 
 
 def left(place, folder, fresh):
-    """{"files", "arrays", "results", "rows", "weights"} of fresh files (paths); without times, and the run folder's name is RUN."""
+    """{"files", "arrays", "results", "rows", "weights"} of fresh files (paths); without times, and the run folder's
+    name is RUN."""
     found = {"files": [str(path.relative_to(place)).replace(folder.name, "RUN") for path in fresh], "arrays": []}
     for path in fresh:
         if path.suffix in (".npy", ".npz") or path.name in ("kept.txt", "report.html"):
             found["arrays"].append(sha(path.read_bytes().replace(bytes(folder), b"RUN")))
         elif path.name in ("evaluation.json", "report.json"):
             content = json.loads(path.read_text().replace(str(folder), "RUN"))
-            found["results"] = {key: value for key, value in content.items() if key not in ("environment", "peak_memory_mb", "batch_size", "split")}
+            found["results"] = {
+                key: value
+                for key, value in content.items()
+                if key not in ("environment", "peak_memory_mb", "batch_size", "split")
+            }
         elif path.name == "results.json":
-            kept = ("dataset", "val", "test", "final_val", "teacher", "select_metric", "best_epoch", "last_epoch", "method", "model")
+            kept = (
+                "dataset",
+                "val",
+                "test",
+                "final_val",
+                "teacher",
+                "select_metric",
+                "best_epoch",
+                "last_epoch",
+                "method",
+                "model",
+            )
             found["results"] = {key: json.loads(path.read_text())[key] for key in kept}
         elif path.name == "metrics.json":
-            found["rows"] = [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in json.loads(path.read_text())]
+            found["rows"] = [
+                {k: v for k, v in row.items() if k not in ("seconds", "images_per_second")}
+                for row in json.loads(path.read_text())
+            ]
         elif path.name in ("best.pth", "latest.pth"):
             weights = torch.load(path, weights_only=True)["model"]
-            found.setdefault("weights", []).append({name: sha(value.contiguous().numpy().tobytes()) for name, value in weights.items()})
+            found.setdefault("weights", []).append(
+                {name: sha(value.contiguous().numpy().tobytes()) for name, value in weights.items()}
+            )
     return found
 
 
@@ -229,11 +303,15 @@ def sha(content):
     return hashlib.sha256(content).hexdigest()
 
 
-BASE = "--dataset medmnist --data-root a.npz --resolution 8 --batch-size 8 --epochs 2 --model resnet8 --device cpu --workers 0"
+BASE = (
+    "--dataset medmnist --data-root a.npz --resolution 8 --batch-size 8 --epochs 2 --model resnet8 --device cpu "
+    "--workers 0"
+)
 WORDS = {
     "CSV": "--dataset csv --data-root table --table one.csv",
     "LOOSE": "--dataset csv --data-root table --table one.csv --split-column none",
-    "TEXT": "--dataset image_text --data-root pairs --tasks organ sign --text-model bert-tiny-scratch --fusion-dim 16 --max-length 8",
+    "TEXT": "--dataset image_text --data-root pairs --tasks organ sign --text-model bert-tiny-scratch --fusion-dim 16 "
+    "--max-length 8",
     "ISIC": "--dataset isic2024 --data-root table",
     "START": "--init-checkpoint start/best.pth",
     "TAUGHT": "--teacher-checkpoint start/best.pth --allow-weak-teacher",
@@ -458,8 +536,11 @@ REPORTED = """
 --batch-size 4 | one --reevaluate | | calls
 """
 ELSEWHERE = {  # flags whose whole meaning has a test of its own
-    "--resume": "test_resume.py", "--overwrite": "test_scripts.py", "--dry-run": "test_dry_run.py", "--hf-dataset": "test_tokens.py",
-}  # fmt: skip
+    "--resume": "test_resume.py",
+    "--overwrite": "test_scripts.py",
+    "--dry-run": "test_dry_run.py",
+    "--hf-dataset": "test_tokens.py",
+}
 
 
 def lines_of(text):
@@ -477,34 +558,65 @@ def flags_of(script):
 
 
 def of_extraction():
-    """The lines of the training scripts on data and augmentation, for extract_embeddings.py: the views of its arrays tell them."""
+    """The lines of the training scripts on data and augmentation, for extract_embeddings.py: the views of its arrays
+    tell them."""
     own = flags_of("extract_embeddings") - {line[0].split()[0] for line in lines_of(EXTRACTED)}
     kinds = {"lines": "lines", "calls": "calls"}
-    return [(changed, f"--model resnet8 {both}", other, kinds.get(what, "arrays")) for changed, both, other, what in lines_of(TRAINED)
-            if changed.split()[0] in own and "TEXT" not in both]  # fmt: skip
+    return [
+        (changed, f"--model resnet8 {both}", other, kinds.get(what, "arrays"))
+        for changed, both, other, what in lines_of(TRAINED)
+        if changed.split()[0] in own and "TEXT" not in both
+    ]
 
 
 BY_SCRIPT = {  # {script: [(words of every run, lines)]}
-    "train_teacher": [(BASE, lines_of(TRAINED))], "train_student": [(BASE, lines_of(TRAINED))],
+    "train_teacher": [(BASE, lines_of(TRAINED))],
+    "train_student": [(BASE, lines_of(TRAINED))],
     "distill": [(f"{BASE} TAUGHT --method mmd", lines_of(TRAINED)), (BASE, lines_of(DISTILLED))],
-    "extract_embeddings": [("--device cpu --workers 0", lines_of(EXTRACTED)),
-                           ("--device cpu --workers 0 --resolution 8 --dataset medmnist --data-root a.npz --num-views 3", of_extraction())],
-    "evaluate": [("", lines_of(EVALUATED))], "report": [("", lines_of(REPORTED))],
-}  # fmt: skip
-CASES = [pytest.param(script, words, *line, id=f"{script}{line[0].split()[0]}")
-         for script, tables in BY_SCRIPT.items() for words, lines in tables for line in lines]  # fmt: skip
+    "extract_embeddings": [
+        ("--device cpu --workers 0", lines_of(EXTRACTED)),
+        ("--device cpu --workers 0 --resolution 8 --dataset medmnist --data-root a.npz --num-views 3", of_extraction()),
+    ],
+    "evaluate": [("", lines_of(EVALUATED))],
+    "report": [("", lines_of(REPORTED))],
+}
+CASES = [
+    pytest.param(script, words, *line, id=f"{script}{line[0].split()[0]}")
+    for script, tables in BY_SCRIPT.items()
+    for words, lines in tables
+    for line in lines
+]
 
 
 READY = {  # what some command lines start from is made before the first of them: {folder: [(script, words)]}
-    "start": [("train_teacher", f"{BASE} --output start")], "vit": [("train_teacher", f"{BASE} --model vit_6_192 --output vit")],
-    "tabled": [("train_student", f"{BASE} CSV --output tabled")], "texted": [("train_student", f"{BASE} TEXT --output texted")],
+    "start": [("train_teacher", f"{BASE} --output start")],
+    "vit": [("train_teacher", f"{BASE} --model vit_6_192 --output vit")],
+    "tabled": [("train_student", f"{BASE} CSV --output tabled")],
+    "texted": [("train_student", f"{BASE} TEXT --output texted")],
     "turned": [("train_student", f"{BASE} CSV --positive normal --output turned")],
-    "one": [("train_student", f"{BASE} --output one/student"), ("train_teacher", f"{BASE} --output one/teacher"),
-            ("distill", f"{BASE} --teacher-checkpoint one/teacher/best.pth --allow-weak-teacher --alpha 1 --epochs 15 --output one/distill")],
-    **{name: [("extract_embeddings", f"STORED --device cpu --resolution 8 --workers 0 --output {name}")] for name in ("made", "spare")},
-    "stored": [("extract_embeddings", "--checkpoint start/best.pth --device cpu --workers 0 --save-logits --num-views 2 --output stored")],
-    "sharded": [("extract_embeddings", f"STORED --device cpu --workers 0 --shard {i}/2 --output sharded") for i in range(2)],
-}  # fmt: skip
+    "one": [
+        ("train_student", f"{BASE} --output one/student"),
+        ("train_teacher", f"{BASE} --output one/teacher"),
+        (
+            "distill",
+            f"{BASE} --teacher-checkpoint one/teacher/best.pth --allow-weak-teacher --alpha 1 --epochs 15 "
+            "--output one/distill",
+        ),
+    ],
+    **{
+        name: [("extract_embeddings", f"STORED --device cpu --resolution 8 --workers 0 --output {name}")]
+        for name in ("made", "spare")
+    },
+    "stored": [
+        (
+            "extract_embeddings",
+            "--checkpoint start/best.pth --device cpu --workers 0 --save-logits --num-views 2 --output stored",
+        )
+    ],
+    "sharded": [
+        ("extract_embeddings", f"STORED --device cpu --workers 0 --shard {i}/2 --output sharded") for i in range(2)
+    ],
+}
 MADE = set()
 
 
@@ -527,10 +639,14 @@ def leaves(place, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "script, words",
     [
-        ("train_teacher", BASE), ("train_student", BASE), ("distill", f"{BASE} TAUGHT"),
-        ("extract_embeddings", "STORED --workers 0"), ("evaluate", "RUN"), ("report", "one"),
+        ("train_teacher", BASE),
+        ("train_student", BASE),
+        ("distill", f"{BASE} TAUGHT"),
+        ("extract_embeddings", "STORED --workers 0"),
+        ("evaluate", "RUN"),
+        ("report", "one"),
     ],
-)  # fmt: skip
+)
 def test_the_same_flags_leave_the_same(leaves, script, words):
     """Else a difference would say nothing."""
     one, two = leaves(script, words), leaves(script, words, "" if script == "report" else "--workers 0", "--device cpu")
@@ -555,7 +671,8 @@ def test_every_flag_has_a_line(script):
 
 @pytest.mark.parametrize("script", BY_SCRIPT)
 def test_a_default_is_what_its_text_would_be(script):
-    """Else a run that was resumed, or repeated from its config.json, has another value (0.0 for 0) than the others of its group."""
+    """Else a run that was resumed, or repeated from its config.json, has another value (0.0 for 0) than the others of
+    its group."""
     for action in runpy.run_path(str(ROOT / f"{script}.py"))["build_parser"]()._actions:
         for value in action.default if isinstance(action.default, list) else [action.default]:
             if action.type and isinstance(value, (int, float, str)) and value != "==SUPPRESS==":
@@ -582,7 +699,9 @@ def test_the_positive_class_from_the_flag_to_the_figures(leaves, place):
         for flag, expected in (("", name), (f"--positive {other}", other)):
             found = leaves("evaluate", words, flag)
             assert found["results"]["student"]["positive"] == expected
-            assert found["results"]["student"]["average_precision"] == pytest.approx(average_precision(folder, expected))
+            assert found["results"]["student"]["average_precision"] == pytest.approx(
+                average_precision(folder, expected)
+            )
         report = leaves("report", folder, "--metric average_precision")["lines"]
         assert any("average_precision: the positive class is " + name in line for line in report)
     for flag, expected in (("", "yes"), ("--positive no", "no")):  # of two tasks, of which organ has three classes
@@ -590,4 +709,7 @@ def test_the_positive_class_from_the_flag_to_the_figures(leaves, place):
         assert student["sign_positive"] == expected and "organ_positive" not in student and "positive" not in student
     refused = leaves("train_student", BASE, "CSV --positive cow")["lines"]
     assert refused[0] == "exit 2" and refused[-1] == "error: --positive cow is no class: choose cancer, normal"
-    assert leaves("train_student", BASE, "--positive 1")["lines"][-1] == "error: --positive 1: no task here has two classes"
+    assert (
+        leaves("train_student", BASE, "--positive 1")["lines"][-1]
+        == "error: --positive 1: no task here has two classes"
+    )

@@ -1,4 +1,5 @@
-"""MedPix and folders with JSONL: what is read, what is refused; tokens by batch.  Texts and labels are written out here."""
+"""MedPix and folders with JSONL: what is read, what is refused; tokens by batch.  Texts and labels are written out
+here."""
 
 import json
 import os
@@ -33,8 +34,14 @@ def write_jsonl(path, rows):
 
 
 def description(image, case, kind, place, caption):
-    return {"Type": kind, "U_id": case, "image": image, "Location": f"{place}, fine", "Location Category": place,
-            "Description": {"Caption": caption, "Age": 41, "Plane": "Axial", "Figure Part": None}}  # fmt: skip
+    return {
+        "Type": kind,
+        "U_id": case,
+        "image": image,
+        "Location": f"{place}, fine",
+        "Location Category": place,
+        "Description": {"Caption": caption, "Age": 41, "Plane": "Axial", "Figure Part": None},
+    }
 
 
 @pytest.fixture
@@ -43,8 +50,16 @@ def medpix(tmp_path):
     root = tmp_path / "MedPix-2-0"
     for split, rows in DESCRIPTIONS.items():
         write_jsonl(root / "splitted_dataset" / f"descriptions_{split}.jsonl", [description(*row) for row in rows])
-        cases = [{"U_id": case, "TAC": [], "MRI": ["x"], "Case": {"Title": f"title {case}", "History": f"history {case}", "Exam": None},
-                  "Topic": {"Title": f"topic {case}", "Keywords": ["one", None, "two"]}} for case in dict.fromkeys(row[1] for row in rows)]  # fmt: skip
+        cases = [
+            {
+                "U_id": case,
+                "TAC": [],
+                "MRI": ["x"],
+                "Case": {"Title": f"title {case}", "History": f"history {case}", "Exam": None},
+                "Topic": {"Title": f"topic {case}", "Keywords": ["one", None, "two"]},
+            }
+            for case in dict.fromkeys(row[1] for row in rows)
+        ]
         write_jsonl(root / "splitted_dataset" / f"data_{split}.jsonl", cases)
     (root / "images").mkdir()
     for number, row in enumerate(row for rows in DESCRIPTIONS.values() for row in rows):
@@ -67,12 +82,23 @@ def refusal(call, *args, **options):
 
 def test_medpix_splits_labels_and_cases(medpix):
     parts, classes = read_medpix(medpix)
-    assert classes == {"modality": ["CT", "MR"], "location": ["Abdomen", "Head", "Reproductive and Urinary System", "Spine and Muscles", "Thorax"]}
+    assert classes == {
+        "modality": ["CT", "MR"],
+        "location": ["Abdomen", "Head", "Reproductive and Urinary System", "Spine and Muscles", "Thorax"],
+    }
     assert {split: part.ids for split, part in parts.items()} == {
-        "train": ["MPX1_a", "MPX1_b", "MPX2_a", "MPX2_b", "MPX3_a"], "val": ["MPX4_a"], "test": ["MPX5_a", "MPX5_b"],
-    }  # fmt: skip
+        "train": ["MPX1_a", "MPX1_b", "MPX2_a", "MPX2_b", "MPX3_a"],
+        "val": ["MPX4_a"],
+        "test": ["MPX5_a", "MPX5_b"],
+    }
     train = parts["train"]
-    assert train.targets["modality"].tolist() == [0, 1, 1, 0, 0] and train.targets["location"].tolist() == [4, 1, 0, 3, 2]
+    assert train.targets["modality"].tolist() == [0, 1, 1, 0, 0] and train.targets["location"].tolist() == [
+        4,
+        1,
+        0,
+        3,
+        2,
+    ]
     assert {labels.dtype for labels in train.targets.values()} == {np.dtype(np.int64)}
     assert train.groups.tolist() == ["MPX1", "MPX1", "MPX2", "MPX2", "MPX3"]
     assert train.texts == ["CT of the chest.", "", "pelvis", "", 'Line one\nline "two" \u2013 caf\u00e9']
@@ -105,7 +131,10 @@ def test_medpix_text_fields(medpix):
 
 def test_medpix_bad_text_fields(medpix):
     unknown = refusal(read_medpix, medpix, text_fields=["Captions"])
-    assert all(repr(name) in unknown for name in ("Captions", "Caption", "Plane", "History", "Keywords", "Case.Title", "Topic.Title"))
+    assert all(
+        repr(name) in unknown
+        for name in ("Captions", "Caption", "Plane", "History", "Keywords", "Case.Title", "Topic.Title")
+    )
     assert "Type" not in unknown, "the label is no text"
     ambiguous = refusal(read_medpix, medpix, text_fields=["Title"])
     assert "'Case.Title' or 'Topic.Title'" in ambiguous
@@ -116,16 +145,26 @@ def test_subsets_keep_texts_and_targets(medpix):
     part = train.subset(np.array([4, 0]))
     assert part.ids == ["MPX3_a", "MPX1_a"] and part.texts == [train.texts[4], "CT of the chest."]
     assert part.targets["location"].tolist() == [2, 4] and part.classes == train.classes
-    assert part.groups.tolist() == ["MPX3", "MPX1"] and part.decode_size == 64 and [os.path.basename(p) for p in part.paths] == ["MPX3_a.png", "MPX1_a.png"]
+    assert (
+        part.groups.tolist() == ["MPX3", "MPX1"]
+        and part.decode_size == 64
+        and [os.path.basename(p) for p in part.paths] == ["MPX3_a.png", "MPX1_a.png"]
+    )
     joined = part.joined(train.subset([1]))
-    assert joined.ids == ["MPX3_a", "MPX1_a", "MPX1_b"] and joined.targets["modality"].tolist() == [0, 0, 1] and joined.texts[2] == ""
+    assert (
+        joined.ids == ["MPX3_a", "MPX1_a", "MPX1_b"]
+        and joined.targets["modality"].tolist() == [0, 0, 1]
+        and joined.texts[2] == ""
+    )
     rest, chosen = split_off(train, 2, 0, 1001)
     assert sorted(rest.ids + chosen.ids) == sorted(train.ids) and not set(rest.groups) & set(chosen.groups)
     assert len(limit(train, 3, 0, 1002).texts) == 3
 
 
 def test_fingerprint_sees_texts_and_labels_but_no_order(medpix):
-    train, other = (read_medpix(medpix, splits=["train"], text_fields=[field])[0]["train"] for field in ("Caption", "Age"))
+    train, other = (
+        read_medpix(medpix, splits=["train"], text_fields=[field])[0]["train"] for field in ("Caption", "Age")
+    )
     assert train.fingerprint() == train.subset([3, 1, 0, 2, 4]).fingerprint(train.classes) != other.fingerprint()
     changed = train.subset(range(5))
     changed.targets["location"][0] = 0
@@ -133,7 +172,10 @@ def test_fingerprint_sees_texts_and_labels_but_no_order(medpix):
 
 
 def test_medpix_in_a_checkpoints_order(medpix):
-    order = {"location": ["Thorax", "Head", "Abdomen", "Spine and Muscles", "Reproductive and Urinary System"], "modality": ["MR", "CT"]}
+    order = {
+        "location": ["Thorax", "Head", "Abdomen", "Spine and Muscles", "Reproductive and Urinary System"],
+        "modality": ["MR", "CT"],
+    }
     parts, classes = read_medpix(medpix, splits=["test"], classes=order)
     assert list(parts) == ["test"] and classes == order
     assert parts["test"].targets["modality"].tolist() == [1, 0] and parts["test"].targets["location"].tolist() == [0, 0]
@@ -146,7 +188,11 @@ def test_medpix_missing_images(medpix, capsys):
     text = refusal(read_medpix, medpix)
     assert text.startswith("2 rows of") and "'MPX1_b'" in text and "--on-bad-image skip" in text
     parts, _ = read_medpix(medpix, on_bad_image="skip")
-    assert parts["train"].ids == ["MPX1_a", "MPX2_a", "MPX3_a"] and parts["train"].targets["location"].tolist() == [4, 0, 2]
+    assert parts["train"].ids == ["MPX1_a", "MPX2_a", "MPX3_a"] and parts["train"].targets["location"].tolist() == [
+        4,
+        0,
+        2,
+    ]
     assert parts["train"].texts[1] == "pelvis" and "skipped: 2 rows" in capsys.readouterr().out
     for file in (medpix / "images").iterdir():
         file.unlink()
@@ -155,17 +201,44 @@ def test_medpix_missing_images(medpix, capsys):
     assert "--data-root" in refusal(read_medpix, None) and "is no folder" in refusal(read_medpix, medpix / "nothing")
 
 
-@pytest.mark.parametrize("split, line, wanted", [
-    ("dev", '{"U_id": "MPX4",', "descriptions_dev.jsonl line 2 is no JSON"),
-    ("train", "[1, 2]", "descriptions_train.jsonl line 6 is no JSON object"),
-    ("test", json.dumps(description("MPX5_c", "MPX5", "PET", "Head", "x")), "unknown Type, the first is 'PET': it must be one of CT, MR"),
-    ("dev", json.dumps(description("MPX5_c", "MPX5", "CT", "Foot", "x")), "unknown Location Category, the first is 'Foot'"),
-    ("dev", json.dumps({**description("MPX5_c", "MPX5", "CT", "Head", "x"), "Type": None}), "line 2: 'Type' must be a name"),
-    ("dev", json.dumps({"image": "MPX4_b", "U_id": "MPX4"}), "line 2 has no 'Description': it has image, U_id"),
-    ("train", json.dumps(description("MPX1_a", "MPX1", "CT", "Head", "x")), "1 rows whose image an earlier row has, the first is 'MPX1_a'"),
-    ("dev", json.dumps(description("MPX5_c", "MPX1", "CT", "Head", "x")), "the group 'MPX1' is in train and in val"),
-    ("dev", json.dumps({**description("MPX5_c", "MPX4", "CT", "Head", "x"), "Description": "x"}), "line 2: 'Description' is no JSON object"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "split, line, wanted",
+    [
+        ("dev", '{"U_id": "MPX4",', "descriptions_dev.jsonl line 2 is no JSON"),
+        ("train", "[1, 2]", "descriptions_train.jsonl line 6 is no JSON object"),
+        (
+            "test",
+            json.dumps(description("MPX5_c", "MPX5", "PET", "Head", "x")),
+            "unknown Type, the first is 'PET': it must be one of CT, MR",
+        ),
+        (
+            "dev",
+            json.dumps(description("MPX5_c", "MPX5", "CT", "Foot", "x")),
+            "unknown Location Category, the first is 'Foot'",
+        ),
+        (
+            "dev",
+            json.dumps({**description("MPX5_c", "MPX5", "CT", "Head", "x"), "Type": None}),
+            "line 2: 'Type' must be a name",
+        ),
+        ("dev", json.dumps({"image": "MPX4_b", "U_id": "MPX4"}), "line 2 has no 'Description': it has image, U_id"),
+        (
+            "train",
+            json.dumps(description("MPX1_a", "MPX1", "CT", "Head", "x")),
+            "1 rows whose image an earlier row has, the first is 'MPX1_a'",
+        ),
+        (
+            "dev",
+            json.dumps(description("MPX5_c", "MPX1", "CT", "Head", "x")),
+            "the group 'MPX1' is in train and in val",
+        ),
+        (
+            "dev",
+            json.dumps({**description("MPX5_c", "MPX4", "CT", "Head", "x"), "Description": "x"}),
+            "line 2: 'Description' is no JSON object",
+        ),
+    ],
+)
 def test_medpix_bad_lines(medpix, split, line, wanted):
     Image.new("L", (8, 6)).save(medpix / "images" / "MPX5_c.png")
     Image.new("L", (8, 6)).save(medpix / "images" / "MPX4_b.png")
@@ -213,12 +286,18 @@ def folder(tmp_path):
     root = tmp_path / "scans"
     (root / "images" / "b").mkdir(parents=True)
     lines = {
-        "train": [("a.png", "one", "liver", 10, "p1"), ("b/c.png", None, "heart", 9, "p2"), ("d.png", ["x", None, {"k": "y"}], "heart", 10, None)],
+        "train": [
+            ("a.png", "one", "liver", 10, "p1"),
+            ("b/c.png", None, "heart", 9, "p2"),
+            ("d.png", ["x", None, {"k": "y"}], "heart", 10, None),
+        ],
         "val": [("e.png", "", "liver", 9, "p3")],
         "test": [("f.png", "two", "heart", 10, "p4")],
     }
     for split, rows in lines.items():
-        write_jsonl(root / f"{split}.jsonl", [dict(zip(("image", "text", "organ", "grade", "group"), row)) for row in rows])
+        write_jsonl(
+            root / f"{split}.jsonl", [dict(zip(("image", "text", "organ", "grade", "group"), row)) for row in rows]
+        )
         for row in rows:
             Image.new("RGB", (5, 4)).save(root / ("images" if row[0] != "a.png" else "") / row[0])
     return root
@@ -230,11 +309,16 @@ def test_any_folder_with_jsonl(folder):
     train = parts["train"]
     assert train.ids == ["a.png", "b/c.png", "d.png"] and train.texts == ["one", "", "x, y"]
     assert train.targets["organ"].tolist() == [1, 0, 0] and train.targets["grade"].tolist() == [1, 0, 1]
-    assert train.groups.tolist() == ["p1", "p2", "d.png"] and train[0]["image"].shape == (3, 4, 5) == train[1]["image"].shape
+    assert (
+        train.groups.tolist() == ["p1", "p2", "d.png"]
+        and train[0]["image"].shape == (3, 4, 5) == train[1]["image"].shape
+    )
     assert parts["val"].targets == {"organ": np.array([1]), "grade": np.array([0])}
     assert read_image_text(folder, tasks=["organ"], group_field="none")[0]["train"].groups is None
     (folder / "val.jsonl").unlink()
-    assert list(read_image_text(folder, tasks=["organ"])[0]) == ["train", "test"], "val is split off train by the caller"
+    assert list(read_image_text(folder, tasks=["organ"])[0]) == ["train", "test"], (
+        "val is split off train by the caller"
+    )
     only = read_image_text(folder, tasks=["organ"], splits=["test"], classes={"organ": ["liver", "heart"]})
     assert list(only[0]) == ["test"] and only[0]["test"].targets["organ"].tolist() == [1]
 
@@ -249,10 +333,18 @@ def test_bad_folders_with_jsonl(folder):
     assert "choose of 'text', 'grade'" in refused(text_fields=["caption"])
     assert "the checkpoint knows side" in refused(classes={"side": ["l", "r"]})
     for split, row, wanted in [
-        ("val", {"image": "e.png", "text": "", "organ": "lung"}, "unknown organ, the first is 'lung': it must be one of heart, liver"),
+        (
+            "val",
+            {"image": "e.png", "text": "", "organ": "lung"},
+            "unknown organ, the first is 'lung': it must be one of heart, liver",
+        ),
         ("val", {"image": "e.png", "text": "", "organ": None}, "val.jsonl line 1: 'organ' must be a name, not null"),
         ("test", {"image": "gone.png", "text": "", "organ": "liver"}, "1 rows of"),
-        ("test", {"image": "f.png", "text": "", "organ": "liver", "group": "p1"}, "the group 'p1' is in train and in test"),
+        (
+            "test",
+            {"image": "f.png", "text": "", "organ": "liver", "group": "p1"},
+            "the group 'p1' is in train and in test",
+        ),
     ]:
         kept = (folder / f"{split}.jsonl").read_text()
         write_jsonl(folder / f"{split}.jsonl", [row])
@@ -268,9 +360,14 @@ def test_classes_that_official_splits_lack(folder, capsys):
     splits = load_splits("image_text", str(folder), tasks=["organ", "grade"])
     assert len(splits.val) == len(splits.test) == 1
     assert capsys.readouterr().out.splitlines() == [
-        f"note: {text} (1 images): its metrics are of the other classes" for text in
-        ("val has no image of organ 'heart'", "test has no image of organ 'liver'", "val has no image of grade '10'", "test has no image of grade '9'")
-    ]  # fmt: skip
+        f"note: {text} (1 images): its metrics are of the other classes"
+        for text in (
+            "val has no image of organ 'heart'",
+            "test has no image of organ 'liver'",
+            "val has no image of grade '10'",
+            "test has no image of grade '9'",
+        )
+    ]
     for split in ("train", "val", "test"):
         (folder / f"{split}.jsonl").write_text((folder / f"{split}.jsonl").read_text().replace("heart", "liver"))
     with pytest.raises(DataError, match="--dataset image_text has one organ class only, 'liver'"):
@@ -279,8 +376,11 @@ def test_classes_that_official_splits_lack(folder, capsys):
 
 def test_jsonl_as_people_write_it(folder):
     """A byte order mark, back slashes, no group, a label that is missing or written in two ways."""
-    rows = [{"image": ".\\b\\c.png", "text": "t", "organ": "liver", "group": None}, {"image": "./d.png", "text": "u", "organ": "heart", "group": float("nan")},
-            {"image": "images/a.png", "text": "v", "organ": "heart", "group": ""}]  # fmt: skip
+    rows = [
+        {"image": ".\\b\\c.png", "text": "t", "organ": "liver", "group": None},
+        {"image": "./d.png", "text": "u", "organ": "heart", "group": float("nan")},
+        {"image": "images/a.png", "text": "v", "organ": "heart", "group": ""},
+    ]
     (folder / "a.png").rename(folder / "images" / "a.png")
     write_jsonl(folder / "train.jsonl", rows)
     (folder / "train.jsonl").write_bytes(b"\xef\xbb\xbf" + (folder / "train.jsonl").read_bytes())
@@ -288,9 +388,11 @@ def test_jsonl_as_people_write_it(folder):
     assert train.groups.tolist() == train.ids == [row["image"] for row in rows] and train.labels.tolist() == [1, 0, 0]
     assert [os.path.relpath(path, folder) for path in train.paths] == ["images/b/c.png", "images/d.png", "images/a.png"]
     for change, wanted in [
-        ({"organ": float("nan")}, "line 2: 'organ' must be a name, not NaN"), ({"organ": "nan"}, "line 2: 'organ' must be a name, not \"nan\""),
-        ({"organ": " "}, "line 2: 'organ' must be a name"), ({"image": "b/c.png"}, "1 rows whose image an earlier row has, the first is 'b/c.png'"),
-    ]:  # fmt: skip
+        ({"organ": float("nan")}, "line 2: 'organ' must be a name, not NaN"),
+        ({"organ": "nan"}, "line 2: 'organ' must be a name, not \"nan\""),
+        ({"organ": " "}, "line 2: 'organ' must be a name"),
+        ({"image": "b/c.png"}, "1 rows whose image an earlier row has, the first is 'b/c.png'"),
+    ]:
         write_jsonl(folder / "train.jsonl", [rows[0], {**rows[1], **change}, rows[2]])
         assert wanted in refusal(read_image_text, folder, tasks=["organ"])
     write_jsonl(folder / "train.jsonl", [{**row, "organ": organ} for row, organ in zip(rows, (1, 2, 1.0))])
@@ -303,8 +405,16 @@ def test_jsonl_lines_and_texts(tmp_path):
     assert read_jsonl(path) == [(1, {"a": 1}), (4, {"a": "x\u2028y"})]
     path.write_bytes(b'{"a": 1}\n{"a": "\xff"}\n')
     assert "line 2 is no JSON" in refusal(read_jsonl, path)
-    for value, wanted in [(None, ""), ("  a b\n", "a b"), (3, "3"), (True, "true"), (["a", "", None, ["b"]], "a, b"), ({"k": "v", "l": {}}, "v"), ([], ""),
-                          ("a\ud83d", "a?")]:  # fmt: skip
+    for value, wanted in [
+        (None, ""),
+        ("  a b\n", "a b"),
+        (3, "3"),
+        (True, "true"),
+        (["a", "", None, ["b"]], "a, b"),
+        ({"k": "v", "l": {}}, "v"),
+        ([], ""),
+        ("a\ud83d", "a?"),
+    ]:
         assert as_text(value) == wanted
 
 

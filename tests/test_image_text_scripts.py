@@ -1,4 +1,5 @@
-"""evaluate.py, extract_embeddings.py and report.py on models of images and texts; figures recomputed from the predictions."""
+"""evaluate.py, extract_embeddings.py and report.py on models of images and texts; figures recomputed from the
+predictions."""
 
 import json
 import shutil
@@ -13,7 +14,18 @@ from test_scripts import needed_files
 
 CLASSES = {"organ": ["brain", "liver", "lung"], "plane": ["axial", "coronal"]}
 DATA = ["--dataset", "image_text", "--tasks", "organ", "plane", "--resolution", 16, "--device", "cpu"]
-MODEL = ["--image-model", "resnet8", "--text-model", "bert-tiny-scratch", "--fusion-dim", 64, "--max-length", 16, "--batch-size", 12]
+MODEL = [
+    "--image-model",
+    "resnet8",
+    "--text-model",
+    "bert-tiny-scratch",
+    "--fusion-dim",
+    64,
+    "--max-length",
+    16,
+    "--batch-size",
+    12,
+]
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +42,14 @@ def folder(tmp_path_factory):
             pixels[:: 4 if plane else 32] += 60
             Image.fromarray(pixels.astype(np.uint8)).save(root / "images" / name)
             labels = {"organ": CLASSES["organ"][organ], "plane": CLASSES["plane"][plane]}
-            rows.append({"image": name, "text": f"{labels['plane']} view of the {labels['organ']}", **labels, "group": f"{split} {i // 2}"})
+            rows.append(
+                {
+                    "image": name,
+                    "text": f"{labels['plane']} view of the {labels['organ']}",
+                    **labels,
+                    "group": f"{split} {i // 2}",
+                }
+            )
         (root / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return root
 
@@ -42,8 +61,18 @@ def runs(tmp_path_factory, folder):
     both = [*DATA, *MODEL, "--data-root", folder, "--no-augment", "--epochs", 2]
     succeed("train_teacher.py", *both, "--output", root / "teacher", timeout=900)
     succeed("train_student.py", *both, "--inputs", "image", "--output", root / "student", timeout=900)
-    succeed("distill.py", *both, "--inputs", "image", "--teacher-checkpoint", root / "teacher/best.pth", "--allow-weak-teacher", "--output", root / "distill",
-            timeout=900)  # fmt: skip
+    succeed(
+        "distill.py",
+        *both,
+        "--inputs",
+        "image",
+        "--teacher-checkpoint",
+        root / "teacher/best.pth",
+        "--allow-weak-teacher",
+        "--output",
+        root / "distill",
+        timeout=900,
+    )
     return root
 
 
@@ -51,8 +80,19 @@ def runs(tmp_path_factory, folder):
 def evaluated(tmp_path_factory, runs):
     """(folder, stdout) of the distilled student beside its teacher."""
     output = tmp_path_factory.mktemp("evaluated") / "e"
-    done = succeed("evaluate.py", runs / "distill/best.pth", "--teacher-checkpoint", runs / "teacher/best.pth", "--knn", "--linear-probe",
-                   "--device", "cpu", "--output", output, timeout=900)  # fmt: skip
+    done = succeed(
+        "evaluate.py",
+        runs / "distill/best.pth",
+        "--teacher-checkpoint",
+        runs / "teacher/best.pth",
+        "--knn",
+        "--linear-probe",
+        "--device",
+        "cpu",
+        "--output",
+        output,
+        timeout=900,
+    )
     return output, done.stdout
 
 
@@ -72,7 +112,10 @@ def cells(stdout):
 
 def refused(name, *args, words):
     done = run_script(name, *args)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1, (done.returncode, done.stderr)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1, (
+        done.returncode,
+        done.stderr,
+    )
     assert all(word in done.stderr for word in words), done.stderr
 
 
@@ -90,7 +133,9 @@ def test_each_task_s_metrics_equal_scikit_learn_s_on_the_predictions(evaluated):
         predicted, shares = logits.argmax(1), np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
         accuracies.append(sk.accuracy_score(labels, predicted))
         f1.append(sk.f1_score(labels, predicted, average="macro"))
-        assert found[f"{task}_accuracy"] == pytest.approx(accuracies[-1]) and found[f"{task}_macro_f1"] == pytest.approx(f1[-1])
+        assert found[f"{task}_accuracy"] == pytest.approx(accuracies[-1]) and found[
+            f"{task}_macro_f1"
+        ] == pytest.approx(f1[-1])
         assert found[f"{task}_balanced_accuracy"] == pytest.approx(sk.balanced_accuracy_score(labels, predicted))
         assert found[f"{task}_loss"] == pytest.approx(sk.log_loss(labels, shares), abs=1e-5)
         matrix = np.load(output / f"confusion_test_{task}.npy", allow_pickle=False)
@@ -134,7 +179,9 @@ def test_the_table_has_each_task_s_rows_with_intervals(evaluated):
             expected += [f"{judged[role][f'{task}_accuracy']:.4f}", f"[{low:.3f},", f"{high:.3f}]"]
         assert table[f"{task}_accuracy"] == expected
         assert table[f"kept {task}_accuracy"] == [f"{100 * judged['student']['kept'][f'{task}_accuracy']:.1f}", "%"]
-    assert table["recall plane_coronal"] == [f"{judged[role]['class_recalls']['plane_coronal']:.4f}" for role in ("student", "teacher")]
+    assert table["recall plane_coronal"] == [
+        f"{judged[role]['class_recalls']['plane_coronal']:.4f}" for role in ("student", "teacher")
+    ]
     assert table["model"] == ["resnet8", "resnet8+bert-tiny-scratch"]
 
 
@@ -149,8 +196,12 @@ def test_knn_and_the_probe_judge_each_task_on_the_fused_embedding(evaluated, run
     checkpoint = load_checkpoint(runs / "teacher/best.pth")
     model, preprocess = load_model(checkpoint)
     splits = load_splits("image_text", checkpoint["flags"]["data_root"], tasks=list(CLASSES))
-    train, test = (outputs(model, Loader(part, 12, "cpu"), preprocess, Precision("off", select_device("cpu")), ("embedding",))["embedding"]
-                   for part in (splits.train, splits.test))  # fmt: skip
+    train, test = (
+        outputs(model, Loader(part, 12, "cpu"), preprocess, Precision("off", select_device("cpu")), ("embedding",))[
+            "embedding"
+        ]
+        for part in (splits.train, splits.test)
+    )
     found = read(output / "evaluation.json")["teacher"]
     assert list(found["knn"]) == ["10", "20", "36"]
     accuracies = []
@@ -160,7 +211,9 @@ def test_knn_and_the_probe_judge_each_task_on_the_fused_embedding(evaluated, run
         accuracies.append(np.mean(predicted == splits.test.targets[task]))
         assert found["knn"]["10"][f"{task}_accuracy"] == pytest.approx(accuracies[-1])
         assert found["knn"]["10"][f"{task}_loss"] is None and 0 <= found["linear_probe"][f"{task}_accuracy"] <= 1
-        assert found["linear_probe"][f"{task}_held_out"] in (6, 8) and f"{task}_lr" in found["linear_probe"]  # a fifth of 36, patients whole
+        assert (
+            found["linear_probe"][f"{task}_held_out"] in (6, 8) and f"{task}_lr" in found["linear_probe"]
+        )  # a fifth of 36, patients whole
         assert cells(stdout)[f"{task}_knn_10"][1] == f"{accuracies[-1]:.4f}"
     assert found["knn"]["10"]["accuracy"] == pytest.approx(np.mean(accuracies))
     assert found["linear_probe"]["accuracy"] > 0.6, "the text says it all"
@@ -168,14 +221,41 @@ def test_knn_and_the_probe_judge_each_task_on_the_fused_embedding(evaluated, run
 
 def test_another_folder_with_other_fields_and_a_model_of_texts_alone(tmp_path, folder, runs):
     """An outside test set in other keys' order; --text-fields names its text; images play no part."""
-    succeed("train_student.py", *DATA, *MODEL, "--data-root", folder, "--inputs", "text", "--epochs", 1, "--output", tmp_path / "t", timeout=900)
+    succeed(
+        "train_student.py",
+        *DATA,
+        *MODEL,
+        "--data-root",
+        folder,
+        "--inputs",
+        "text",
+        "--epochs",
+        1,
+        "--output",
+        tmp_path / "t",
+        timeout=900,
+    )
     outside = tmp_path / "outside"
     (outside / "images").mkdir(parents=True)
     rows = [json.loads(line) for line in (folder / "test.jsonl").read_text().splitlines()]
     for row in rows:
         Image.new("RGB", (32, 32)).save(outside / "images" / row["image"])
-    (outside / "test.jsonl").write_text("".join(json.dumps({**row, "report": row["text"], "text": "nothing"}) + "\n" for row in rows))
-    flags = ["--dataset", "image_text", "--data-root", outside, "--tasks", "plane", "organ", "--text-fields", "report", "--device", "cpu"]
+    (outside / "test.jsonl").write_text(
+        "".join(json.dumps({**row, "report": row["text"], "text": "nothing"}) + "\n" for row in rows)
+    )
+    flags = [
+        "--dataset",
+        "image_text",
+        "--data-root",
+        outside,
+        "--tasks",
+        "plane",
+        "organ",
+        "--text-fields",
+        "report",
+        "--device",
+        "cpu",
+    ]
     succeed("evaluate.py", tmp_path / "t/best.pth", *flags, "--output", tmp_path / "e", timeout=900)
     found, own = read(tmp_path / "e/evaluation.json")["student"], read(tmp_path / "t/results.json")["test"]
     for task in CLASSES:
@@ -186,18 +266,59 @@ def test_another_folder_with_other_fields_and_a_model_of_texts_alone(tmp_path, f
 
 def test_tasks_that_do_not_fit_are_one_line(tmp_path, runs, folder, teacher):
     other = ["--device", "cpu", "--output", tmp_path / "e"]
-    refused("evaluate.py", runs / "student/best.pth", "--teacher-checkpoint", teacher / "best.pth", *other,
-            words=["teacher knows 10 (0, 1, 2, 3, ...)", "student organ: 3 (brain, liver, lung) and plane: 2 (axial, coronal)"])  # fmt: skip
-    refused("evaluate.py", teacher / "best.pth", "--dataset", "image_text", "--data-root", folder, "--tasks", "organ", *other, words=["organ", "label"])
-    refused("evaluate.py", runs / "teacher/best.pth", "--dataset", "digits", "--knn", *other, words=["images without texts"])
+    refused(
+        "evaluate.py",
+        runs / "student/best.pth",
+        "--teacher-checkpoint",
+        teacher / "best.pth",
+        *other,
+        words=[
+            "teacher knows 10 (0, 1, 2, 3, ...)",
+            "student organ: 3 (brain, liver, lung) and plane: 2 (axial, coronal)",
+        ],
+    )
+    refused(
+        "evaluate.py",
+        teacher / "best.pth",
+        "--dataset",
+        "image_text",
+        "--data-root",
+        folder,
+        "--tasks",
+        "organ",
+        *other,
+        words=["organ", "label"],
+    )
+    refused(
+        "evaluate.py", runs / "teacher/best.pth", "--dataset", "digits", "--knn", *other, words=["images without texts"]
+    )
     assert not (tmp_path / "e").exists()
 
 
 def test_knn_of_an_ordinary_model_on_other_tasks_leaves_its_head_out(tmp_path, folder, teacher):
-    succeed("evaluate.py", teacher / "best.pth", "--dataset", "image_text", "--data-root", folder, "--tasks", "organ", "plane", "--knn", "--device", "cpu",
-            "--output", tmp_path / "e", timeout=900)  # fmt: skip
+    succeed(
+        "evaluate.py",
+        teacher / "best.pth",
+        "--dataset",
+        "image_text",
+        "--data-root",
+        folder,
+        "--tasks",
+        "organ",
+        "plane",
+        "--knn",
+        "--device",
+        "cpu",
+        "--output",
+        tmp_path / "e",
+        timeout=900,
+    )
     found = read(tmp_path / "e/evaluation.json")["student"]
-    assert "accuracy" not in found and 0 <= found["knn"]["10"]["plane_accuracy"] <= 1 and not (tmp_path / "e/predictions_test.npz").exists()
+    assert (
+        "accuracy" not in found
+        and 0 <= found["knn"]["10"]["plane_accuracy"] <= 1
+        and not (tmp_path / "e/predictions_test.npz").exists()
+    )
 
 
 # ------------------------------------------------------------------------------------------------- extract_embeddings
@@ -208,10 +329,15 @@ def test_stores_refuse_models_and_datasets_with_several_tasks(tmp_path, runs, fo
         (["--checkpoint", runs / "teacher/best.pth"], "best.pth"),
         (["--checkpoint", runs / "student/best.pth", "--images", folder / "images"], "best.pth"),
         (["--checkpoint", runs / "teacher/best.pth", "--dataset", "digits"], "best.pth"),
-        (["--checkpoint", teacher / "best.pth", "--dataset", "image_text", "--data-root", folder], "--dataset image_text"),
+        (
+            ["--checkpoint", teacher / "best.pth", "--dataset", "image_text", "--data-root", folder],
+            "--dataset image_text",
+        ),
         (["--model", "resnet8", "--dataset", "medpix", "--data-root", folder], "--dataset medpix"),
     ]:
-        refused("extract_embeddings.py", *args, "--output", tmp_path / "e", words=[word, "distill.py --teacher-checkpoint"])
+        refused(
+            "extract_embeddings.py", *args, "--output", tmp_path / "e", words=[word, "distill.py --teacher-checkpoint"]
+        )
     assert not (tmp_path / "e").exists()
 
 
@@ -221,18 +347,44 @@ def test_stores_refuse_models_and_datasets_with_several_tasks(tmp_path, runs, fo
 def test_a_report_of_mixed_runs_shows_a_task_s_metric_and_confusions(tmp_path, runs, teacher):
     shutil.copytree(teacher, tmp_path / "digits")
     succeed("train_student.py", *SMALL, "--epochs", 1, "--output", tmp_path / "digits_student")
-    done = succeed("report.py", runs, tmp_path, "--metric", "organ_accuracy", "--reevaluate", "--device", "cpu", "--output", tmp_path / "report", timeout=900)
+    done = succeed(
+        "report.py",
+        runs,
+        tmp_path,
+        "--metric",
+        "organ_accuracy",
+        "--reevaluate",
+        "--device",
+        "cpu",
+        "--output",
+        tmp_path / "report",
+        timeout=900,
+    )
     assert not done.stderr, "what was recorded is found again"
     report = read(tmp_path / "report/report.json")
     tests = {role: read(runs / role / "results.json")["test"] for role in ("teacher", "student", "distill")}
     group = next(group for group in report["groups"] if group["dataset"] == "image_text")
     means = [f"{100 * tests[role]['organ_accuracy']:.2f}" for role in tests]
     gain = 100 * (tests["distill"]["organ_accuracy"] - tests["student"]["organ_accuracy"])
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines() if line.startswith("| image_text")]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in done.stdout.splitlines()
+        if line.startswith("| image_text")
+    ]
     (row,) = rows
-    assert [*row[:8], row[-1]] == ["image_text", "resnet8+bert-tiny-scratch", "resnet8", "response", *means, f"{gain:+.2f}", "1"]
+    assert [*row[:8], row[-1]] == [
+        "image_text",
+        "resnet8+bert-tiny-scratch",
+        "resnet8",
+        "response",
+        *means,
+        f"{gain:+.2f}",
+        "1",
+    ]
     assert group["teacher_accuracy"]["mean"] == pytest.approx(tests["teacher"]["accuracy"], abs=1e-6)
-    assert any(line.startswith("| digits") and " - " in line for line in done.stdout.splitlines()), "digits have no organs"
+    assert any(line.startswith("| digits") and " - " in line for line in done.stdout.splitlines()), (
+        "digits have no organs"
+    )
     titles = list(report["figures"].values())
     for task in (*CLASSES, "label"):
         assert any(title.startswith("Confusion matrix") and title.endswith(f", {task}") for title in titles), task
@@ -261,7 +413,9 @@ def test_a_confusion_figure_has_its_task_s_class_names(tmp_path, runs, monkeypat
 
 
 def test_select_by_a_task_s_loss_takes_the_lowest(tmp_path, runs):
-    done = succeed("report.py", runs / "student", runs / "teacher", "--select", "val_plane_loss", "--output", tmp_path / "r")
+    done = succeed(
+        "report.py", runs / "student", runs / "teacher", "--select", "val_plane_loss", "--output", tmp_path / "r"
+    )
     losses = {role: read(runs / role / "results.json")["val"]["plane_loss"] for role in ("student", "teacher")}
     best = min(losses, key=losses.get)
     assert done.stdout.splitlines()[-3].startswith(f"best val_plane_loss: {losses[best]:.4f}, {runs / best}")
@@ -276,5 +430,9 @@ def test_a_copied_script_reads_texts_with_the_two_files_more(tmp_path, folder, r
     shutil.copy(ROOT / script, tmp_path)
     for name in [*needed_files(script), "image_text.py", "multimodal.py"]:
         shutil.copy(ROOT / "common" / name, tmp_path / "common")
-    args = [runs / "teacher/best.pth"] if script == "evaluate.py" else [*DATA, *MODEL, "--data-root", folder, "--epochs", 1]
+    args = (
+        [runs / "teacher/best.pth"]
+        if script == "evaluate.py"
+        else [*DATA, *MODEL, "--data-root", folder, "--epochs", 1]
+    )
     succeed(script, *args, "--device", "cpu", "--output", "out", cwd=tmp_path, root=tmp_path, timeout=900)

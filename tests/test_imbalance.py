@@ -1,4 +1,5 @@
-"""Rare classes and runs without labels: balanced sampling, frozen backbones, dropout, feature matching, the loss on val."""
+"""Rare classes and runs without labels: balanced sampling, frozen backbones, dropout, feature matching, the loss on
+val."""
 
 import argparse
 import importlib
@@ -76,7 +77,9 @@ def test_balanced_sampling_of_an_empty_class(tmp_path):
         loader_of(balanced=4).rows(1)
     flags = [*SMALL, "--limit-train", 5, "--batch-size", 5, "--sampler", "balanced", "--output", tmp_path / "run"]
     done = run_script("train_student.py", *flags)
-    assert done.returncode == 2 and "has no image in train" in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+    assert done.returncode == 2 and "has no image in train" in done.stderr and len(done.stderr.splitlines()) == 1, (
+        done.stderr
+    )
 
 
 def test_balanced_sampling_counts_the_classes_of_one_task():
@@ -84,7 +87,12 @@ def test_balanced_sampling_counts_the_classes_of_one_task():
     assert cli.balanced_classes(args, {"organ": ["liver", "lung", "skin"]}) == 3
     with pytest.raises(cli.UserError, match="--sampler balanced is for one task, here are organ, side"):
         cli.balanced_classes(args, {"organ": ["liver", "lung", "skin"], "side": ["left", "right"]})
-    assert cli.balanced_classes(argparse.Namespace(sampler="shuffle"), {"organ": ["liver", "lung"], "side": ["left", "right"]}) == 0
+    assert (
+        cli.balanced_classes(
+            argparse.Namespace(sampler="shuffle"), {"organ": ["liver", "lung"], "side": ["left", "right"]}
+        )
+        == 0
+    )
 
 
 class Stop(Exception):
@@ -101,14 +109,27 @@ def test_smoothing_and_class_weights_reach_the_cross_entropy(script, tmp_path, r
         raise Stop
 
     module = importlib.import_module(script)
-    flags = [*SMALL, "--epochs", 1, "--class-weights", "balanced", "--label-smoothing", 0.3, "--output", tmp_path / "run"]
+    flags = [
+        *SMALL,
+        "--epochs",
+        1,
+        "--class-weights",
+        "balanced",
+        "--label-smoothing",
+        0.3,
+        "--output",
+        tmp_path / "run",
+    ]
     if script == "distill":
         flags += ["--teacher-checkpoint", request.getfixturevalue("teacher") / "best.pth"]
     monkeypatch.setattr(F, "cross_entropy", stop)
     with pytest.raises(Stop):
         module.main(module.build_parser().parse_args([*map(str, flags)]))
     splits = load_splits("digits", limit_train=160)
-    counts = {name: np.bincount(labels, minlength=10) for name, labels in (("train", splits.train.labels), ("val", splits.val.labels))}
+    counts = {
+        name: np.bincount(labels, minlength=10)
+        for name, labels in (("train", splits.train.labels), ("val", splits.val.labels))
+    }
     balanced = {name: torch.tensor(n.sum() / (10 * n)).float() for name, n in counts.items()}
     assert (balanced["train"] - balanced["val"]).abs().max() > 0.005
     ((weight, smoothing),) = taken
@@ -118,7 +139,10 @@ def test_smoothing_and_class_weights_reach_the_cross_entropy(script, tmp_path, r
 # -------------------------------------------------------------------------------------------- frozen backbones, dropout
 
 
-@pytest.mark.parametrize("name", ["resnet8", "vit_6_192", "timm:resnet10t", "timm:vit_tiny_patch16_224", "timm:deit_tiny_distilled_patch16_224"])
+@pytest.mark.parametrize(
+    "name",
+    ["resnet8", "vit_6_192", "timm:resnet10t", "timm:vit_tiny_patch16_224", "timm:deit_tiny_distilled_patch16_224"],
+)
 def test_a_frozen_backbone(name):
     torch.manual_seed(0)
     model = build_model(name, 3, 32)
@@ -131,7 +155,9 @@ def test_a_frozen_backbone(name):
     for _ in range(2):
         F.cross_entropy(model({"image": torch.randn(4, 3, 32, 32)})["logits"], torch.tensor([0, 1, 2, 0])).backward()
         optimizer.step()
-    changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}  # BatchNorm's statistics neither
+    changed = {
+        k for k, v in model.state_dict().items() if not torch.equal(v, before[k])
+    }  # BatchNorm's statistics neither
     assert changed == {k for k, p in model.named_parameters() if id(p) in heads}
 
 
@@ -157,7 +183,9 @@ def test_frozen_training_by_script(tmp_path, teacher):
     flags = [*SMALL, "--epochs", 1, "--model", "resnet18", "--output", tmp_path / "run", "--freeze-backbone"]
     done = run_script("train_student.py", *flags)
     assert done.returncode == 2 and "--freeze-backbone needs" in done.stderr
-    succeed("train_student.py", *flags, "--init-checkpoint", teacher / "best.pth", "--dropout", 0.2, "--sampler", "balanced")
+    succeed(
+        "train_student.py", *flags, "--init-checkpoint", teacher / "best.pth", "--dropout", 0.2, "--sampler", "balanced"
+    )
     before, after = (load_checkpoint(str(folder / "best.pth"))["model"] for folder in (teacher, tmp_path / "run"))
     assert {k for k in before if not torch.equal(before[k], after[k])} == {"backbone.fc.weight", "backbone.fc.bias"}
     accuracy = json.loads((tmp_path / "run" / "results.json").read_text())["test"]["accuracy"]
@@ -165,7 +193,17 @@ def test_frozen_training_by_script(tmp_path, teacher):
 
 
 def test_the_student_s_pooling_is_kept(tmp_path, teacher):
-    flags = [*SMALL, "--epochs", 1, "--limit-train", 64, "--model", "vit_6_192", "--teacher-checkpoint", teacher / "best.pth"]
+    flags = [
+        *SMALL,
+        "--epochs",
+        1,
+        "--limit-train",
+        64,
+        "--model",
+        "vit_6_192",
+        "--teacher-checkpoint",
+        teacher / "best.pth",
+    ]
     succeed("distill.py", *flags, "--method", "embedding", "--pooling", "mean", "--output", tmp_path / "run")
     model, _ = load_model(load_checkpoint(str(tmp_path / "run" / "best.pth")))
     assert model.pooling == "mean"
@@ -211,7 +249,9 @@ def test_a_collapse_is_seen():
     loss = DistillationLoss({"embedding": 1.0}, embedding={"teacher": "learned", "shared_dim": 4})
     loss.build(student, teacher)
     w = loss.embedding_projectors.teacher.weight
-    assert loss.first_variance == pytest.approx((teacher["embedding"] @ w.T).var(0, correction=0).mean().item(), rel=1e-4)
+    assert loss.first_variance == pytest.approx(
+        (teacher["embedding"] @ w.T).var(0, correction=0).mean().item(), rel=1e-4
+    )
     loss(student, teacher, None)
     assert loss.collapsed(loss.terms) is None
     with torch.no_grad():
@@ -242,7 +282,11 @@ def test_a_run_without_labels_is_judged_by_its_loss_on_val(tmp_path, teacher):
         model, preprocess = load_model(checkpoint)
         (batch,) = Loader(dataset, 270, "cpu").batches()
         said.append(model({"image": preprocess(Augmenter(Policy(), 0)(batch, 8))})["embedding"])
-    s = F.linear(said[0], saved["loss"]["embedding_projectors.student.weight"], saved["loss"]["embedding_projectors.student.bias"])
+    s = F.linear(
+        said[0],
+        saved["loss"]["embedding_projectors.student.weight"],
+        saved["loss"]["embedding_projectors.student.bias"],
+    )
     expected = 0.5 * (said[1] - s).square().mean() + 2 * (1 - F.cosine_similarity(s, said[1])).mean()
     assert min(losses) == pytest.approx(expected.item(), rel=1e-4)
 
@@ -255,7 +299,9 @@ def test_the_method_s_optimizer():
         distill.settle(args)
         return args.optimizer, args.select_metric
 
-    assert settled() == settled("--method", "embedding") == ("sgd", "accuracy")  # the student's own, or a gain may be the optimizer's
+    assert (
+        settled() == settled("--method", "embedding") == ("sgd", "accuracy")
+    )  # the student's own, or a gain may be the optimizer's
     assert settled("--method", "embedding", "--ce-weight", "0") == ("sgd", "distillation_loss")
     assert settled("--method", "tokens") == ("adamw", "distillation_loss")
     with pytest.raises(cli.UserError, match="the student has none"):

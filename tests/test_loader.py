@@ -56,9 +56,11 @@ def dataset(request):
 
 
 def same(batch, other):
-    return batch["valid"] == other["valid"] and torch.equal(batch["targets"]["label"], other["targets"]["label"]) and all(
-        torch.equal(batch[k], other[k]) for k in ("index", "key", "view", "size", "image")
-    )  # fmt: skip
+    return (
+        batch["valid"] == other["valid"]
+        and torch.equal(batch["targets"]["label"], other["targets"]["label"])
+        and all(torch.equal(batch[k], other[k]) for k in ("index", "key", "view", "size", "image"))
+    )
 
 
 def check_contents(batch, dataset):
@@ -105,7 +107,9 @@ def test_same_batches_for_images_in_memory(tiles, grey):
 
 def test_order_is_a_function_of_seed_and_epoch(equal):
     def order(seed, epoch, batch_size=5):
-        return torch.cat([b["index"] for b in Loader(equal, batch_size, "cpu", True, seed, "ram").batches(epoch)]).tolist()
+        return torch.cat(
+            [b["index"] for b in Loader(equal, batch_size, "cpu", True, seed, "ram").batches(epoch)]
+        ).tolist()
 
     first = order(0, 1)
     torch.manual_seed(99)
@@ -119,7 +123,9 @@ def test_order_is_a_function_of_seed_and_epoch(equal):
 
 def test_evaluation_pads_the_last_batch(dataset):
     batches = list(Loader(dataset, 5, "cpu", cache="ram").batches())
-    assert [b["valid"] for b in batches] == [5, 5, 5, 5, 3] and all(len(b["index"]) == len(b["image"]) == 5 for b in batches)
+    assert [b["valid"] for b in batches] == [5, 5, 5, 5, 3] and all(
+        len(b["index"]) == len(b["image"]) == 5 for b in batches
+    )
     assert torch.cat([b["index"][: b["valid"]] for b in batches]).tolist() == list(range(N))
     assert batches[-1]["index"].tolist() == [20, 21, 22, 22, 22]
     (only,) = Loader(dataset, 32, "cpu", cache="ram").batches()
@@ -138,7 +144,9 @@ def test_start_continues_the_epoch(unequal, cache, workers):
     loader = Loader(unequal, 5, "cpu", True, 1, cache, workers)
     next(loader.batches(4))  # what was begun and given up (as --save-samples does) leaves no trace
     for start in (1, 3, 4):
-        assert all(map(same, loader.batches(4, start), whole[start:])) and len(list(loader.batches(4, start))) == 4 - start
+        assert (
+            all(map(same, loader.batches(4, start), whole[start:])) and len(list(loader.batches(4, start))) == 4 - start
+        )
     ends = list(Loader(unequal, 5, "cpu", cache="ram").batches(0, 4))
     assert len(ends) == 1 and ends[0]["valid"] == 3
 
@@ -165,8 +173,11 @@ def test_workers_leave_signals_to_the_main_process(equal):
     assert len(seen) == N and worker.is_alive()
 
 
-@pytest.mark.parametrize("signals", ["", "kill -STOP $pids; kill -TERM $pids; (sleep 3; kill -CONT $pids) > /dev/null 2>&1 &"],
-                         ids=["alone", "SIGTERM pending"])  # fmt: skip
+@pytest.mark.parametrize(
+    "signals",
+    ["", "kill -STOP $pids; kill -TERM $pids; (sleep 3; kill -CONT $pids) > /dev/null 2>&1 &"],
+    ids=["alone", "SIGTERM pending"],
+)
 def test_a_crash_ends_the_workers(signals):
     """multiprocessing ends them by SIGTERM at exit and waits: when they ignored it, a crashed job went on for ever.
 
@@ -239,18 +250,50 @@ def test_cache_holds_each_image_once(unequal):
     ("files", "expected"),
     [
         ({"/proc/self/cgroup": "0::/\n"}, 8000),
-        ({"/proc/self/cgroup": "0::/\n", "/sys/fs/cgroup/memory.max": "max\n", "/sys/fs/cgroup/memory.current": "5\n"}, 8000),
-        ({"/proc/self/cgroup": "0::/\n", "/sys/fs/cgroup/memory.max": "5000\n", "/sys/fs/cgroup/memory.current": "1000\n"}, 4000),
+        (
+            {
+                "/proc/self/cgroup": "0::/\n",
+                "/sys/fs/cgroup/memory.max": "max\n",
+                "/sys/fs/cgroup/memory.current": "5\n",
+            },
+            8000,
+        ),
+        (
+            {
+                "/proc/self/cgroup": "0::/\n",
+                "/sys/fs/cgroup/memory.max": "5000\n",
+                "/sys/fs/cgroup/memory.current": "1000\n",
+            },
+            4000,
+        ),
         # a Slurm job: the limit stands two levels above the step
-        ({"/proc/self/cgroup": "0::/slurm/job_7/step_0/user\n", "/sys/fs/cgroup/slurm/job_7/memory.max": "3000\n",
-          "/sys/fs/cgroup/slurm/job_7/memory.current": "1000\n"}, 2000),
-        ({"/proc/self/cgroup": "9:cpu,cpuacct:/x\n4:memory:/slurm/job_7\n",
-          "/sys/fs/cgroup/memory/slurm/job_7/memory.limit_in_bytes": "3500\n",
-          "/sys/fs/cgroup/memory/slurm/job_7/memory.usage_in_bytes": "1000\n"}, 2500),
-        ({"/proc/self/cgroup": "0::/\n", "/sys/fs/cgroup/memory.max": "1000\n", "/sys/fs/cgroup/memory.current": "2000\n"}, 0),
+        (
+            {
+                "/proc/self/cgroup": "0::/slurm/job_7/step_0/user\n",
+                "/sys/fs/cgroup/slurm/job_7/memory.max": "3000\n",
+                "/sys/fs/cgroup/slurm/job_7/memory.current": "1000\n",
+            },
+            2000,
+        ),
+        (
+            {
+                "/proc/self/cgroup": "9:cpu,cpuacct:/x\n4:memory:/slurm/job_7\n",
+                "/sys/fs/cgroup/memory/slurm/job_7/memory.limit_in_bytes": "3500\n",
+                "/sys/fs/cgroup/memory/slurm/job_7/memory.usage_in_bytes": "1000\n",
+            },
+            2500,
+        ),
+        (
+            {
+                "/proc/self/cgroup": "0::/\n",
+                "/sys/fs/cgroup/memory.max": "1000\n",
+                "/sys/fs/cgroup/memory.current": "2000\n",
+            },
+            0,
+        ),
         ({}, 8000),
     ],
-)  # fmt: skip
+)
 def test_available_memory(monkeypatch, files, expected):
     files = {"/proc/meminfo": "MemTotal: 99 kB\nMemAvailable: 7.8125 kB\n".replace("7.8125", "8"), **files}
 
@@ -293,6 +336,7 @@ def test_a_pipe_is_no_image(tmp_path, tiles, cache):
 
 def test_too_little_shared_memory_is_one_line(equal, monkeypatch):
     """The worker that cannot hand its batch over says so; the batch would be awaited for ever."""
+
     def full(tensor):
         raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
 
@@ -313,7 +357,11 @@ def test_a_worker_that_is_killed_is_one_line(equal, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.run_script(main, lambda: cli.Parser("trains"))
     errors = capsys.readouterr().err
-    assert stop.value.code == 1 and errors.startswith("error: a process that decodes images was killed") and len(errors.splitlines()) == 1
+    assert (
+        stop.value.code == 1
+        and errors.startswith("error: a process that decodes images was killed")
+        and len(errors.splitlines()) == 1
+    )
 
 
 def test_a_broken_image_found_when_choosing_a_cache(tmp_path, tiles):
@@ -323,7 +371,8 @@ def test_a_broken_image_found_when_choosing_a_cache(tmp_path, tiles):
         Loader(dataset, 5, "cpu", cache="auto")
 
 
-# --------------------------------------------------------------------------------------------------------------- samples
+# ---------------------------------------------------------------------------------------------------------------
+# samples
 
 
 def test_sample_grid(tmp_path, tiles):

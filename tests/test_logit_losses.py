@@ -1,4 +1,5 @@
-"""Losses of logits (decoupled KL, DIST, logit standardization) and attention transfer, against the papers' formulas in float64."""
+"""Losses of logits (decoupled KL, DIST, logit standardization) and attention transfer, against the papers' formulas in
+float64."""
 
 import json
 import math
@@ -83,11 +84,15 @@ def attention_by_hand(student, teacher):
 # ---------------------------------------------------------------------------------------------- values and gradients
 
 
-@pytest.mark.parametrize("temperature, alpha, beta", [(4.0, 1.0, 8.0), (1.0, 0.0, 1.0), (3.0, 1.0, 0.0), (0.5, 2.0, 0.5)])
+@pytest.mark.parametrize(
+    "temperature, alpha, beta", [(4.0, 1.0, 8.0), (1.0, 0.0, 1.0), (3.0, 1.0, 0.0), (0.5, 2.0, 0.5)]
+)
 def test_decoupled_kl(temperature, alpha, beta):
     student, teacher = rand(B, C, scale=2), rand(B, C, seed=1, scale=2)
     loss = decoupled_kl(student, teacher, LABELS, temperature, alpha, beta).item()
-    assert loss == pytest.approx(dkd_by_hand(student.numpy(), teacher.numpy(), LABELS, temperature, alpha, beta), rel=1e-10)
+    assert loss == pytest.approx(
+        dkd_by_hand(student.numpy(), teacher.numpy(), LABELS, temperature, alpha, beta), rel=1e-10
+    )
     if (temperature, alpha, beta) == (4.0, 1.0, 8.0):
         assert decoupled_kl(student, teacher, LABELS).item() == loss
 
@@ -99,12 +104,16 @@ def test_decoupled_kl_is_the_kl_where_beta_is_what_the_teacher_leaves():
         own = slice(i, i + 1)
         beta = 1 - (teacher[i] / 2.5).softmax(0)[label].item()
         expected = kl_by_hand(student[own], teacher[own], 2.5)
-        assert decoupled_kl(student[own], teacher[own], LABELS[own], 2.5, 1.0, beta).item() == pytest.approx(expected, rel=1e-10)
+        assert decoupled_kl(student[own], teacher[own], LABELS[own], 2.5, 1.0, beta).item() == pytest.approx(
+            expected, rel=1e-10
+        )
 
 
 def test_two_classes_leave_nothing_among_the_others():
     student, teacher, labels = rand(B, 2, grad=True), rand(B, 2, seed=1), LABELS % 2
-    assert decoupled_kl(student, teacher, labels, 3.0, 1.0, 50.0).item() == pytest.approx(kl_by_hand(student, teacher, 3.0), rel=1e-10)
+    assert decoupled_kl(student, teacher, labels, 3.0, 1.0, 50.0).item() == pytest.approx(
+        kl_by_hand(student, teacher, 3.0), rel=1e-10
+    )
     (gradient,) = torch.autograd.grad(decoupled_kl(student, teacher, labels, 3.0, 0.0, 50.0), student)
     assert torch.equal(gradient, torch.zeros_like(gradient))
     for loss in (dist, standardized_kl):  # two classes tell the sign alone: finite
@@ -112,17 +121,22 @@ def test_two_classes_leave_nothing_among_the_others():
         assert value.isfinite() and torch.autograd.grad(value, student)[0].isfinite().all()
 
 
-@pytest.mark.parametrize("temperature, beta, gamma", [(1.0, 1.0, 1.0), (4.0, 2.0, 0.0), (2.0, 0.0, 1.0), (0.5, 1.0, 3.0)])
+@pytest.mark.parametrize(
+    "temperature, beta, gamma", [(1.0, 1.0, 1.0), (4.0, 2.0, 0.0), (2.0, 0.0, 1.0), (0.5, 1.0, 3.0)]
+)
 def test_dist(temperature, beta, gamma):
     student, teacher = rand(B, C), rand(B, C, seed=1)
     loss = dist(student, teacher, temperature, beta, gamma).item()
-    assert loss == pytest.approx(dist_by_hand(student.numpy(), teacher.numpy(), temperature, beta, gamma), rel=1e-5)  # the eps of 1e-8
+    assert loss == pytest.approx(
+        dist_by_hand(student.numpy(), teacher.numpy(), temperature, beta, gamma), rel=1e-5
+    )  # the eps of 1e-8
     if (temperature, beta, gamma) == (1.0, 1.0, 1.0):
         assert dist(student, teacher).item() == loss
 
 
 def test_dist_quiets_classes_that_no_image_is_given():
-    """A class of probability 1e-6 on both sides: its correlation counts a hundredth or less, by the eps, whatever its noise."""
+    """A class of probability 1e-6 on both sides: its correlation counts a hundredth or less, by the eps, whatever its
+    noise."""
     student, teacher = rand(B, C), rand(B, C, seed=1)
     student[:, 2], teacher[:, 2] = student[:, 2] - 14, teacher[:, 2] - 14
     p, q = (x.softmax(1).numpy() for x in (student, teacher))
@@ -136,7 +150,9 @@ def test_dist_quiets_classes_that_no_image_is_given():
 def test_standardized_kl(temperature):
     student, teacher = rand(B, C, scale=3) + 7, rand(B, C, seed=1)
     loss = standardized_kl(student, teacher, temperature).item()
-    assert loss == pytest.approx(standardized_by_hand(student.numpy(), teacher.numpy(), temperature), rel=1e-6)  # the eps of 1e-7
+    assert loss == pytest.approx(
+        standardized_by_hand(student.numpy(), teacher.numpy(), temperature), rel=1e-6
+    )  # the eps of 1e-7
     assert standardized_kl(teacher, student, temperature).item() != pytest.approx(loss, rel=1e-3)
     if temperature == 2:
         assert standardized_kl(student, teacher).item() == loss
@@ -152,7 +168,9 @@ def test_standardized_kl_knows_no_scale_or_shift():
     assert temperature_kl(student, student * scale + shift, 2.0) > 1e-3
 
 
-@pytest.mark.parametrize("sizes", [((3, 4, 4), (6, 4, 4)), ((6, 8, 8), (3, 4, 4)), ((2, 3, 5), (5, 6, 5)), ((1, 1, 2), (4, 2, 2))])
+@pytest.mark.parametrize(
+    "sizes", [((3, 4, 4), (6, 4, 4)), ((6, 8, 8), (3, 4, 4)), ((2, 3, 5), (5, 6, 5)), ((1, 1, 2), (4, 2, 2))]
+)
 def test_attention_transfer(sizes):
     student, teacher = rand(B, *sizes[0]), rand(B, *sizes[1], seed=1)
     loss = attention_transfer(student, teacher).item()
@@ -160,7 +178,9 @@ def test_attention_transfer(sizes):
     scale = rand(B, 1, 1, 1, seed=2).abs() + 0.1
     assert attention_transfer(student * scale, teacher).item() == pytest.approx(loss, rel=1e-10)
     assert attention_transfer(student, teacher / scale).item() == pytest.approx(loss, rel=1e-10)
-    assert attention_transfer(-student, student.flip(1) * scale).item() < 1e-20  # signs and the order of channels say nothing
+    assert (
+        attention_transfer(-student, student.flip(1) * scale).item() < 1e-20
+    )  # signs and the order of channels say nothing
 
 
 def samples(name, grad=False):
@@ -190,7 +210,15 @@ def test_float32_scalars_of_bfloat16(name):
 @pytest.mark.parametrize("name", OF_LOGITS)
 def test_extreme_logits_stay_finite(name):
     """Certain of the right class, of a wrong one, of nothing; all classes alike."""
-    rows = torch.tensor([[1e4, -1e4, 0, 0, 0], [-1e4, 1e4, 1e4, -1e4, -1e4], [0, 0, 0, 0, 0], [1e4, 1e4, 1e4, 1e4, 1e4], [0, 1, 2, 3, 4]])
+    rows = torch.tensor(
+        [
+            [1e4, -1e4, 0, 0, 0],
+            [-1e4, 1e4, 1e4, -1e4, -1e4],
+            [0, 0, 0, 0, 0],
+            [1e4, 1e4, 1e4, 1e4, 1e4],
+            [0, 1, 2, 3, 4],
+        ]
+    )
     for shift in range(len(rows)):
         student, teacher = rows.clone().requires_grad_(), rows.roll(shift, 0).flip(1 if shift % 2 else 0)
         value = OF_LOGITS[name](student, teacher)
@@ -243,7 +271,8 @@ def test_a_head_of_zeros_trains(name):
 @pytest.mark.parametrize("name", ["kl", *OF_LOGITS])
 @pytest.mark.parametrize("count", [2, C])
 def test_a_teacher_logit_of_minus_infinity_contributes_nothing(name, count):
-    """The loss of the other classes where they alone are compared; a class of zero probability costs nothing of its own."""
+    """The loss of the other classes where they alone are compared; a class of zero probability costs nothing of its
+    own."""
     loss = {"kl": lambda s, t: temperature_kl(s, t, 3.0), **OF_LOGITS}[name]
     student, teacher = rand(B, count, grad=True), rand(B, count, seed=1)
     labels = LABELS % count
@@ -256,7 +285,9 @@ def test_a_teacher_logit_of_minus_infinity_contributes_nothing(name, count):
     assert value.isfinite() and gradient.isfinite().all()
     if name in ("kl", "dkd"):  # what a teacher that gives it next to no probability costs
         far = teacher.clone().masked_fill(teacher == -math.inf, -2000.0)
-        rows = slice(None) if name == "kl" else slice(0, 2)  # among others that are all impossible there is nothing to compare
+        rows = (
+            slice(None) if name == "kl" else slice(0, 2)
+        )  # among others that are all impossible there is nothing to compare
         labels = LABELS[rows] % count
         (expected,) = torch.autograd.grad(loss(student[rows], far[rows]), student)
         (found,) = torch.autograd.grad(loss(student[rows], teacher[rows]), student)
@@ -267,7 +298,10 @@ def test_a_teacher_logit_of_minus_infinity_contributes_nothing(name, count):
             by_hand += sum(a * math.log(a / b) for a, b in zip(softmax(t, 3.0), softmax(s, 3.0)) if a)
         assert value.item() == pytest.approx(9 * by_hand / B, rel=1e-10)
     if name == "standardized_kl" and count == C:  # standardized over the classes that there are
-        kept = [zscore(row[np.isfinite(row)], ddof=1) if np.isfinite(row).sum() > 1 else np.zeros(1) for row in teacher.numpy()]
+        kept = [
+            zscore(row[np.isfinite(row)], ddof=1) if np.isfinite(row).sum() > 1 else np.zeros(1)
+            for row in teacher.numpy()
+        ]
         by_hand = 0.0
         for row, scores, s in zip(teacher.numpy(), kept, zscore(student.detach().numpy(), axis=1, ddof=1)):
             probability = np.zeros(C)
@@ -300,11 +334,18 @@ TARGETS = {"organ": torch.tensor([0, 3, 1, 2, 0, 0]), "modality": torch.tensor([
 @pytest.mark.parametrize("term", ["dkd", "dist", "standardized_kl"])
 def test_terms_are_means_over_tasks(term):
     """With their settings, the temperature of all and the tasks' weights."""
-    student, teacher = ({f"logits_{task}": rand(B, n, seed=seed + n, scale=9) for task, n in SIZES.items()} for seed in (30, 20))
+    student, teacher = (
+        {f"logits_{task}": rand(B, n, seed=seed + n, scale=9) for task, n in SIZES.items()} for seed in (30, 20)
+    )
     settings = {"dkd": {"alpha": 0.5, "beta": 3.0}, "dist": {"beta": 0.5, "gamma": 3.0}}
-    by_hand = {"dkd": lambda s, t, task: dkd_by_hand(s, t, TARGETS[task], 3.0, 0.5, 3.0),
-               "dist": lambda s, t, _: dist_by_hand(s, t, 3.0, 0.5, 3.0), "standardized_kl": lambda s, t, _: standardized_by_hand(s, t, 3.0)}[term]  # fmt: skip
-    expected = {task: by_hand(student[f"logits_{task}"].numpy(), teacher[f"logits_{task}"].numpy(), task) for task in SIZES}
+    by_hand = {
+        "dkd": lambda s, t, task: dkd_by_hand(s, t, TARGETS[task], 3.0, 0.5, 3.0),
+        "dist": lambda s, t, _: dist_by_hand(s, t, 3.0, 0.5, 3.0),
+        "standardized_kl": lambda s, t, _: standardized_by_hand(s, t, 3.0),
+    }[term]
+    expected = {
+        task: by_hand(student[f"logits_{task}"].numpy(), teacher[f"logits_{task}"].numpy(), task) for task in SIZES
+    }
     assert expected["organ"] != pytest.approx(expected["modality"], rel=0.01)
     for task_weights, (a, b) in ((None, (1, 1)), ({"organ": 3.0, "modality": 1.0}, (3, 1))):
         criterion = DistillationLoss({term: 2.0}, temperature=3.0, task_weights=task_weights, **settings)
@@ -319,7 +360,9 @@ def test_cross_entropy_is_left_out_and_labels_still_reach_the_decoupled_kl():
     criterion = DistillationLoss(method_weights("dkd"))
     expected = dkd_by_hand(student["logits"].numpy(), teacher["logits"].numpy(), LABELS, 4.0, 1.0, 8.0)
     assert criterion(student, teacher, LABELS, ce=False).item() == pytest.approx(expected, rel=1e-9)
-    assert criterion(student, teacher, LABELS).item() == pytest.approx(expected + torch.nn.functional.cross_entropy(student["logits"], LABELS).item())
+    assert criterion(student, teacher, LABELS).item() == pytest.approx(
+        expected + torch.nn.functional.cross_entropy(student["logits"], LABELS).item()
+    )
 
 
 def test_warm_up_spares_the_cross_entropy_and_evaluation():
@@ -327,7 +370,15 @@ def test_warm_up_spares_the_cross_entropy_and_evaluation():
     criterion = DistillationLoss(method_weights("dkd"))
     ce = torch.nn.functional.cross_entropy(student["logits"], LABELS).item()
     whole = dkd_by_hand(student["logits"].numpy(), teacher["logits"].numpy(), LABELS, 4.0, 1.0, 8.0)
-    for epoch, epochs, share in ((1, 4, 0.25), (3, 4, 0.75), (4, 4, 1), (9, 4, 1), (1, 2.5, 0.4), (1, 0.5, 1), (1, 0, 1)):
+    for epoch, epochs, share in (
+        (1, 4, 0.25),
+        (3, 4, 0.75),
+        (4, 4, 1),
+        (9, 4, 1),
+        (1, 2.5, 0.4),
+        (1, 0.5, 1),
+        (1, 0, 1),
+    ):
         criterion.warm_up(epoch, epochs)
         assert criterion.train()(student, teacher, LABELS).item() == pytest.approx(ce + share * whole, rel=1e-9)
         assert criterion.terms["dkd"].item() == pytest.approx(whole, rel=1e-9)
@@ -376,17 +427,23 @@ def test_what_cannot_be_compared_is_refused():
     DistillationLoss({"feature": 1.0}).build(maps(1, 4), maps(1, 1))
 
 
-@pytest.mark.parametrize("flags, weights, temperature", [
-    (["--method", "dkd"], {"ce": 1.0, "dkd": 1.0}, 4.0),
-    (["--method", "dist"], {"ce": 1.0, "dist": 2.0}, 1.0),
-    (["--method", "logit_standardization"], {"ce": 0.1, "standardized_kl": 9.0}, 2.0),
-    (["--method", "attention"], {"ce": 1.0, "attention": 1000.0}, 4.0),
-    (["--method", "vanilla"], {"ce": 1.0, "kl": 1.0, "projection": 100.0}, 2.0),
-    (["--method", "response"], {"ce": 0.5, "kl": 0.5}, 4.0),
-    (["--method", "dist", "--temperature", "3", "--dkd-weight", "0.5", "--attention-weight", "7"],
-     {"ce": 1.0, "dist": 2.0, "dkd": 0.5, "attention": 7.0}, 3.0),
-    (["--ce-weight", "0", "--kl-weight", "0", "--standardized-kl-weight", "2"], {"standardized_kl": 2.0}, 4.0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags, weights, temperature",
+    [
+        (["--method", "dkd"], {"ce": 1.0, "dkd": 1.0}, 4.0),
+        (["--method", "dist"], {"ce": 1.0, "dist": 2.0}, 1.0),
+        (["--method", "logit_standardization"], {"ce": 0.1, "standardized_kl": 9.0}, 2.0),
+        (["--method", "attention"], {"ce": 1.0, "attention": 1000.0}, 4.0),
+        (["--method", "vanilla"], {"ce": 1.0, "kl": 1.0, "projection": 100.0}, 2.0),
+        (["--method", "response"], {"ce": 0.5, "kl": 0.5}, 4.0),
+        (
+            ["--method", "dist", "--temperature", "3", "--dkd-weight", "0.5", "--attention-weight", "7"],
+            {"ce": 1.0, "dist": 2.0, "dkd": 0.5, "attention": 7.0},
+            3.0,
+        ),
+        (["--ce-weight", "0", "--kl-weight", "0", "--standardized-kl-weight", "2"], {"standardized_kl": 2.0}, 4.0),
+    ],
+)
 def test_weights_and_temperature_of_the_flags(flags, weights, temperature):
     args = build_parser().parse_args(flags)
     found, labelled = settle(args)
@@ -395,7 +452,9 @@ def test_weights_and_temperature_of_the_flags(flags, weights, temperature):
 
 
 def test_attention_alone_needs_no_head():
-    args = build_parser().parse_args(["--method", "attention", "--ce-weight", "0", "--student-layer", "layer2", "--teacher-layer", "layer2"])
+    args = build_parser().parse_args(
+        ["--method", "attention", "--ce-weight", "0", "--student-layer", "layer2", "--teacher-layer", "layer2"]
+    )
     assert settle(args)[1] is False and args.select_metric == "distillation_loss"
 
 
@@ -414,7 +473,17 @@ FLAGS = ["--resolution", 8, "--batch-size", 32, "--limit-train", 160, "--epochs"
 @pytest.fixture(scope="module")
 def extracted(tmp_path_factory, teacher):
     folder = tmp_path_factory.mktemp("logits") / "all"
-    succeed("extract_embeddings.py", "--checkpoint", teacher / "best.pth", "--save-logits", "--device", "cpu", "--no-augment", "--output", folder)
+    succeed(
+        "extract_embeddings.py",
+        "--checkpoint",
+        teacher / "best.pth",
+        "--save-logits",
+        "--device",
+        "cpu",
+        "--no-augment",
+        "--output",
+        folder,
+    )
     return folder
 
 
@@ -429,56 +498,125 @@ def batches(loss, *columns):
     return sum(loss(*part) * len(part[0]) for part in parts) / count
 
 
-@pytest.mark.parametrize("method, term, by_hand", [
-    ("dkd", "dkd", lambda s, t, labels: dkd_by_hand(s, t, labels, 4.0, 1.0, 8.0)),
-    ("dist", "dist", lambda s, t, _: 2 * dist_by_hand(s, t, 1.0, 1.0, 1.0, 0.1)),  # an epoch leaves it rather flat
-    ("logit_standardization", "standardized_kl", lambda s, t, _: 9 * standardized_by_hand(s, t, 2.0)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "method, term, by_hand",
+    [
+        ("dkd", "dkd", lambda s, t, labels: dkd_by_hand(s, t, labels, 4.0, 1.0, 8.0)),
+        ("dist", "dist", lambda s, t, _: 2 * dist_by_hand(s, t, 1.0, 1.0, 1.0, 0.1)),  # an epoch leaves it rather flat
+        ("logit_standardization", "standardized_kl", lambda s, t, _: 9 * standardized_by_hand(s, t, 2.0)),
+    ],
+)
 def test_methods_of_logits_live_and_stored(extracted, teacher, tmp_path, method, term, by_hand):
     """The same losses on plain images, up to float16; val's distillation loss is the formula on what the run wrote."""
-    flags = [*FLAGS, "--lr", 0.01, "--method", method, "--select-metric", "distillation_loss"]  # small steps: rounding must not grow
-    succeed("distill.py", *flags, "--dataset", "digits", "--no-augment", "--teacher-checkpoint", teacher / "best.pth", "--output", tmp_path / "live")
+    flags = [
+        *FLAGS,
+        "--lr",
+        0.01,
+        "--method",
+        method,
+        "--select-metric",
+        "distillation_loss",
+    ]  # small steps: rounding must not grow
+    succeed(
+        "distill.py",
+        *flags,
+        "--dataset",
+        "digits",
+        "--no-augment",
+        "--teacher-checkpoint",
+        teacher / "best.pth",
+        "--output",
+        tmp_path / "live",
+    )
     succeed("distill.py", *flags, "--teacher-embeddings", extracted, "--output", tmp_path / "stored")
     live, stored = (read(tmp_path / name) for name in ("live", "stored"))
     for key in ("loss", "ce", term):
         assert live[f"train_{key}"] == pytest.approx(stored[f"train_{key}"], rel=0.02), key
     weights = METHODS[method]
-    assert live["train_loss"] == pytest.approx(sum(weights[key] * live[f"train_{key}"] for key in ("ce", term)), rel=1e-4)
+    assert live["train_loss"] == pytest.approx(
+        sum(weights[key] * live[f"train_{key}"] for key in ("ce", term)), rel=1e-4
+    )
     written = np.load(tmp_path / "stored/predictions_val.npz", allow_pickle=False)
     ids, taught = (np.load(extracted / f"val_embeddings/{name}.npy", allow_pickle=False) for name in ("ids", "logits"))
     rows = [ids.tolist().index(name) for name in written["ids"]]
-    expected = batches(by_hand, written["logits"].astype(np.float64), taught[rows, 0].astype(np.float64), written["labels"])
+    expected = batches(
+        by_hand, written["logits"].astype(np.float64), taught[rows, 0].astype(np.float64), written["labels"]
+    )
     assert stored["val_distillation_loss"] == pytest.approx(expected, rel=1e-3)
 
 
 def test_attention_teaches_with_and_without_labels(teacher, tmp_path):
-    flags = [*SMALL, "--epochs", 1, "--method", "attention", "--student-layer", "layer2", "layer3", "--teacher-layer", "layer2", "layer3",
-             "--teacher-checkpoint", teacher / "best.pth"]  # fmt: skip
+    flags = [
+        *SMALL,
+        "--epochs",
+        1,
+        "--method",
+        "attention",
+        "--student-layer",
+        "layer2",
+        "layer3",
+        "--teacher-layer",
+        "layer2",
+        "layer3",
+        "--teacher-checkpoint",
+        teacher / "best.pth",
+    ]
     succeed("distill.py", *flags, "--output", tmp_path / "a")
     row = read(tmp_path / "a")
-    assert row["train_attention"] > 0 and row["train_loss"] == pytest.approx(row["train_ce"] + 1000 * row["train_attention"], rel=1e-4)
+    assert row["train_attention"] > 0 and row["train_loss"] == pytest.approx(
+        row["train_ce"] + 1000 * row["train_attention"], rel=1e-4
+    )
     succeed("distill.py", *flags, "--ce-weight", 0, "--output", tmp_path / "b")
     row = read(tmp_path / "b")
     assert "val_accuracy" not in row and "train_ce" not in row and 0 < row["val_distillation_loss"] < 1000
 
 
 def test_warm_up_by_epoch(teacher, tmp_path):
-    flags = [*SMALL, "--epochs", 3, "--method", "dkd", "--distillation-warmup-epochs", 2, "--teacher-checkpoint", teacher / "best.pth"]
+    flags = [
+        *SMALL,
+        "--epochs",
+        3,
+        "--method",
+        "dkd",
+        "--distillation-warmup-epochs",
+        2,
+        "--teacher-checkpoint",
+        teacher / "best.pth",
+    ]
     succeed("distill.py", *flags, "--output", tmp_path / "a")
     rows = json.loads((tmp_path / "a" / "metrics.json").read_text())
     for row, share in zip(rows, (0.5, 1, 1), strict=True):
-        assert row["train_loss"] == pytest.approx(row["train_ce"] + share * row["train_dkd"], rel=1e-5) and row["train_dkd"] > 0.1
+        assert (
+            row["train_loss"] == pytest.approx(row["train_ce"] + share * row["train_dkd"], rel=1e-5)
+            and row["train_dkd"] > 0.1
+        )
     done = run_script("distill.py", *flags, "--distillation-warmup-epochs", 3.5, "--output", tmp_path / "b")
-    assert done.returncode == 2 and "--distillation-warmup-epochs 3.5 is longer than --epochs 3" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert (
+        done.returncode == 2
+        and "--distillation-warmup-epochs 3.5 is longer than --epochs 3" in done.stderr
+        and len(done.stderr.splitlines()) == 1
+    )
     assert not (tmp_path / "b").exists()
 
 
 def test_stores_without_maps_or_logits_are_refused(extracted, teacher, tmp_path):
     run = ["--output", tmp_path / "run"]
     plain = tmp_path / "plain"
-    succeed("extract_embeddings.py", "--checkpoint", teacher / "best.pth", "--device", "cpu", "--no-augment", "--output", plain)
+    succeed(
+        "extract_embeddings.py",
+        "--checkpoint",
+        teacher / "best.pth",
+        "--device",
+        "cpu",
+        "--no-augment",
+        "--output",
+        plain,
+    )
     for flags, words in (
-        (["--teacher-embeddings", extracted, "--method", "attention"], "hold no feature maps: --method attention needs a teacher, or --attention-weight 0"),
+        (
+            ["--teacher-embeddings", extracted, "--method", "attention"],
+            "hold no feature maps: --method attention needs a teacher, or --attention-weight 0",
+        ),
         (["--teacher-embeddings", plain, "--method", "dist"], "--save-logits"),
     ):
         done = run_script("distill.py", *FLAGS, *flags, *run)

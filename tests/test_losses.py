@@ -23,7 +23,7 @@ from common.losses import (
     same_size,
     task_accuracy,
     temperature_kl,
-)  # fmt: skip
+)
 from common.models import build_model
 
 B, C = 5, 7
@@ -338,8 +338,9 @@ def test_projectors_are_built_before_the_optimizer_and_trained():
     assert not list(criterion.parameters())
     criterion.build(student, teacher)
     assert {name: tuple(p.shape) for name, p in criterion.named_parameters()} == {
-        "projectors.0.weight": (5, 3, 1, 1), "projectors.0.bias": (5,),
-    }  # fmt: skip
+        "projectors.0.weight": (5, 3, 1, 1),
+        "projectors.0.bias": (5,),
+    }
     optimizer = torch.optim.SGD(criterion.parameters(), lr=0.3)
     before, first = [p.clone() for p in criterion.parameters()], None
     for _ in range(30):
@@ -393,8 +394,17 @@ def test_class_weights_against_sklearn():
     assert class_weights("none", labels, 3) is None and class_weights("1,0,2.5", labels, 3).tolist() == [1, 0, 2.5]
 
 
-@pytest.mark.parametrize("spec, words", [("1,2", "3 numbers"), ("a,b,c", "balanced"), ("1,-1,2", "from 0 on"), ("0,0,0", "from 0 on"),
-                                         ("1,nan,1", "from 0 on"), ("", "balanced")])  # fmt: skip
+@pytest.mark.parametrize(
+    "spec, words",
+    [
+        ("1,2", "3 numbers"),
+        ("a,b,c", "balanced"),
+        ("1,-1,2", "from 0 on"),
+        ("0,0,0", "from 0 on"),
+        ("1,nan,1", "from 0 on"),
+        ("", "balanced"),
+    ],
+)
 def test_bad_class_weights(spec, words):
     with pytest.raises(LossError, match=words):
         class_weights(spec, np.array([0, 1, 2]), 3)
@@ -425,7 +435,8 @@ def test_weighted_cross_entropy(smoothing):
 @pytest.mark.parametrize("weights", [None, torch.tensor([0.3, 5.0, 1.0])])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_an_image_without_a_label_does_not_count(weights, smoothing):
-    """torch's mean over the labelled rows alone, also as the mean over equal parts of a batch, some without any label."""
+    """torch's mean over the labelled rows alone, also as the mean over equal parts of a batch, some without any
+    label."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(12, 3, generator=generator).requires_grad_()
     labels = torch.tensor([0, -1, 1, 1, -1, -1, -1, -1, -1, 2, -1, 0])
@@ -457,7 +468,8 @@ def test_what_needs_a_class_without_labels():
 
 
 def test_embedding_loss_by_hand():
-    """Squared error averaged over dimensions, both terms over the batch; a lambda_feat of the width makes it the sum."""
+    """Squared error averaged over dimensions, both terms over the batch; a lambda_feat of the width makes it the
+    sum."""
     s, t = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[0.0, 1.0], [0.0, 4.0]])
     assert embedding_loss(s, t, 1, 0) == pytest.approx((2 + 4) / 4)
     assert embedding_loss(s, t, 2, 0) == pytest.approx((2 + 4) / 2)
@@ -470,9 +482,13 @@ def test_embedding_loss_by_hand():
 
 
 @pytest.mark.parametrize("width", [16, 1280])
-@pytest.mark.parametrize("term", ["embedding", "cls", "patch", "projection", "contrastive", "mmd", "rkd_distance", "rkd_angle"])
+@pytest.mark.parametrize(
+    "term", ["embedding", "cls", "patch", "projection", "contrastive", "mmd", "rkd_distance", "rkd_angle"]
+)
 def test_no_term_drowns_the_labels_of_wide_teachers(term, width):
-    """On embeddings of unit deviation a term times its method's weight is some times the cross-entropy, at any width."""
+    """On embeddings of unit deviation a term times its method's weight is some times the cross-entropy, at any
+    width."""
+    torch.manual_seed(0)  # of the projectors
     weight = max(weights.get(term, 0) for weights in METHODS.values())
     student = {"logits": rand(B, C), "embedding": rand(B, 32).float(), "tokens": rand(B, 4, 32).float()}
     teacher = {"embedding": rand(B, width, seed=1).float(), "tokens": rand(B, 4, width, seed=1).float()}

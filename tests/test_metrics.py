@@ -27,7 +27,7 @@ from common.metrics import (
     partial_auc,
     ranking,
     weighing,
-)  # fmt: skip
+)
 from common.teacher import check_teacher, judge_teacher
 
 
@@ -260,7 +260,8 @@ def test_the_lists_of_metrics_are_complete():
 
 @pytest.mark.parametrize("counts", [(930, 7), (20, 20, 20), (400, 60, 6)])
 def test_guesses_stay_below_the_auc_of_chance(counts):
-    """Two standard deviations: of two classes 2.3 % of guesses pass, of more, whose scores do not depend on each other, fewer."""
+    """Two standard deviations: of two classes 2.3 % of guesses pass, of more, whose scores do not depend on each other,
+    fewer."""
     labels = np.repeat(np.arange(len(counts)), counts)
     rng = np.random.default_rng(0)
     aucs = []
@@ -273,16 +274,22 @@ def test_guesses_stay_below_the_auc_of_chance(counts):
 
 def test_the_auc_of_chance_by_all_orders():
     """Two against three: the variance over all ten ways to order them; one class alone says nothing."""
-    aucs = [np.mean([[i > j for j in range(5) if j not in ones] for i in ones]) for ones in itertools.combinations(range(5), 2)]
+    aucs = [
+        np.mean([[i > j for j in range(5) if j not in ones] for i in ones])
+        for ones in itertools.combinations(range(5), 2)
+    ]
     assert len(aucs) == 10 and np.mean(aucs) == pytest.approx(0.5)
     assert chance_auc(np.array([0, 1, 0, 1, 0])) == pytest.approx(0.5 + 2 * np.std(aucs))
     assert chance_auc(np.ones(9, int)) == math.inf
 
 
 def test_a_teacher_is_judged_by_its_ranking():
-    """Under imbalance it names one class alone, balanced accuracy 0.5, and still ranks: AUC 0.75 is accepted, 0.5 refused."""
+    """Under imbalance it names one class alone, balanced accuracy 0.5, and still ranks: AUC 0.75 is accepted, 0.5
+    refused."""
     labels = np.array([0] * 380 + [1] * 20)
-    positive = np.where(labels == 1, np.tile([1.0, 3.0], 200), np.arange(400) / 400 * 2)  # half of the positives above all negatives
+    positive = np.where(
+        labels == 1, np.tile([1.0, 3.0], 200), np.arange(400) / 400 * 2
+    )  # half of the positives above all negatives
     found = classification(np.stack([np.full(400, 9.0), positive], 1), labels)
     assert found["balanced_accuracy"] == 0.5 and found["auc"] == pytest.approx(sk.roc_auc_score(labels, positive))
     assert f"in organ AUC {found['auc']:.4f}" in check_teacher(found["auc"], labels, False, "in organ ")
@@ -297,11 +304,15 @@ def test_a_teacher_is_judged_by_its_ranking():
 def test_each_task_of_a_teacher_is_judged():
     rng, labels = np.random.default_rng(0), np.arange(200) % 2
     logits = {"organ": np.stack([1.0 - labels, labels], 1), "sign": rng.normal(size=(200, 2))}
-    splits = SimpleNamespace(val=SimpleNamespace(targets=dict.fromkeys(logits, labels)), positive={"organ": 1, "sign": 1})
+    splits = SimpleNamespace(
+        val=SimpleNamespace(targets=dict.fromkeys(logits, labels)), positive={"organ": 1, "sign": 1}
+    )
     source = SimpleNamespace(title="teacher", described={}, model=None)
     with pytest.raises(UserError, match="in sign no better than chance"):
         judge_teacher(source, logits, splits, None, SimpleNamespace(allow_weak_teacher=False))
-    text = judge_teacher(source, {**logits, "sign": logits["organ"]}, splits, None, SimpleNamespace(allow_weak_teacher=False))
+    text = judge_teacher(
+        source, {**logits, "sign": logits["organ"]}, splits, None, SimpleNamespace(allow_weak_teacher=False)
+    )
     assert "in organ AUC 1.0000" in text and "in sign AUC 1.0000" in text
 
 
@@ -365,8 +376,13 @@ def test_ranking_against_scikit_learn():
     assert got["average_precision"] == pytest.approx(sk.average_precision_score(labels, margin))
     assert got["auc"] == pytest.approx(sk.roc_auc_score(labels, margin))
     negatives = np.sort(margin[labels == 0])
-    assert all(np.mean(negatives < t) < 0.9 or np.mean(margin[labels == 1] >= t) <= got["sensitivity_at_90_specificity"] for t in margin)
-    t = negatives[int(np.ceil(0.9 * len(negatives))) - 1]  # at least 90 % of the negatives are below all that count as positive
+    assert all(
+        np.mean(negatives < t) < 0.9 or np.mean(margin[labels == 1] >= t) <= got["sensitivity_at_90_specificity"]
+        for t in margin
+    )
+    t = negatives[
+        int(np.ceil(0.9 * len(negatives))) - 1
+    ]  # at least 90 % of the negatives are below all that count as positive
     assert got["sensitivity_at_90_specificity"] == pytest.approx(np.mean(margin[labels == 1] > t))
     logits, labels = make(classes=4)
     expected = [sk.average_precision_score(labels == c, softmax(logits)[:, c]) for c in range(4)]
@@ -378,7 +394,10 @@ def test_the_positive_class_may_be_the_first():
     logits, labels = two_classes()
     cancer, margin = labels == 0, logits[:, 0] - logits[:, 1]
     got, other = classification(logits, labels, positive=0), classification(logits, labels)
-    assert got["average_precision"] == pytest.approx(sk.average_precision_score(cancer, margin)) and got["average_precision"] > other["average_precision"] + 0.1
+    assert (
+        got["average_precision"] == pytest.approx(sk.average_precision_score(cancer, margin))
+        and got["average_precision"] > other["average_precision"] + 0.1
+    )
     assert got["pauc"] == pytest.approx(official_pauc(cancer.astype(int), margin), abs=1e-12)
     t = np.sort(margin[~cancer])[int(np.ceil(0.9 * (~cancer).sum())) - 1]
     assert got["sensitivity_at_90_specificity"] == pytest.approx(np.mean(margin[cancer] > t))
@@ -434,16 +453,24 @@ def cases_to_resample():
     tied = np.round(rng.normal(size=(120, 2)), 0) + 0.5  # a handful of different scores
     rare, of_rare = make(40, 4, seed=4)
     certain = np.where(rng.random((60, 3)) < 0.2, -np.inf, 40 * np.round(rng.normal(size=(60, 3)), 0))
-    certain[:, 0] = np.maximum(certain[:, 0], -80)  # a class of probability 0 is a score; a row of nothing else is broken
+    certain[:, 0] = np.maximum(
+        certain[:, 0], -80
+    )  # a class of probability 0 is a score; a row of nothing else is broken
     return {
-        "two": (logits, labels, None), "seven": (seven, of_seven, None), "groups": (seven, of_seven, rng.integers(60, size=200)),
-        "half precision": (seven.astype(np.float16), of_seven, None), "ties": (tied, rng.integers(2, size=120), None),
+        "two": (logits, labels, None),
+        "seven": (seven, of_seven, None),
+        "groups": (seven, of_seven, rng.integers(60, size=200)),
+        "half precision": (seven.astype(np.float16), of_seven, None),
+        "ties": (tied, rng.integers(2, size=120), None),
         "all tied": (np.zeros((50, 3)), rng.integers(3, size=50), None),
         "ties of seven": (np.round(seven), of_seven, np.array([f"p{i}" for i in rng.integers(90, size=200)])),
-        "more positives": (logits, 1 - labels, None), "a class absent": (rare, np.where(of_rare == 2, 0, of_rare), None),
-        "one kind": (logits, np.ones(150, int), None), "few": (np.eye(3)[[0, 1, 1, 2]], np.array([0, 1, 2, 0]), None),
-        "groups of one class": (logits, labels, labels * 3 + np.arange(150) % 3), "probabilities of 0": (certain, rng.integers(3, size=60), None),
-    }  # fmt: skip
+        "more positives": (logits, 1 - labels, None),
+        "a class absent": (rare, np.where(of_rare == 2, 0, of_rare), None),
+        "one kind": (logits, np.ones(150, int), None),
+        "few": (np.eye(3)[[0, 1, 1, 2]], np.array([0, 1, 2, 0]), None),
+        "groups of one class": (logits, labels, labels * 3 + np.arange(150) % 3),
+        "probabilities of 0": (certain, rng.integers(3, size=60), None),
+    }
 
 
 @pytest.mark.parametrize("case", cases_to_resample())
@@ -462,7 +489,9 @@ def test_weights_are_the_resamples(case):
         got = ranking(log_softmax(logits)[rows], labels[rows])
         got["accuracy"] = sk.accuracy_score(labels[rows], logits[rows].argmax(1))
         kinds = np.unique(labels[rows])
-        got["balanced_accuracy"] = sk.recall_score(labels[rows], logits[rows].argmax(1), average="macro", labels=kinds, zero_division=0)
+        got["balanced_accuracy"] = sk.recall_score(
+            labels[rows], logits[rows].argmax(1), average="macro", labels=kinds, zero_division=0
+        )
         expected.append(got)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -28,7 +28,11 @@ def hugging_face_configs():
         "vit": transformers.ViTConfig(**vit, image_size=32, patch_size=8),
         "resnet": transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic"),
         "registers": transformers.Dinov2WithRegistersConfig(
-            hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=32,
+            patch_size=8,
             num_register_tokens=4,
         ),
         "deit": transformers.DeiTConfig(**vit, image_size=32, patch_size=8),
@@ -36,7 +40,7 @@ def hugging_face_configs():
             image_size=32, patch_size=4, embed_dim=16, depths=[1, 1], num_heads=[2, 2], window_size=4
         ),
         "bert": transformers.BertConfig(**vit),
-    }  # fmt: skip
+    }
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +95,8 @@ class OwnModel(ViTModel):
 @pytest.mark.parametrize("known", [True, False])  # whether transformers has a model of this type too
 @pytest.mark.parametrize("kind, pretrained", [("image", True), ("image", False), ("text", True), ("text", False)])
 def test_code_of_a_hugging_face_folder_never_runs(hub_folder, tmp_path, monkeypatch, kind, pretrained, known):
-    """A folder whose config names classes of its own, as of a hub's repository: it is refused or taken without them, and nobody is asked."""
+    """A folder whose config names classes of its own, as of a hub's repository: it is refused or taken without them,
+    and nobody is asked."""
     folder = tmp_path / "model"
     shutil.copytree(hub_folder / ("vit" if kind == "image" else "bert"), folder)
     config = json.loads((folder / "config.json").read_text())
@@ -116,14 +121,23 @@ def test_nothing_is_loaded_that_could_run_code():
         for call in (node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)):
             function = ast.unparse(call.func)
             given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
-            assert function not in ("eval", "exec", "pickle.load", "pickle.loads", "torch.hub.load", "joblib.load"), (file, function)
+            assert function not in ("eval", "exec", "pickle.load", "pickle.loads", "torch.hub.load", "joblib.load"), (
+                file,
+                function,
+            )
             name, value = wanted.get(function.split(".")[-1], (None, None))
             if function in ("torch.load", "np.load"):
                 name, value = ("weights_only", True) if function == "torch.load" else ("allow_pickle", False)
             if name:
                 seen.append(function)
                 assert given.get(name) == str(value), f"{file}:{call.lineno}: {function} without {name}={value}"
-    assert {"torch.load", "np.load", "AutoModel.from_pretrained", "AutoModel.from_config", "AutoTokenizer.from_pretrained"} <= set(seen)
+    assert {
+        "torch.load",
+        "np.load",
+        "AutoModel.from_pretrained",
+        "AutoModel.from_config",
+        "AutoTokenizer.from_pretrained",
+    } <= set(seen)
 
 
 def test_hugging_face_weights_and_normalization(hub_folder):
@@ -161,11 +175,15 @@ def test_what_is_assumed_without_a_processor_is_said(hub_folder):
 
 @pytest.mark.parametrize("name, kept", [("vit", True), ("resnet", True), ("convnext", False)])
 def test_the_head_of_a_fine_tuned_classifier(tmp_path, name, kept):
-    """Kept where its classes are as many and it reads what ours reads (ConvNeXt's reads a norm between): the same logits."""
+    """Kept where its classes are as many and it reads what ours reads (ConvNeXt's reads a norm between): the same
+    logits."""
     import transformers
 
     torch.manual_seed(0)
-    configs = {**hugging_face_configs(), "convnext": transformers.ConvNextConfig(depths=[1, 1], hidden_sizes=[8, 16], num_stages=2)}
+    configs = {
+        **hugging_face_configs(),
+        "convnext": transformers.ConvNextConfig(depths=[1, 1], hidden_sizes=[8, 16], num_stages=2),
+    }
     configs[name].num_labels = 5
     whole = transformers.AutoModelForImageClassification.from_config(configs[name]).eval()
     for m in whole.modules():
@@ -282,10 +300,17 @@ def test_checking_the_input_draws_no_random_numbers():
 
 @pytest.mark.parametrize(
     "name, family",
-    [("resnet8", "cnn"), ("vit_tiny", "vit"), ("timm:test_convnext", "cnn"), ("timm:test_nfnet", "cnn"),
-     ("timm:levit_128s", "vit"), ("timm:twins_svt_small", "vit"), ("timm:test_maxvit", "vit"),
-     ("timm:xcit_nano_12_p16_224", "vit")],
-)  # fmt: skip
+    [
+        ("resnet8", "cnn"),
+        ("vit_tiny", "vit"),
+        ("timm:test_convnext", "cnn"),
+        ("timm:test_nfnet", "cnn"),
+        ("timm:levit_128s", "vit"),
+        ("timm:twins_svt_small", "vit"),
+        ("timm:test_maxvit", "vit"),
+        ("timm:xcit_nano_12_p16_224", "vit"),
+    ],
+)
 def test_families(name, family):
     assert build_model(name, 3, 64).family == family
 
@@ -317,7 +342,17 @@ def test_foreign_weights(name):
         return {prefix + key: value for key, value in bare.items()}
 
     states = [bare, {"state_dict": bare, "epoch": 3}, {"model": bare}, {"model": source.state_dict(), "epoch": 1}]
-    states += [prefixed(p) for p in ("module.", "_orig_mod.", "module._orig_mod.", "module.backbone.", "_orig_mod.module.", "module.module.")]
+    states += [
+        prefixed(p)
+        for p in (
+            "module.",
+            "_orig_mod.",
+            "module._orig_mod.",
+            "module.backbone.",
+            "_orig_mod.module.",
+            "module.module.",
+        )
+    ]
     for state in states:
         model = build_model(name, 4, 32)
         assert not same_state(model, source)
@@ -337,7 +372,11 @@ def test_a_head_of_other_classes_stays_new(name, head):
         assert model.known_classes == (4 if any(key.startswith(head) for key in state) else 0)
         for key, value in model.backbone.state_dict().items():
             if key.startswith(head):  # new and small: logits near 0, whatever the architecture's own start
-                assert value.shape[0] == 7 and value.abs().max() <= 0.06 and (value.std() > 0.005) == key.endswith("weight"), key
+                assert (
+                    value.shape[0] == 7
+                    and value.abs().max() <= 0.06
+                    and (value.std() > 0.005) == key.endswith("weight")
+                ), key
             else:
                 assert torch.equal(value, source.backbone.state_dict()[key]), key
 
@@ -357,40 +396,62 @@ def test_what_a_file_holds_is_said_and_taken():
 
     extra = {"dino_head.mlp.weight": torch.zeros(3, 3), "loss.center": torch.zeros(1)}
     for state, taken, words in [
-        ({"state_dict": bare, "state_dict_ema": average, "optimizer": {"state": {0: {"step": torch.zeros(1)}}}}, average, "(state_dict_ema, not state_dict)"),
+        (
+            {"state_dict": bare, "state_dict_ema": average, "optimizer": {"state": {0: {"step": torch.zeros(1)}}}},
+            average,
+            "(state_dict_ema, not state_dict)",
+        ),
         ({"model": bare, "model_ema": average}, average, "(model_ema, not model)"),
         ({"student": other, "teacher": bare}, bare, "(teacher, not student)"),
         ({"net": bare, "epoch": 3}, bare, "(net)"),
         ({"model": {"ema": average, "state_dict": bare}}, average, "(model.ema, not model.state_dict)"),
-        ({"student": below("module.backbone.", other), "teacher": below("backbone.", bare, **extra)}, bare,
-         "(teacher, not student; backbone.*; left out: dino_head.*, loss.*)"),
+        (
+            {"student": below("module.backbone.", other), "teacher": below("backbone.", bare, **extra)},
+            bare,
+            "(teacher, not student; backbone.*; left out: dino_head.*, loss.*)",
+        ),
         (below("module.encoder_q.", bare, queue=torch.zeros(2, 2)), bare, "(module.encoder_q.*; left out: queue.*)"),
-        ({"model": below("net.", bare), "other": raised(build_model("vit_6_192", 4, 32).backbone.state_dict(), 0)}, bare, "(model; net.*)"),
-    ]:  # fmt: skip
+        (
+            {"model": below("net.", bare), "other": raised(build_model("vit_6_192", 4, 32).backbone.state_dict(), 0)},
+            bare,
+            "(model; net.*)",
+        ),
+    ]:
         model = build_model("resnet8", 4, 32)
         assert load_weights(model, state, "x.pth") == f"x.pth {words}"
         assert all(torch.equal(value, taken[name]) for name, value in model.backbone.state_dict().items()), words
     both = {"model": {**below("student.backbone.", bare), **below("teacher.backbone.", other)}, "optimizer": {}}
-    assert "several parts that fit resnet8, student.backbone.*, teacher.backbone.*" in refusal(load_weights, model, both, "x.pth")
+    assert "several parts that fit resnet8, student.backbone.*, teacher.backbone.*" in refusal(
+        load_weights, model, both, "x.pth"
+    )
     wrong = {"model": below("encoder.", build_model("vit_6_192", 4, 32).backbone.state_dict()), "epoch": 3}
     text = refusal(load_weights, model, wrong, "x.pth")
-    assert "its names begin with encoder., encoder.patch_embed., encoder.blocks." in text and text.endswith("; its keys: model, epoch")
+    assert "its names begin with encoder., encoder.patch_embed., encoder.blocks." in text and text.endswith(
+        "; its keys: model, epoch"
+    )
 
 
 def test_blocks_in_chunks_as_dinov2_saves_them():
     source, model = (build_model("timm:test_vit", 0, 32) for _ in range(2))
-    state = {f"backbone.{name.replace('blocks.', 'blocks.0.')}": value for name, value in source.backbone.state_dict().items()}
+    state = {
+        f"backbone.{name.replace('blocks.', 'blocks.0.')}": value
+        for name, value in source.backbone.state_dict().items()
+    }
     load_weights(model, {"teacher": {**state, "dino_head.weight": torch.zeros(1)}}, "x.pth")
     assert same_state(model, source)
 
 
 def test_files_of_other_scripts(tmp_path):
-    """A Namespace beside the weights is let through; what is no weights file is said in one line, without escape codes."""
+    """A Namespace beside the weights is let through; what is no weights file is said in one line, without escape
+    codes."""
     import numpy as np
     from safetensors.torch import save_file
 
     bare = build_model("resnet8", 4, 32).backbone.state_dict()
-    torch.save({"state_dict": bare, "args": argparse.Namespace(lr=0.1, more=argparse.Namespace(a=[1]))}, tmp_path / "namespace.pth")
+    torch.save(
+        {"state_dict": bare, "args": argparse.Namespace(lr=0.1, more=argparse.Namespace(a=[1]))},
+        tmp_path / "namespace.pth",
+    )
     save_file(bare, tmp_path / "renamed.bin")
     for name in ("namespace.pth", "renamed.bin"):
         model = build_model("resnet8", 4, 32)
@@ -404,8 +465,16 @@ def test_files_of_other_scripts(tmp_path):
     (tmp_path / "empty.pth").write_bytes(b"")
     (tmp_path / "page.pth").write_text("<!DOCTYPE html>\n<html>404</html>")
     (tmp_path / "lfs.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
-    for name, words in (("whole.pth", "ImageModel"), ("numpy.pth", "scalar"), ("cut.pth", "damaged"), ("cut.safetensors", "damaged"), ("empty.pth", "empty"),
-                        ("page.pth", "<!DOCTYPE"), ("lfs.safetensors", "git-lfs"), ("absent.pth", "no such file")):  # fmt: skip
+    for name, words in (
+        ("whole.pth", "ImageModel"),
+        ("numpy.pth", "scalar"),
+        ("cut.pth", "damaged"),
+        ("cut.safetensors", "damaged"),
+        ("empty.pth", "empty"),
+        ("page.pth", "<!DOCTYPE"),
+        ("lfs.safetensors", "git-lfs"),
+        ("absent.pth", "no such file"),
+    ):
         for load in (load_checkpoint, lambda path: start_weights(model, path, flag="--teacher-weights")):
             with pytest.raises(UserError) as caught:
                 load(str(tmp_path / name))
@@ -423,10 +492,18 @@ def test_weights_bring_their_normalization(tmp_path):
     assert model.mean is None, "random weights expect nothing"
     torch.save(timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=4).state_dict(), tmp_path / "x.pth")
     start_weights(model, str(tmp_path / "x.pth"))
-    assert str(Preprocess.of_new(model, 32, "digits", DATASETS["digits"])) == f"mean 0.5 0.5 0.5, std 0.5 0.5 0.5, of the weights of {name}"
-    checkpoint = {"kind": "image", "model": model.state_dict(), "model_args": model.build_args, "classes": list("abcd"),
-                  "flags": {"dataset": "digits", "data_root": None},
-                  "preprocess": {"resolution": 32, "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}}  # fmt: skip
+    assert (
+        str(Preprocess.of_new(model, 32, "digits", DATASETS["digits"]))
+        == f"mean 0.5 0.5 0.5, std 0.5 0.5 0.5, of the weights of {name}"
+    )
+    checkpoint = {
+        "kind": "image",
+        "model": model.state_dict(),
+        "model_args": model.build_args,
+        "classes": list("abcd"),
+        "flags": {"dataset": "digits", "data_root": None},
+        "preprocess": {"resolution": 32, "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]},
+    }
     torch.save(checkpoint, tmp_path / "own.pth")
     for given in ({"weights": str(tmp_path / "own.pth")}, {"init_checkpoint": str(tmp_path / "own.pth")}):
         model = build_model(name, 4, 32)
@@ -439,7 +516,10 @@ def test_real_imagenet_weights(size):
     """tf_efficientnet_lite expects mean and std 0.5; its ImageNet head does not fit seven classes."""
     model = build_model(f"tf_efficientnet_lite{size}", 7, 64)
     note = start_weights(model, str(shared_archive(f"tf_efficientnet_lite{size}.safetensors")))
-    assert note.endswith("with a new head of 7 classes: theirs has 1000") and (model.mean, model.std) == ([0.5] * 3, [0.5] * 3)
+    assert note.endswith("with a new head of 7 classes: theirs has 1000") and (model.mean, model.std) == (
+        [0.5] * 3,
+        [0.5] * 3,
+    )
     assert forward(model, images(64))["logits"].abs().max() < 1, "timm's own start gives up to 10"
     with pytest.raises(UserError, match="a head of 1000 classes, the data have 7"):
         need_head(model, list("abcdefg"), "x.safetensors")

@@ -19,10 +19,25 @@ from common.models import ModelError
 from common.multimodal import FUSIONS, AttentionBlock, Gated, build_image_text_model, build_text_model, train_wordpiece
 from common.optimizer import make_optimizer
 
-TEXTS = ["ct of the chest", "mr of the head and the neck, axial", "", "the mass in the chest", "t2 of the knee", "pelvis"]
+TEXTS = [
+    "ct of the chest",
+    "mr of the head and the neck, axial",
+    "",
+    "the mass in the chest",
+    "t2 of the knee",
+    "pelvis",
+]
 TASKS = {"modality": 2, "location": 5}
 IMAGE = "resnet8"
-KEYS = {"img_raw": 512, "txt_raw": 128, "img_proj": 64, "txt_proj": 64, "embedding": 64, "logits_modality": 2, "logits_location": 5}
+KEYS = {
+    "img_raw": 512,
+    "txt_raw": 128,
+    "img_proj": 64,
+    "txt_proj": 64,
+    "embedding": 64,
+    "logits_modality": 2,
+    "logits_location": 5,
+}
 
 
 def build(image=IMAGE, text="bert-tiny-scratch", **options):
@@ -41,7 +56,9 @@ def refusal(call, *args, **options):
 
 def batch_of(model, rows=(0, 1, 3)):
     image = torch.randn(len(rows), 3, 16, 16, generator=torch.Generator().manual_seed(1))
-    text = token_batch(tokenize(TEXTS, model.tokenizer, model.max_length), torch.tensor(rows)) if model.tokenizer else {}
+    text = (
+        token_batch(tokenize(TEXTS, model.tokenizer, model.max_length), torch.tensor(rows)) if model.tokenizer else {}
+    )
     return {"image": image, **text}
 
 
@@ -53,38 +70,57 @@ def forward(model, batch):
 def padded(batch, count, token=7):
     """The same texts with `count` more positions, which hold a token that is no padding."""
     rows = len(batch["input_ids"])
-    return {**batch, "input_ids": torch.cat([batch["input_ids"], torch.full((rows, count), token)], 1),
-            "attention_mask": F.pad(batch["attention_mask"], (0, count))}  # fmt: skip
+    return {
+        **batch,
+        "input_ids": torch.cat([batch["input_ids"], torch.full((rows, count), token)], 1),
+        "attention_mask": F.pad(batch["attention_mask"], (0, count)),
+    }
 
 
 @pytest.fixture(scope="module")
 def text_folder(tmp_path_factory):
-    """Folders as one downloads them: a BERT with tokenizer.json, a cased DistilBERT with vocab.txt, others that are not usable."""
+    """Folders as one downloads them: a BERT with tokenizer.json, a cased DistilBERT with vocab.txt, others that are not
+    usable."""
     import transformers
 
-    folder, small = tmp_path_factory.mktemp("hub"), {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    folder, small = (
+        tmp_path_factory.mktemp("hub"),
+        {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64},
+    )
     pieces = train_wordpiece(TEXTS)
     (folder / "distilbert").mkdir()
     (folder / "distilbert" / "vocab.txt").write_text("".join(f"{piece}\n" for piece in [*pieces, "CT", "MR"]))
-    (folder / "distilbert" / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "DistilBertTokenizer", "do_lower_case": False}))
+    (folder / "distilbert" / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "DistilBertTokenizer", "do_lower_case": False})
+    )
     configs = {
-        "bert": transformers.BertConfig(vocab_size=len(pieces) + 3, hidden_size=32, max_position_embeddings=40, **small),
-        "distilbert": transformers.DistilBertConfig(vocab_size=len(pieces) + 2, dim=48, n_layers=1, n_heads=2, hidden_dim=64),
+        "bert": transformers.BertConfig(
+            vocab_size=len(pieces) + 3, hidden_size=32, max_position_embeddings=40, **small
+        ),
+        "distilbert": transformers.DistilBertConfig(
+            vocab_size=len(pieces) + 2, dim=48, n_layers=1, n_heads=2, hidden_dim=64
+        ),
     }
     for name, config in configs.items():
         torch.manual_seed(3)
-        transformers.AutoModel.from_config(config).to(torch.bfloat16 if name == "bert" else torch.float32).save_pretrained(folder / name)
+        transformers.AutoModel.from_config(config).to(
+            torch.bfloat16 if name == "bert" else torch.float32
+        ).save_pretrained(folder / name)
     transformers.AutoTokenizer.from_pretrained(folder / "distilbert").save_pretrained(folder / "converted")
     (folder / "bert_vocabulary").mkdir()
     (folder / "bert_vocabulary" / "vocab.txt").write_text("".join(f"{piece}\n" for piece in pieces))
-    (folder / "bert_vocabulary" / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer", "do_lower_case": True}))
+    (folder / "bert_vocabulary" / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "BertTokenizer", "do_lower_case": True})
+    )
     transformers.AutoTokenizer.from_pretrained(folder / "bert_vocabulary").save_pretrained(folder / "bert")
     assert (folder / "bert" / "tokenizer.json").exists()
     configs["bert"].save_pretrained(folder / "no_tokenizer")
     shutil.copytree(folder / "bert", folder / "few_words")
     transformers.BertConfig(vocab_size=8, hidden_size=32, **small).save_pretrained(folder / "few_words")
     transformers.ViTConfig(hidden_size=32, image_size=16, patch_size=8, **small).save_pretrained(folder / "vit")
-    transformers.T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2).save_pretrained(folder / "t5")
+    transformers.T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2).save_pretrained(
+        folder / "t5"
+    )
     return folder
 
 
@@ -113,14 +149,21 @@ def test_padding_changes_nothing(fusion):
     out = forward(model, batch)
     for other in (padded(batch, 5), padded(batch, 60, token=3)):
         for key, value in forward(model, other).items():
-            torch.testing.assert_close(value, out[key], atol=2e-5, rtol=2e-5, msg=lambda text, key=key: f"{key}: {text}")
+            torch.testing.assert_close(
+                value, out[key], atol=2e-5, rtol=2e-5, msg=lambda text, key=key: f"{key}: {text}"
+            )
     for row in range(4):
         length = int(batch["attention_mask"][row].sum())
-        alone = {key: value[row : row + 1, :length] if key != "image" else value[row : row + 1] for key, value in batch.items()}
+        alone = {
+            key: value[row : row + 1, :length] if key != "image" else value[row : row + 1]
+            for key, value in batch.items()
+        }
         for key, value in forward(model, alone).items():
             torch.testing.assert_close(value[0], out[key][row], atol=2e-5, rtol=2e-5)
     changed = {**batch, "attention_mask": torch.ones_like(batch["attention_mask"])}
-    assert not torch.allclose(forward(model, changed)["embedding"], out["embedding"], atol=1e-3), "a mask that is ignored would pass"
+    assert not torch.allclose(forward(model, changed)["embedding"], out["embedding"], atol=1e-3), (
+        "a mask that is ignored would pass"
+    )
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)
@@ -145,7 +188,9 @@ def test_each_side_reaches_the_embedding(fusion):
     batch = batch_of(model)
     out = forward(model, batch)["embedding"]
     image = forward(model, {**batch, "image": batch["image"].flip(0)})["embedding"]
-    text = forward(model, {**batch, "input_ids": batch["input_ids"].flip(0), "attention_mask": batch["attention_mask"].flip(0)})["embedding"]
+    text = forward(
+        model, {**batch, "input_ids": batch["input_ids"].flip(0), "attention_mask": batch["attention_mask"].flip(0)}
+    )["embedding"]
     for other in (image, text):  # rows 0 and 2 have changed places on one side, row 1 is as before
         assert (other - out).abs().amax(1)[[0, 2]].min() > 1e-3
         torch.testing.assert_close(other[1], out[1], atol=2e-5, rtol=2e-5)
@@ -286,7 +331,13 @@ def test_vocabulary_depends_on_the_texts_alone():
     """In another process, whose hashes differ, and for texts in another order."""
     code = f"from common.multimodal import train_wordpiece; print(train_wordpiece({TEXTS[::-1]!r}))"
     for seed in ("1", "2"):
-        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**script_environment(), "PYTHONHASHSEED": seed}, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=ROOT,
+            env={**script_environment(), "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+        )
         assert done.stdout.strip() == repr(train_wordpiece(TEXTS)), done.stderr
 
 
@@ -297,14 +348,20 @@ def test_scratch_tokenizer():
     assert text.tokenizer("")["input_ids"] == [2, 3]
     for name, layers, width in (("bert-tiny-scratch", 2, 128), ("bert-mini-scratch", 4, 256)):
         config = build_text_model(name, texts=TEXTS).body.config
-        assert (config.num_hidden_layers, config.hidden_size, config.num_attention_heads) == (layers, width, width // 64)
+        assert (config.num_hidden_layers, config.hidden_size, config.num_attention_heads) == (
+            layers,
+            width,
+            width // 64,
+        )
     assert "needs the texts of train" in refusal(build_text_model, "bert-tiny-scratch")
 
 
 # ---------------------------------------------------------------------------------------------------- folders and hubs
 
 
-@pytest.mark.parametrize("text, fusion", [("bert", "cross_attention"), ("distilbert", "transformer_concat"), ("bert-tiny-scratch", "gated")])
+@pytest.mark.parametrize(
+    "text, fusion", [("bert", "cross_attention"), ("distilbert", "transformer_concat"), ("bert-tiny-scratch", "gated")]
+)
 def test_rebuilt_without_the_folder(text_folder, tmp_path, text, fusion):
     name, gone = text, tmp_path / "gone"
     if text != "bert-tiny-scratch":
@@ -322,7 +379,11 @@ def test_rebuilt_without_the_folder(text_folder, tmp_path, text, fusion):
     assert all(torch.equal(again[key], batch[key]) for key in batch), "the same tokens"
     for key, value in forward(rebuilt, again).items():
         assert torch.equal(value, out[key]), key
-    assert rebuilt.build_args == model.build_args and rebuilt.max_length == 24 and rebuilt.num_parameters == model.num_parameters
+    assert (
+        rebuilt.build_args == model.build_args
+        and rebuilt.max_length == 24
+        and rebuilt.num_parameters == model.num_parameters
+    )
 
 
 @pytest.mark.parametrize("text, width", [("bert", 32), ("distilbert", 48)])
@@ -353,10 +414,14 @@ def test_short_names():
 
 
 def test_an_image_model_of_a_folder(text_folder):
-    model = build(f"hf:{text_folder / 'vit'}", f"hf:{text_folder / 'distilbert'}", fusion="transformer_concat", max_length=24)
+    model = build(
+        f"hf:{text_folder / 'vit'}", f"hf:{text_folder / 'distilbert'}", fusion="transformer_concat", max_length=24
+    )
     out = model(batch_of(model))
     (out["logits_modality"].sum() + out["logits_location"].sum()).backward()
-    assert [name for name, p in model.named_parameters() if p.grad is None] == [], "DDP would stop at a pooler that is not used"
+    assert [name for name, p in model.named_parameters() if p.grad is None] == [], (
+        "DDP would stop at a pooler that is not used"
+    )
     assert out["img_raw"].shape == (3, 32) and out["txt_raw"].shape == (3, 48) and model.family == "vit+distilbert"
     args = copy.deepcopy(model.build_args)
     args["image_name"], args["image_args"]["name"] = "hf:/nowhere", "hf:/nowhere"
@@ -368,8 +433,13 @@ def test_an_image_model_of_a_folder(text_folder):
 def test_bad_models(text_folder, monkeypatch, capsys):
     for name in ("no_tokenizer", "few_words", "vit", "t5", "nothing"):
         text = refusal(build_text_model, f"hf:{text_folder / name}", 16)
-        wanted = {"no_tokenizer": "has no tokenizer", "few_words": "the model knows 8", "vit": "no text encoder", "t5": "no text encoder",
-                  "nothing": "cannot load"}  # fmt: skip
+        wanted = {
+            "no_tokenizer": "has no tokenizer",
+            "few_words": "the model knows 8",
+            "vit": "no text encoder",
+            "t5": "no text encoder",
+            "nothing": "cannot load",
+        }
         assert wanted[name] in text, text
     assert "choose of bio-clinical-bert, distilbert, bert-tiny-scratch" in refusal(build_text_model, "bert-tiny")
     assert "--max-length" in refusal(build_text_model, f"hf:{text_folder / 'bert'}", 41, pretrained=True)
@@ -409,10 +479,16 @@ def test_freezing_and_dropout():
     model = build()
     model.freeze_backbone(["text"])
     model.train()
-    assert not model.text.training and model.image.training and not any(p.requires_grad for p in model.text.parameters())
+    assert (
+        not model.text.training and model.image.training and not any(p.requires_grad for p in model.text.parameters())
+    )
     model.freeze_backbone()
     model.train()
-    assert not model.image.training and model.fusion.training and all(p.requires_grad for head in model.classifiers for p in head.parameters())
+    assert (
+        not model.image.training
+        and model.fusion.training
+        and all(p.requires_grad for head in model.classifiers for p in head.parameters())
+    )
     batch = batch_of(model)
     with torch.no_grad():
         plain, again = model(batch)["logits_modality"], model(batch)["logits_modality"]
@@ -427,8 +503,14 @@ def test_weight_decay_leaves_positions_and_tokens_out():
     decayed, free = make_optimizer("adamw", [model], 1e-3).param_groups
     names = {id(p): name for name, p in model.named_parameters()}
     free_names = {names[id(p)] for p in free["params"] if p.ndim > 1}
-    assert free_names == {"image.backbone.cls_token", "image.backbone.pos_embed", "fusion.cls_token", "fusion.kinds",
-                          "text.body.embeddings.position_embeddings.weight", "text.body.embeddings.token_type_embeddings.weight"}  # fmt: skip
+    assert free_names == {
+        "image.backbone.cls_token",
+        "image.backbone.pos_embed",
+        "fusion.cls_token",
+        "fusion.kinds",
+        "text.body.embeddings.position_embeddings.weight",
+        "text.body.embeddings.token_type_embeddings.weight",
+    }
     assert decayed["weight_decay"] == 0.05 and len(decayed["params"]) + len(free["params"]) == len(names)
 
 
@@ -446,7 +528,9 @@ def test_copies_features_and_other_sides():
     model.set_resolution(32)
     wide = forward(model, {**batch, "image": torch.zeros(3, 3, 32, 32)})
     assert wide["tokens"].shape == (3, 64, 192)
-    assert {value.shape[0] for value in forward(model, model.example()).values() if isinstance(value, torch.Tensor)} == {2}
+    assert {
+        value.shape[0] for value in forward(model, model.example()).values() if isinstance(value, torch.Tensor)
+    } == {2}
     assert "no image side" in refusal(build(inputs="text").set_feature_layers, ["blocks.3"])
 
 
@@ -462,9 +546,14 @@ def test_it_learns_from_both_sides(fusion):
     """A label that neither side alone tells (a grey level and a word, four classes) is learnt."""
     texts = ["ct of the chest", "mr of the chest"]
     torch.manual_seed(0)
-    model = build_image_text_model(IMAGE, "bert-tiny-scratch", {"both": 4}, 8, fusion=fusion, fusion_dim=64, texts=texts)
+    model = build_image_text_model(
+        IMAGE, "bert-tiny-scratch", {"both": 4}, 8, fusion=fusion, fusion_dim=64, texts=texts
+    )
     tokens = token_batch(tokenize(texts, model.tokenizer, 16), torch.tensor([0, 1, 0, 1]))
-    batch = {"image": torch.tensor([-1.0, -1.0, 1.0, 1.0])[:, None, None, None].expand(4, 3, 8, 8).contiguous(), **tokens}
+    batch = {
+        "image": torch.tensor([-1.0, -1.0, 1.0, 1.0])[:, None, None, None].expand(4, 3, 8, 8).contiguous(),
+        **tokens,
+    }
     labels = torch.tensor([0, 1, 2, 3])
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
     for _ in range(30):

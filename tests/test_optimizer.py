@@ -26,9 +26,14 @@ OFF = Precision("off", CPU)
 def small_net(seed=0):
     torch.manual_seed(seed)
     return nn.Sequential(
-        nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 9, 4),
-        nn.LayerNorm(4), nn.Linear(4, 4),
-    )  # fmt: skip
+        nn.Conv2d(3, 8, 3, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(8 * 9, 4),
+        nn.LayerNorm(4),
+        nn.Linear(4, 4),
+    )
 
 
 def data(step):
@@ -49,8 +54,15 @@ def decays(optimizer, module):
 
 # ------------------------------------------------------------------------------------------------------------ optimizer
 
-TINY_HF_VIT = {"model_type": "vit", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
-               "intermediate_size": 64, "image_size": 32, "patch_size": 8}  # fmt: skip
+TINY_HF_VIT = {
+    "model_type": "vit",
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "image_size": 32,
+    "patch_size": 8,
+}
 
 
 @pytest.mark.parametrize(
@@ -61,12 +73,23 @@ TINY_HF_VIT = {"model_type": "vit", "hidden_size": 32, "num_hidden_layers": 1, "
         ("timm:test_vit", {}, ["patch_embed.proj.weight", "blocks.0.attn.qkv.weight"], ["cls_token", "pos_embed"]),
         ("timm:test_vit2", {}, ["blocks.0.attn.qkv.weight"], ["reg_token", "pos_embed"]),
         ("timm:test_convnext", {}, ["stem.0.weight"], []),
-        ("hf:tiny", {"hf_config": TINY_HF_VIT}, ["body.embeddings.patch_embeddings.projection.weight", "head.weight"],
-         ["body.embeddings.cls_token", "body.embeddings.position_embeddings"]),
-        ("hf:tiny", {"hf_config": {**TINY_HF_VIT, "model_type": "dinov2_with_registers", "num_register_tokens": 4}}, ["head.weight"],
-         [f"body.embeddings.{name}" for name in ("cls_token", "mask_token", "register_tokens", "position_embeddings")]),
+        (
+            "hf:tiny",
+            {"hf_config": TINY_HF_VIT},
+            ["body.embeddings.patch_embeddings.projection.weight", "head.weight"],
+            ["body.embeddings.cls_token", "body.embeddings.position_embeddings"],
+        ),
+        (
+            "hf:tiny",
+            {"hf_config": {**TINY_HF_VIT, "model_type": "dinov2_with_registers", "num_register_tokens": 4}},
+            ["head.weight"],
+            [
+                f"body.embeddings.{name}"
+                for name in ("cls_token", "mask_token", "register_tokens", "position_embeddings")
+            ],
+        ),
     ],
-)  # fmt: skip
+)
 def test_no_decay_on_norms_biases_tokens_and_positions(name, options, weights, positions):
     model = build_model(name, 4, 32, **options)
     got = decays(make_optimizer("adamw", [model], None, 0.07), model)
@@ -105,7 +128,9 @@ def test_defaults_and_groups():
 
 
 def test_the_projectors_decay_is_the_flag_s():
-    args = build_parser().parse_args(["--method", "feature", "--projector-weight-decay", "0.3", "--weight-decay", "0.2"])
+    args = build_parser().parse_args(
+        ["--method", "feature", "--projector-weight-decay", "0.3", "--weight-decay", "0.2"]
+    )
     settle(args)
     net, projectors = small_net(), DistillationLoss({"feature": 1.0})
     maps = {"features": {"a": torch.zeros(2, 3, 2, 2)}}
@@ -414,9 +439,11 @@ def raw_batch(count=8, side=20):
     generator = torch.Generator().manual_seed(0)
     return {
         "image": torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8, generator=generator),
-        "size": torch.full((count, 2), side), "key": torch.arange(count), "view": torch.full((count,), 3),
+        "size": torch.full((count, 2), side),
+        "key": torch.arange(count),
+        "view": torch.full((count,), 3),
         "targets": {"label": torch.arange(count) % 4},
-    }  # fmt: skip
+    }
 
 
 def test_the_teacher_is_frozen():
@@ -482,7 +509,9 @@ def by_flags(*flags, steps=10):
     """(net, Updater) that a training script makes of these flags."""
     from train_student import build_parser
 
-    args = build_parser().parse_args(["--optimizer", "sgd", "--lr", "0.4", "--weight-decay", "0", "--momentum", "0", *flags])
+    args = build_parser().parse_args(
+        ["--optimizer", "sgd", "--lr", "0.4", "--weight-decay", "0", "--momentum", "0", *flags]
+    )
     net = small_net()
     return net, make_updater(args, net, OFF, steps)
 

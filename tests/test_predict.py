@@ -25,7 +25,8 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory, run):
-    """(folder, {path below it: probabilities (10,)}): the test digits as grey PNGs in three folders, one hidden and two broken files."""
+    """(folder, {path below it: probabilities (10,)}): the test digits as grey PNGs in three folders, one hidden and two
+    broken files."""
     root = tmp_path_factory.mktemp("pictures")
     stored = np.load(run / "predictions_test.npz", allow_pickle=False)
     images, expected = load_digits().images, {}
@@ -71,9 +72,14 @@ def test_probabilities_are_those_of_the_test_split(run, pictures, tmp_path):
     assert [int(row["predicted"]) for row in rows] == found.argmax(1).tolist()
     assert [float(row["confidence"]) for row in rows] == found.max(1).tolist()
     lines = done.stdout.splitlines()
-    assert [line for line in lines if line.startswith("skipped:")] == [line for line in lines if "broken.png" in line] and "broken.png" in done.stdout
+    assert [line for line in lines if line.startswith("skipped:")] == [
+        line for line in lines if "broken.png" in line
+    ] and "broken.png" in done.stdout
     assert "719 images" in done.stdout and lines[-1] == "predictions.csv"
-    counts = {line.split()[0]: int(line.split()[1]) for line in lines[lines.index(next(x for x in lines if "719 images" in x)) + 1 : -1]}
+    counts = {
+        line.split()[0]: int(line.split()[1])
+        for line in lines[lines.index(next(x for x in lines if "719 images" in x)) + 1 : -1]
+    }
     of_class = np.bincount(found.argmax(1), minlength=10)
     assert counts == {str(c): n for c, n in enumerate(of_class) if n}
 
@@ -82,8 +88,23 @@ def test_images_and_folders_in_order_each_once(run, pictures, tmp_path):
     root, expected = pictures
     names = sorted(expected)
     one, other = next(n for n in names if n.startswith("part 0")), next(n for n in names if n.startswith("part 2"))
-    succeed("evaluate.py", run / "best.pth", "--predict", other, "part 0", one, "--output", tmp_path / "new" / "p.csv", "--device", "cpu", "--workers", 0,
-            "--batch-size", 7, cwd=root)  # fmt: skip
+    succeed(
+        "evaluate.py",
+        run / "best.pth",
+        "--predict",
+        other,
+        "part 0",
+        one,
+        "--output",
+        tmp_path / "new" / "p.csv",
+        "--device",
+        "cpu",
+        "--workers",
+        0,
+        "--batch-size",
+        7,
+        cwd=root,
+    )
     rows = table(tmp_path / "new" / "p.csv")
     assert [row["path"] for row in rows] == [*(n for n in names if n.startswith("part 0")), other]
     for row in rows[:3] + rows[-1:]:
@@ -107,7 +128,15 @@ def test_any_mode_size_and_turn(run, pictures, tmp_path, predict):
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 31, 3), np.uint8)).save(tmp_path / "large.jpg")
     out = predict(run / "best.pth", "--predict", ".", "--window", 0, 65535)
     rows = {row["path"]: row for row in table(tmp_path / "predictions.csv")}
-    assert list(rows) == ["cmyk.tif", "colour.png", "deep.png", "large.jpg", "palette.png", "transparent.png", "turned.png"], out
+    assert list(rows) == [
+        "cmyk.tif",
+        "colour.png",
+        "deep.png",
+        "large.jpg",
+        "palette.png",
+        "transparent.png",
+        "turned.png",
+    ], out
     for path, row in rows.items():
         found = [float(row[str(c)]) for c in range(10)]
         assert sum(found) == pytest.approx(1, abs=1e-6)
@@ -116,31 +145,85 @@ def test_any_mode_size_and_turn(run, pictures, tmp_path, predict):
 
 
 def test_several_tasks(tmp_path, predict, refused):
-    """A model that was trained with texts at hand, on images alone; of a model that reads texts the words of a refusal."""
+    """A model that was trained with texts at hand, on images alone; of a model that reads texts the words of a
+    refusal."""
     rng = np.random.default_rng(0)
     (tmp_path / "data" / "images").mkdir(parents=True)
     for split, count in (("train", 24), ("val", 12), ("test", 12)):
         lines = []
         for i in range(count):
-            Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(tmp_path / "data" / "images" / f"{split}_{i:02d}.png")
-            lines.append(f'{{"image": "{split}_{i:02d}.png", "text": "a view", "organ": "{"abc"[i % 3]}", "plane": "{"xy"[i // 3 % 2]}"}}\n')
+            Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(
+                tmp_path / "data" / "images" / f"{split}_{i:02d}.png"
+            )
+            lines.append(
+                f'{{"image": "{split}_{i:02d}.png", "text": "a view", "organ": "{"abc"[i % 3]}", "plane": '
+                f'"{"xy"[i // 3 % 2]}"}}\n'
+            )
         (tmp_path / "data" / f"{split}.jsonl").write_text("".join(lines))
-    flags = [*SMALL, "--batch-size", 12, "--dataset", "image_text", "--data-root", "data", "--tasks", "organ", "plane", "--resolution", 16,
-             "--image-model", "resnet8", "--fusion-dim", 32]  # fmt: skip
+    flags = [
+        *SMALL,
+        "--batch-size",
+        12,
+        "--dataset",
+        "image_text",
+        "--data-root",
+        "data",
+        "--tasks",
+        "organ",
+        "plane",
+        "--resolution",
+        16,
+        "--image-model",
+        "resnet8",
+        "--fusion-dim",
+        32,
+    ]
     succeed("train_student.py", *flags, "--inputs", "image", "--output", "run", cwd=tmp_path)
     images = sorted((tmp_path / "data" / "images").glob("test_*.png"))
     out = predict("run/best.pth", "--predict", *images)
-    rows, stored = table(tmp_path / "predictions.csv"), np.load(tmp_path / "run" / "predictions_test.npz", allow_pickle=False)
-    assert list(rows[0]) == ["path", "organ_predicted", "organ_confidence", "organ_a", "organ_b", "organ_c",
-                             "plane_predicted", "plane_confidence", "plane_x", "plane_y"]  # fmt: skip
+    rows, stored = (
+        table(tmp_path / "predictions.csv"),
+        np.load(tmp_path / "run" / "predictions_test.npz", allow_pickle=False),
+    )
+    assert list(rows[0]) == [
+        "path",
+        "organ_predicted",
+        "organ_confidence",
+        "organ_a",
+        "organ_b",
+        "organ_c",
+        "plane_predicted",
+        "plane_confidence",
+        "plane_x",
+        "plane_y",
+    ]
     assert [row["path"] for row in rows] == list(map(str, images))
     for task, names in (("organ", "abc"), ("plane", "xy")):
         wanted = softmax(stored[f"logits_{task}"].astype(np.float64), 1)[np.argsort(stored["ids"])]
-        assert np.abs(np.array([[float(row[f"{task}_{name}"]) for name in names] for row in rows]) - wanted).max() < 1e-6
+        assert (
+            np.abs(np.array([[float(row[f"{task}_{name}"]) for name in names] for row in rows]) - wanted).max() < 1e-6
+        )
         assert [row[f"{task}_predicted"] for row in rows] == [names[c] for c in wanted.argmax(1)]
         assert f"{task}: " in out
-    succeed("train_student.py", *flags, "--text-model", "bert-tiny-scratch", "--max-length", 8, "--output", "both", cwd=tmp_path)
-    refused("evaluate.py", tmp_path / "both/best.pth", "--predict", images[0], "--overwrite", words=["reads texts", "--inputs image"])
+    succeed(
+        "train_student.py",
+        *flags,
+        "--text-model",
+        "bert-tiny-scratch",
+        "--max-length",
+        8,
+        "--output",
+        "both",
+        cwd=tmp_path,
+    )
+    refused(
+        "evaluate.py",
+        tmp_path / "both/best.pth",
+        "--predict",
+        images[0],
+        "--overwrite",
+        words=["reads texts", "--inputs image"],
+    )
 
 
 def test_refusals(run, pictures, tmp_path, refused):
@@ -158,7 +241,13 @@ def test_refusals(run, pictures, tmp_path, refused):
     refused("evaluate.py", best, "--predict", tmp_path / "gone", words=["gone", "no such file"])
     (tmp_path / "empty").mkdir()
     refused("evaluate.py", best, "--predict", tmp_path / "empty", words=["empty holds no images"])
-    refused("evaluate.py", best, "--predict", root / "part 1" / "broken.png", words=["all 1 images are broken", "broken.png"])
+    refused(
+        "evaluate.py",
+        best,
+        "--predict",
+        root / "part 1" / "broken.png",
+        words=["all 1 images are broken", "broken.png"],
+    )
     refused("evaluate.py", best, "--overwrite", words=["--overwrite belongs to --predict"])
     refused("evaluate.py", root, "--predict", image, words=["stored embeddings"])
     assert [p.name for p in tmp_path.iterdir()] == ["empty"]
@@ -176,8 +265,22 @@ def test_a_file_is_replaced_only_when_told(run, pictures, tmp_path, predict, ref
 
 def test_a_model_without_a_head_is_refused(run, pictures, tmp_path, refused):
     root, expected = pictures
-    succeed("distill.py", *SMALL, "--teacher-checkpoint", run / "best.pth", "--method", "embedding", "--ce-weight", 0, "--limit-train", 64,
-            "--allow-weak-teacher", "--output", "run", cwd=tmp_path)  # fmt: skip
+    succeed(
+        "distill.py",
+        *SMALL,
+        "--teacher-checkpoint",
+        run / "best.pth",
+        "--method",
+        "embedding",
+        "--ce-weight",
+        0,
+        "--limit-train",
+        64,
+        "--allow-weak-teacher",
+        "--output",
+        "run",
+        cwd=tmp_path,
+    )
     refused("evaluate.py", tmp_path / "run/best.pth", "--predict", root / sorted(expected)[0], words=["has no head"])
 
 

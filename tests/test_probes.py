@@ -21,8 +21,11 @@ from common.splitting import held_out, stratified_rows
 def digits():
     """Real features: pixels of the digits, train (808, 64) and test (719, 64), with labels."""
     splits = load_splits("digits")
-    return [torch.from_numpy(value) for part in (splits.train, splits.test)
-            for value in (part.images.reshape(len(part), -1).astype(np.float32), part.labels)]  # fmt: skip
+    return [
+        torch.from_numpy(value)
+        for part in (splits.train, splits.test)
+        for value in (part.images.reshape(len(part), -1).astype(np.float32), part.labels)
+    ]
 
 
 def held_out_of(train, seed=0):
@@ -81,7 +84,11 @@ def test_knn_holds_no_more_than_a_chunk(monkeypatch):
     largest, multiply = [], torch.Tensor.__matmul__
     monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: largest.append((len(a), b.shape[1])) or multiply(a, b))
     knn(torch.rand(500, 3), torch.zeros(500, dtype=torch.int64), torch.rand(90, 3), 2, chunk=20)
-    assert max(a for a, _ in largest) == 20 and max(b for _, b in largest) == 160 and sum(a * b for a, b in largest) == 500 * 90
+    assert (
+        max(a for a, _ in largest) == 20
+        and max(b for _, b in largest) == 160
+        and sum(a * b for a, b in largest) == 500 * 90
+    )
 
 
 def test_knn_cuts_k_and_keeps_classes_that_train_lacks(digits):
@@ -90,7 +97,11 @@ def test_knn_cuts_k_and_keeps_classes_that_train_lacks(digits):
     assert list(found) == [10, 20, 50]
     few = torch.flatten(torch.nonzero(labels < 7))
     for scores in knn(train[few], labels[few], test, 12).values():
-        assert scores.shape == (719, 12) and (scores[:, 7:] == 0).all() and torch.allclose(scores.sum(1), torch.ones(719), atol=1e-5)
+        assert (
+            scores.shape == (719, 12)
+            and (scores[:, 7:] == 0).all()
+            and torch.allclose(scores.sum(1), torch.ones(719), atol=1e-5)
+        )
 
 
 # -------------------------------------------------------------------------------------------------------- linear probe
@@ -171,15 +182,23 @@ def test_dead_and_constant_features():
     new = x.clone()
     new[:, 2] = torch.randn(60)  # varies in test alone
     logits, _ = linear_probe(x, y, torch.arange(60) < 12, new, 3, steps=200)
-    assert torch.isfinite(logits).all() and torch.equal(logits, linear_probe(x, y, torch.arange(60) < 12, x, 3, steps=200)[0])
+    assert torch.isfinite(logits).all() and torch.equal(
+        logits, linear_probe(x, y, torch.arange(60) < 12, x, 3, steps=200)[0]
+    )
     assert (logits.argmax(1) == y).float().mean() > 0.9 and logits.shape == (60, 3)
 
 
 def test_bad_features_and_labels():
     x, y = torch.rand(20, 3), torch.arange(20) % 2
     rows = torch.arange(20) < 4
-    cases = [(x, y - 1, x, "without a label"), (x, y + 1, x, "label 2"), (x[:0], y[:0], x, "no images"), (x, y, x[:, :2], "features"),
-             (x / 0, y, x, "NaN"), (x, y[:9], x, "9 labels")]  # fmt: skip
+    cases = [
+        (x, y - 1, x, "without a label"),
+        (x, y + 1, x, "label 2"),
+        (x[:0], y[:0], x, "no images"),
+        (x, y, x[:, :2], "features"),
+        (x / 0, y, x, "NaN"),
+        (x, y[:9], x, "9 labels"),
+    ]
     for train, labels, features, words in cases:
         with pytest.raises(ProbeError, match=words):
             knn(train, labels, features, 2)
@@ -202,7 +221,9 @@ def test_held_out_part_is_stratified_and_keeps_groups_whole():
     labels, ids = np.arange(200) % 4 == 0, [f"i{i}" for i in range(200)]
     rows = held_out(Data(ids, labels.astype(int)), 0.2, 0, 1007)
     assert rows.sum() == 40 and labels[rows].sum() == 10
-    assert np.array_equal(np.flatnonzero(rows), stratified_rows(labels.astype(int), np.array([hash_id(i) for i in ids]), 40, 0, 1007))
+    assert np.array_equal(
+        np.flatnonzero(rows), stratified_rows(labels.astype(int), np.array([hash_id(i) for i in ids]), 40, 0, 1007)
+    )
     assert not np.array_equal(rows, held_out(Data(ids, labels.astype(int)), 0.2, 1, 1007))
     groups = np.array([f"lesion {i // 5}" for i in range(200)])
     rows = held_out(Data(ids, labels.astype(int), groups), 0.2, 0, 1007)
@@ -212,7 +233,9 @@ def test_held_out_part_is_stratified_and_keeps_groups_whole():
 def test_a_store_keeps_groups(tmp_path):
     meta = {"seed": 0, "policy": {}, "num_views": 1}
     for overwrite, groups in ((False, np.array(["a", "a", "b"])), (True, None)):
-        writer = Writer(tmp_path / "e", meta, list("xyz"), [0, 1, 0], {"embeddings": (1, 2)}, overwrite=overwrite, groups=groups)
+        writer = Writer(
+            tmp_path / "e", meta, list("xyz"), [0, 1, 0], {"embeddings": (1, 2)}, overwrite=overwrite, groups=groups
+        )
         writer.write([0, 1, 2], {"embeddings": np.ones((3, 1, 2))})
         writer.finish()
         store = Store(tmp_path / "e")
@@ -225,8 +248,24 @@ def test_a_store_keeps_groups(tmp_path):
 @pytest.fixture(scope="module")
 def embeddings(tmp_path_factory, teacher):
     folder = tmp_path_factory.mktemp("probed") / "e"
-    succeed("extract_embeddings.py", "--checkpoint", teacher / "best.pth", "--save-logits", "--dtype", "float32", "--device", "cpu",
-            "--num-views", 2, "--splits", "train", "test", "--output", folder, timeout=1200)  # fmt: skip
+    succeed(
+        "extract_embeddings.py",
+        "--checkpoint",
+        teacher / "best.pth",
+        "--save-logits",
+        "--dtype",
+        "float32",
+        "--device",
+        "cpu",
+        "--num-views",
+        2,
+        "--splits",
+        "train",
+        "test",
+        "--output",
+        folder,
+        timeout=1200,
+    )
     return folder
 
 
@@ -235,19 +274,43 @@ def read(path):
 
 
 def test_evaluate_a_checkpoint_and_its_store(tmp_path, teacher, embeddings):
-    """The same features live and stored: the same table; k-NN equals scikit-learn's on the stored ones; kept is 100 %."""
+    """The same features live and stored: the same table; k-NN equals scikit-learn's on the stored ones; kept is 100
+    %."""
     probing = ["--knn", "--linear-probe", "--device", "cpu"]
-    succeed("evaluate.py", teacher / "best.pth", *probing, "--batch-size", 32, "--output", tmp_path / "live", timeout=1200)
-    done = succeed("evaluate.py", embeddings, *probing, "--teacher-embeddings", embeddings, "--output", tmp_path / "stored", timeout=1200)
+    succeed(
+        "evaluate.py", teacher / "best.pth", *probing, "--batch-size", 32, "--output", tmp_path / "live", timeout=1200
+    )
+    done = succeed(
+        "evaluate.py",
+        embeddings,
+        *probing,
+        "--teacher-embeddings",
+        embeddings,
+        "--output",
+        tmp_path / "stored",
+        timeout=1200,
+    )
     live, both = read(tmp_path / "live"), read(tmp_path / "stored")
-    assert live["teacher"] is None and live["dataset"] == both["dataset"] and live["dataset"]["sizes"] == {"train": 808, "test": 719}
+    assert (
+        live["teacher"] is None
+        and live["dataset"] == both["dataset"]
+        and live["dataset"]["sizes"] == {"train": 808, "test": 719}
+    )
     for role in ("student", "teacher"):
         assert list(both[role]["knn"]) == ["10", "20", "100", "200"]
         for k, found in both[role]["knn"].items():
-            assert found["accuracy"] == pytest.approx(live["student"]["knn"][k]["accuracy"], abs=0.002) and found["accuracy"] > 0.8
-        assert both[role]["linear_probe"]["accuracy"] == pytest.approx(live["student"]["linear_probe"]["accuracy"], abs=0.005)
+            assert (
+                found["accuracy"] == pytest.approx(live["student"]["knn"][k]["accuracy"], abs=0.002)
+                and found["accuracy"] > 0.8
+            )
+        assert both[role]["linear_probe"]["accuracy"] == pytest.approx(
+            live["student"]["linear_probe"]["accuracy"], abs=0.005
+        )
         assert both[role]["linear_probe"]["held_out"] == live["student"]["linear_probe"]["held_out"] == 162
-        assert both[role]["accuracy"] == pytest.approx(live["student"]["accuracy"], abs=0.002) and both[role]["parameters"] == 11_173_962
+        assert (
+            both[role]["accuracy"] == pytest.approx(live["student"]["accuracy"], abs=0.002)
+            and both[role]["parameters"] == 11_173_962
+        )
     kept = both["student"]["kept"]
     assert list(kept) == ["accuracy", "balanced_accuracy", "knn_10", "knn_20", "knn_100", "knn_200", "linear_probe"]
     assert set(kept.values()) == {1.0} and both["student"]["agreement"] == 1
@@ -284,11 +347,14 @@ def evaluate(monkeypatch, capsys):
 
 
 def test_small_train_without_a_class(tmp_path, embeddings, evaluate):
-    """k is cut and a class is lacking: one note each, for student and teacher together, and the class counts as wrong."""
+    """k is cut and a class is lacking: one note each, for student and teacher together, and the class counts as
+    wrong."""
     shutil.copytree(embeddings, tmp_path / "e")
     labels = np.load(tmp_path / "e/train_embeddings/labels.npy")
     keep_rows(tmp_path / "e/train_embeddings", np.flatnonzero(labels != 9)[:60])
-    code, out, _ = evaluate(tmp_path / "e", "--knn", "--linear-probe", "--teacher-embeddings", tmp_path / "e", "--output", tmp_path / "o")
+    code, out, _ = evaluate(
+        tmp_path / "e", "--knn", "--linear-probe", "--teacher-embeddings", tmp_path / "e", "--output", tmp_path / "o"
+    )
     notes = [line for line in out.splitlines() if line.startswith("note:")]
     assert code == 0 and len(notes) == 2 and "100, 200" in notes[0] and "60" in notes[0] and "no image of 9" in notes[1]
     found = read(tmp_path / "o")["student"]

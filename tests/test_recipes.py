@@ -1,4 +1,5 @@
-"""The README's dermatology recipes, run as they stand there on a part of HAM10000, with random weights and one epoch."""
+"""The README's dermatology recipes, run as they stand there on a part of HAM10000, with random weights and one
+epoch."""
 
 import csv
 import io
@@ -25,7 +26,10 @@ def part(tmp_path_factory):
         chosen, lesions = {}, set()
         for row in rows:
             malignant = row["dx"] in MALIGNANT
-            if row["lesion_id"] not in lesions and sum((r["dx"] in MALIGNANT) == malignant for r in chosen.values()) < 30:
+            if (
+                row["lesion_id"] not in lesions
+                and sum((r["dx"] in MALIGNANT) == malignant for r in chosen.values()) < 30
+            ):
                 chosen[row["image_id"]] = row
                 lesions.add(row["lesion_id"])
         for member in tar:
@@ -62,10 +66,19 @@ def test_dermatology_recipes_run_end_to_end(part, tmp_path):
             flags[flags.index(flag) + 1] = value
         more = ["--limit-train", 24, *(["--allow-weak-teacher"] if script == "distill.py" else [])]
         succeed(script, *flags, *more, "--device", "cpu", cwd=tmp_path, timeout=900)
-    for name, method, side in (("teacher", None, 256), ("student", None, 224), ("features", "feature_matching", 224), ("response", "response", 224)):
+    for name, method, side in (
+        ("teacher", None, 256),
+        ("student", None, 224),
+        ("features", "feature_matching", 224),
+        ("response", "response", 224),
+    ):
         results = json.loads((tmp_path / "runs" / f"derm_{name}" / "results.json").read_text())
         assert results["model"]["resolution"] == side and results["method"] == method
-        assert 0 <= results["test"]["pauc"] <= 0.2 and results["select_metric"] == "pauc" and results["dataset"]["classes"] == ["benign", "malignant"]
+        assert (
+            0 <= results["test"]["pauc"] <= 0.2
+            and results["select_metric"] == "pauc"
+            and results["dataset"]["classes"] == ["benign", "malignant"]
+        )
     rows = json.loads((tmp_path / "runs" / "derm_features" / "metrics.json").read_text())
     assert rows[0]["train_loss"] == pytest.approx(0.5 * rows[0]["train_ce"] + 0.5 * rows[0]["train_feature"], rel=1e-4)
     rows = json.loads((tmp_path / "runs" / "derm_response" / "metrics.json").read_text())

@@ -73,7 +73,9 @@ def rkd_distance_by_hand(student, teacher):
     relations = []
     for rows in (list(student), list(teacher)):
         table = [[distance(a, b) for b in rows] for a in rows]
-        mean = sum(d for row in table for d in row) / (len(rows) * (len(rows) - 1))  # over all pairs i != j, equal rows too
+        mean = sum(d for row in table for d in row) / (
+            len(rows) * (len(rows) - 1)
+        )  # over all pairs i != j, equal rows too
         relations.append([d / mean if mean else d for row in table for d in row])
     return sum(huber(s, t) for s, t in zip(*relations)) / len(student) ** 2
 
@@ -119,7 +121,12 @@ def mmd_by_hand(student, teacher):
     return total / count**2
 
 
-BY_HAND = {"contrastive": contrastive_by_hand, "rkd_distance": rkd_distance_by_hand, "rkd_angle": rkd_angle_by_hand, "mmd": mmd_by_hand}
+BY_HAND = {
+    "contrastive": contrastive_by_hand,
+    "rkd_distance": rkd_distance_by_hand,
+    "rkd_angle": rkd_angle_by_hand,
+    "mmd": mmd_by_hand,
+}
 
 
 def samples(case, seed=0):
@@ -152,7 +159,9 @@ def test_loops_agree(name, case):
         by_hand, gradient_by_hand = with_gradient(BY_HAND[name], student, teacher)
         assert value.item() == pytest.approx(by_hand.item(), rel=1e-10, abs=1e-12)
         assert (gradient - gradient_by_hand).abs().max() * scale < 1e-10
-        assert case.startswith("all") or (value > 1e-3 and gradient.abs().max() * scale > 1e-4)  # the comparison says something
+        assert case.startswith("all") or (
+            value > 1e-3 and gradient.abs().max() * scale > 1e-4
+        )  # the comparison says something
 
 
 @pytest.mark.parametrize("name", ["contrastive", "rkd_distance", "rkd_angle"])
@@ -182,7 +191,9 @@ def test_contrastive_temperatures(temperature, base):
 
 
 def test_contrastive_temperatures_of_the_flags():
-    args = build_parser().parse_args(["--method", "crd", "--ce-weight", "0", "--crd-temperature", "0.5", "--crd-base-temperature", "0.2"])
+    args = build_parser().parse_args(
+        ["--method", "crd", "--ce-weight", "0", "--crd-temperature", "0.5", "--crd-base-temperature", "0.2"]
+    )
     weights, _ = settle(args)
     student, teacher = ({"embedding": x.float()} for x in samples("none", seed=8))
     source = SimpleNamespace(choose_view=lambda batch: batch, targets=lambda batch: teacher)
@@ -302,19 +313,30 @@ def test_rkd_knows_no_rotation_scale_or_shift(name):
 
 def test_rkd_by_a_triangle():
     """Sides 3, 4, 5 against an equilateral triangle."""
-    student, teacher = torch.tensor([[0.0, 0], [3, 0], [0, 4]]), torch.tensor([[0.0, 0], [1, 0], [0.5, math.sqrt(0.75)]])
+    student, teacher = (
+        torch.tensor([[0.0, 0], [3, 0], [0, 4]]),
+        torch.tensor([[0.0, 0], [1, 0], [0.5, math.sqrt(0.75)]]),
+    )
     assert rkd_distance(student, teacher).item() == pytest.approx(2 * (0.5 * 0.25**2 + 0 + 0.5 * 0.25**2) / 9, rel=1e-5)
     cosines = [(0 - 0.5), (0.6 - 0.5), (0.8 - 0.5)]  # each twice; j = k is 1 on both sides
     assert rkd_angle(student, teacher).item() == pytest.approx(2 * sum(0.5 * c**2 for c in cosines) / 27, rel=1e-5)
 
 
 def test_rkd_distance_counts_equal_rows():
-    """Two of three rows equal: distances 0, 5, 5 with mean 10 / 3 are 0, 1.5, 1.5; 1, 2, sqrt(5) are divided by their mean."""
-    student, teacher = torch.tensor([[0.0, 0], [0, 0], [3, 4]], requires_grad=True), torch.tensor([[0.0, 0], [1, 0], [0, 2]])
+    """Two of three rows equal: distances 0, 5, 5 with mean 10 / 3 are 0, 1.5, 1.5; 1, 2, sqrt(5) are divided by their
+    mean."""
+    student, teacher = (
+        torch.tensor([[0.0, 0], [0, 0], [3, 4]], requires_grad=True),
+        torch.tensor([[0.0, 0], [1, 0], [0, 2]]),
+    )
     mean = (1 + 2 + math.sqrt(5)) / 3
     errors = (0 - 1 / mean, 1.5 - 2 / mean, 1.5 - math.sqrt(5) / mean)
     value = rkd_distance(student, teacher)
-    assert value.item() == pytest.approx(2 * sum(0.5 * e**2 for e in errors) / 9, rel=1e-5) == pytest.approx(0.05573, abs=5e-6)
+    assert (
+        value.item()
+        == pytest.approx(2 * sum(0.5 * e**2 for e in errors) / 9, rel=1e-5)
+        == pytest.approx(0.05573, abs=5e-6)
+    )
     assert torch.autograd.grad(value, student)[0].isfinite().all()
 
 
@@ -354,7 +376,11 @@ TARGETS = {"organ": torch.tensor([0, 3, 1, 2, 0, 0]), "modality": torch.tensor([
 
 def outputs(seed, width=D, sizes=SIZES, sides=("img_proj", "txt_proj")):
     """What an image + text model gives, with a gradient."""
-    names = {f"logits_{task}": count for task, count in sizes.items()} | dict.fromkeys(sides, width + 1) | {"embedding": width}
+    names = (
+        {f"logits_{task}": count for task, count in sizes.items()}
+        | dict.fromkeys(sides, width + 1)
+        | {"embedding": width}
+    )
     return {name: rand(B, count, seed=seed + i).requires_grad_() for i, (name, count) in enumerate(names.items())}
 
 
@@ -379,7 +405,11 @@ def test_losses_are_means_over_tasks():
         kl[task] = 9 * sum(math.exp(p) * (p - q) for ps, qs in pairs for p, q in zip(ps, qs)) / B
     near = lambda x: pytest.approx(x, rel=1e-6)  # noqa: E731
     balanced = task_class_weights("balanced", TARGETS, SIZES)
-    for given, (a, b) in ((None, (1, 1)), ({"organ": 3.0, "modality": 1.0}, (3, 1)), ({"organ": 0.0, "modality": 2.0}, (0, 2))):
+    for given, (a, b) in (
+        (None, (1, 1)),
+        ({"organ": 3.0, "modality": 1.0}, (3, 1)),
+        ({"organ": 0.0, "modality": 2.0}, (0, 2)),
+    ):
         mean = lambda values: (a * values["organ"] + b * values["modality"]) / (a + b)  # noqa: E731, B023
         assert task_mean(ce, given) == near(mean(ce))
         assert task_cross_entropy(student, TARGETS, task_weights=given).item() == near(mean(ce))
@@ -399,14 +429,19 @@ def test_other_classes_of_a_task_are_refused(sizes):
     words = ", ".join(f"{count} classes" + f" of {task}" for task, count in SIZES.items())
     with pytest.raises(LossError) as caught:
         DistillationLoss({"kl": 1.0}).build(outputs(0), outputs(9, sizes=sizes))
-    assert f"the student {words}" in str(caught.value) and all(f"{n} classes of {t}" in str(caught.value) for t, n in sizes.items() if t != "label")
+    assert f"the student {words}" in str(caught.value) and all(
+        f"{n} classes of {t}" in str(caught.value) for t, n in sizes.items() if t != "label"
+    )
 
 
-@pytest.mark.parametrize("student_sides, teacher_sides, expected", [
-    (("img_proj", "txt_proj"), ("img_proj", "txt_proj"), ["img_proj", "txt_proj"]),
-    ((), ("img_proj", "txt_proj"), ["embedding"]),
-    (("img_proj", "txt_proj"), (), ["embedding"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "student_sides, teacher_sides, expected",
+    [
+        (("img_proj", "txt_proj"), ("img_proj", "txt_proj"), ["img_proj", "txt_proj"]),
+        ((), ("img_proj", "txt_proj"), ["embedding"]),
+        (("img_proj", "txt_proj"), (), ["embedding"]),
+    ],
+)
 def test_projected_sides(student_sides, teacher_sides, expected):
     student, teacher = outputs(0, 4, sides=student_sides), outputs(30, 9, sides=teacher_sides)
     criterion = DistillationLoss({"projection": 100.0})
@@ -416,12 +451,16 @@ def test_projected_sides(student_sides, teacher_sides, expected):
     loss = criterion(student, teacher, None)
     errors = []
     for key in expected:
-        weight, bias = (p.detach().numpy() for p in (criterion.side_projectors[key].weight, criterion.side_projectors[key].bias))
+        weight, bias = (
+            p.detach().numpy() for p in (criterion.side_projectors[key].weight, criterion.side_projectors[key].bias)
+        )
         errors.append(((student[key].detach().numpy() @ weight.T + bias - teacher[key].detach().numpy()) ** 2).mean())
     assert loss.item() == pytest.approx(100 * np.mean(errors), rel=1e-12)
     loss.backward()
     for key in expected:
-        assert student[key].grad.abs().sum() > 0 and all(p.grad.abs().sum() > 0 for p in criterion.side_projectors[key].parameters())
+        assert student[key].grad.abs().sum() > 0 and all(
+            p.grad.abs().sum() > 0 for p in criterion.side_projectors[key].parameters()
+        )
 
 
 @pytest.mark.parametrize("method", ["vanilla", "combined", "crd", "rkd", "mmd"])
@@ -433,16 +472,35 @@ def test_methods(method):
     before = dict(criterion.double().named_parameters())
     loss = criterion(student, teacher, TARGETS)
     assert set(criterion.terms) == set(METHODS[method])
-    expected = {"vanilla": {"ce": 1, "kl": 1, "projection": 100}, "combined": {"ce": 1, "kl": 1, "projection": 100, "contrastive": 1},
-                "crd": {"ce": 1, "contrastive": 1}, "rkd": {"ce": 1, "rkd_distance": 25, "rkd_angle": 50}, "mmd": {"ce": 1, "mmd": 1}}[method]  # fmt: skip
-    assert loss.item() == pytest.approx(sum(w * criterion.terms[name].item() for name, w in expected.items()), rel=1e-12)
+    expected = {
+        "vanilla": {"ce": 1, "kl": 1, "projection": 100},
+        "combined": {"ce": 1, "kl": 1, "projection": 100, "contrastive": 1},
+        "crd": {"ce": 1, "contrastive": 1},
+        "rkd": {"ce": 1, "rkd_distance": 25, "rkd_angle": 50},
+        "mmd": {"ce": 1, "mmd": 1},
+    }[method]
+    assert loss.item() == pytest.approx(
+        sum(w * criterion.terms[name].item() for name, w in expected.items()), rel=1e-12
+    )
     loss.backward()
-    assert dict(criterion.named_parameters()).keys() == before.keys() and all(p.grad.abs().sum() > 0 for p in before.values())
-    sides = {"vanilla": ["img_proj", "txt_proj"], "combined": ["embedding", "img_proj", "txt_proj"], "rkd": []}.get(method, ["embedding"])
+    assert dict(criterion.named_parameters()).keys() == before.keys() and all(
+        p.grad.abs().sum() > 0 for p in before.values()
+    )
+    sides = {"vanilla": ["img_proj", "txt_proj"], "combined": ["embedding", "img_proj", "txt_proj"], "rkd": []}.get(
+        method, ["embedding"]
+    )
     assert sorted(criterion.side_projectors) == sides
-    projected = student["embedding"] if method == "rkd" else criterion.side("embedding", student["embedding"]) if "embedding" in sides else None
+    projected = (
+        student["embedding"]
+        if method == "rkd"
+        else criterion.side("embedding", student["embedding"])
+        if "embedding" in sides
+        else None
+    )
     for name in expected.keys() & set(RELATIONS):
-        assert criterion.terms[name].item() == pytest.approx(BY_HAND[name](projected, teacher["embedding"]).item(), rel=1e-9)
+        assert criterion.terms[name].item() == pytest.approx(
+            BY_HAND[name](projected, teacher["embedding"]).item(), rel=1e-9
+        )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -451,7 +509,9 @@ def test_rows_are_gathered_in_training_alone(name):
     student, teacher = outputs(0), outputs(30)
     criterion = DistillationLoss({name: 1.0}, gather=lambda rows: torch.cat([rows, rows.flip(1)]))
     criterion.build(student, teacher)
-    ours = student["embedding"] if name.startswith("rkd") else criterion.double().side("embedding", student["embedding"])
+    ours = (
+        student["embedding"] if name.startswith("rkd") else criterion.double().side("embedding", student["embedding"])
+    )
     theirs = teacher["embedding"]
     for training, rows in ((True, [torch.cat([x, x.flip(1)]) for x in (ours, theirs)]), (False, [ours, theirs])):
         criterion.train(training)

@@ -104,7 +104,9 @@ def test_two_processes_in_bfloat16(processes):
 def test_a_shared_gradient_is_not_changed(processes):
     for r in processes[2]:
         assert r["shared"]["size"] == 2
-        assert torch.equal(r["shared"]["a"], torch.full((2, 3), 2.0)) and torch.equal(r["shared"]["b"], torch.full((2, 3), 2.0))
+        assert torch.equal(r["shared"]["a"], torch.full((2, 3), 2.0)) and torch.equal(
+            r["shared"]["b"], torch.full((2, 3), 2.0)
+        )
 
 
 if __name__ == "__main__":

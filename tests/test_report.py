@@ -30,23 +30,62 @@ def sha(text):
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def write_run(folder, role, accuracy, *, seed=0, model="resnet8", family="cnn", method=None, teacher=None, dataset="toy", test_set="test",
-              train_set="train", val_set="", images=90, labelled=None, classes=CLASSES, resolution=32, flags=None, figures=False, **more):
+def write_run(
+    folder,
+    role,
+    accuracy,
+    *,
+    seed=0,
+    model="resnet8",
+    family="cnn",
+    method=None,
+    teacher=None,
+    dataset="toy",
+    test_set="test",
+    train_set="train",
+    val_set="",
+    images=90,
+    labelled=None,
+    classes=CLASSES,
+    resolution=32,
+    flags=None,
+    figures=False,
+    **more,
+):
     """A run folder as the scripts write it; returns the SHA-256 that stands for its checkpoint."""
     folder.mkdir(parents=True)
     results = {
-        "role": role, "script": f"{role}.py", "method": method,
-        "flags": {"seed": seed, "epochs": 10, "lr": 0.1, "output": str(folder), "device": "cpu", **(flags or {})}, "environment": {},
-        "dataset": {"name": dataset, "domain": "natural", "classes": classes, "sizes": {"train": images, "val": 10, "test": 30},
-                    **({} if labelled is None else {"labelled": {"train": 100, "sha256": sha(dataset + labelled)}}),
-                    "sha256": {"train": sha(dataset + train_set), "val": sha("val" + val_set), "test": sha(dataset + test_set)}},
+        "role": role,
+        "script": f"{role}.py",
+        "method": method,
+        "flags": {"seed": seed, "epochs": 10, "lr": 0.1, "output": str(folder), "device": "cpu", **(flags or {})},
+        "environment": {},
+        "dataset": {
+            "name": dataset,
+            "domain": "natural",
+            "classes": classes,
+            "sizes": {"train": images, "val": 10, "test": 30},
+            **({} if labelled is None else {"labelled": {"train": 100, "sha256": sha(dataset + labelled)}}),
+            "sha256": {"train": sha(dataset + train_set), "val": sha("val" + val_set), "test": sha(dataset + test_set)},
+        },
         "model": {"name": model, "family": family, "parameters": 1000, "resolution": resolution},
-        "teacher": teacher and {"name": "resnet18", "family": "cnn", "checkpoint": "somewhere/best.pth", "sha256": teacher},
-        "checkpoint": "best.pth", "checkpoint_sha256": sha(str(folder)), "select_metric": "accuracy", "best_epoch": 2, "last_epoch": 3,
-        "stopped_early": False, "val": {"accuracy": 0.5}, "test": {"accuracy": accuracy, "macro_f1": accuracy - 0.1, "loss": 1.5},
-        "final_val": {"accuracy": 0.5}, "final_test": {"accuracy": accuracy - 0.01}, "throughput": 100.0, "peak_memory_mb": None,
-        "wall_time_s": 1.0, **more,
-    }  # fmt: skip
+        "teacher": teacher
+        and {"name": "resnet18", "family": "cnn", "checkpoint": "somewhere/best.pth", "sha256": teacher},
+        "checkpoint": "best.pth",
+        "checkpoint_sha256": sha(str(folder)),
+        "select_metric": "accuracy",
+        "best_epoch": 2,
+        "last_epoch": 3,
+        "stopped_early": False,
+        "val": {"accuracy": 0.5},
+        "test": {"accuracy": accuracy, "macro_f1": accuracy - 0.1, "loss": 1.5},
+        "final_val": {"accuracy": 0.5},
+        "final_test": {"accuracy": accuracy - 0.01},
+        "throughput": 100.0,
+        "peak_memory_mb": None,
+        "wall_time_s": 1.0,
+        **more,
+    }
     (folder / "results.json").write_text(json.dumps(results))
     (folder / "config.json").write_text(json.dumps({"flags": results["flags"], "environment": {}}))
     rows = [{"epoch": epoch, "train_loss": 1 / epoch, "val_accuracy": accuracy - 0.1 / epoch} for epoch in (1, 2, 3)]
@@ -57,7 +96,8 @@ def write_run(folder, role, accuracy, *, seed=0, model="resnet8", family="cnn", 
 
 
 def run_report(cwd, *args):
-    """What `python report.py ARGS` prints and exits with; in this process, which has imported torch and matplotlib already."""
+    """What `python report.py ARGS` prints and exits with; in this process, which has imported torch and matplotlib
+    already."""
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
     before, argv = os.getcwd(), sys.argv
     try:
@@ -68,7 +108,9 @@ def run_report(cwd, *args):
     finally:
         os.chdir(before)
         sys.argv = argv
-    return subprocess.CompletedProcess(args, ended.value.code, *(stream.buffer.getvalue().decode() for stream in (out, err)))
+    return subprocess.CompletedProcess(
+        args, ended.value.code, *(stream.buffer.getvalue().decode() for stream in (out, err))
+    )
 
 
 def report_of(cwd, *args, run=run_report):
@@ -85,7 +127,9 @@ def only(items):
 def accuracies(report):
     """Teacher, student without and with KD of the only group, means."""
     group = only(report["groups"])
-    return [group[key]["mean"] for key in ("teacher_accuracy", "student_accuracy_without_kd", "student_accuracy_with_kd")]
+    return [
+        group[key]["mean"] for key in ("teacher_accuracy", "student_accuracy_without_kd", "student_accuracy_with_kd")
+    ]
 
 
 def matching(sentences, *words):
@@ -100,11 +144,28 @@ def study(tmp_path_factory):
     cnn = write_run(runs / "teacher", "teacher", 0.95, model="resnet18", figures=True)
     for seed, without, with_kd in ((0, 0.80, 0.85), (1, 0.82, 0.86), (2, 0.84, 0.90)):
         write_run(runs / f"student_{seed}", "student", without, seed=seed, figures=True)
-        write_run(runs / f"distill_{seed}", "distill", with_kd, seed=seed, method="response", teacher=cnn, figures=True,
-                  flags={"temperature": 4.0, "teacher_checkpoint": f"node{seed}/best.pth", "workers": seed})  # fmt: skip
+        write_run(
+            runs / f"distill_{seed}",
+            "distill",
+            with_kd,
+            seed=seed,
+            method="response",
+            teacher=cnn,
+            figures=True,
+            flags={"temperature": 4.0, "teacher_checkpoint": f"node{seed}/best.pth", "workers": seed},
+        )
     vit = write_run(runs / "vit" / "teacher", "teacher", 0.9, model="vit_tiny", family="vit", dataset="skin")
     write_run(runs / "vit" / "student", "student", 0.7, model="vit_6_192", family="vit", dataset="skin")
-    write_run(runs / "vit" / "distill", "distill", 0.75, model="vit_6_192", family="vit", dataset="skin", method="feature", teacher=vit)
+    write_run(
+        runs / "vit" / "distill",
+        "distill",
+        0.75,
+        model="vit_6_192",
+        family="vit",
+        dataset="skin",
+        method="feature",
+        teacher=vit,
+    )
     write_run(runs / "alone", "teacher", 0.6, model="resnet50", dataset="other")
     (runs / "unfinished").mkdir()
     (runs / "unfinished" / "config.json").write_text(json.dumps({"flags": {"seed": 0}, "environment": {}}))
@@ -117,22 +178,39 @@ def study(tmp_path_factory):
 def test_statistics_over_seeds(study):
     group = only([group for group in study[1]["groups"] if group["dataset"] == "toy"])
     assert {key: group[key] for key in ("domain", "teacher", "student", "family", "method")} == {
-        "domain": "natural", "teacher": "resnet18", "student": "resnet8", "family": "cnn", "method": "response"}  # fmt: skip
-    teacher, without, with_kd = (group[name] for name in ("teacher_accuracy", "student_accuracy_without_kd", "student_accuracy_with_kd"))
+        "domain": "natural",
+        "teacher": "resnet18",
+        "student": "resnet8",
+        "family": "cnn",
+        "method": "response",
+    }
+    teacher, without, with_kd = (
+        group[name] for name in ("teacher_accuracy", "student_accuracy_without_kd", "student_accuracy_with_kd")
+    )
     assert (teacher["mean"], teacher["std"], teacher["n"]) == (0.95, None, 1)
     assert (without["n"], without["seeds"], with_kd["seeds"]) == (3, [0, 1, 2], [0, 1, 2])
-    assert without["mean"] == pytest.approx(0.82) and without["std"] == pytest.approx(0.02)  # (0.02² + 0 + 0.02²) / 2 = 0.02²
+    assert without["mean"] == pytest.approx(0.82) and without["std"] == pytest.approx(
+        0.02
+    )  # (0.02² + 0 + 0.02²) / 2 = 0.02²
     assert with_kd["mean"] == pytest.approx(0.87) and with_kd["std"] == pytest.approx(0.0007**0.5)  # (4 + 1 + 9)e-4 / 2
     assert group["gain"] == pytest.approx(0.05) and group["gain_std"] == pytest.approx(0.01)  # of 0.05, 0.04, 0.06
     assert group["gain_paired"]["seeds"] == [0, 1, 2]
-    assert group["runs"] == {"teacher": "runs/teacher", "students": [f"runs/student_{seed}" for seed in range(3)],
-                             "distilled": [f"runs/distill_{seed}" for seed in range(3)]}  # fmt: skip
+    assert group["runs"] == {
+        "teacher": "runs/teacher",
+        "students": [f"runs/student_{seed}" for seed in range(3)],
+        "distilled": [f"runs/distill_{seed}" for seed in range(3)],
+    }
     assert group["notes"] == []
 
 
 def test_the_last_epoch_has_a_column(study):
-    """Beside the figure of the epoch chosen on val stands that of the last one, which no choice has flattered: here 0.01 lower."""
-    lines = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in (study[0] / "report/report.md").read_text().splitlines() if "|" in line]
+    """Beside the figure of the epoch chosen on val stands that of the last one, which no choice has flattered: here
+    0.01 lower."""
+    lines = [
+        [cell.strip() for cell in line.strip("| ").split(" | ")]
+        for line in (study[0] / "report/report.md").read_text().splitlines()
+        if "|" in line
+    ]
     head = only([line for line in lines if line[0] == "run"])
     shown = {line[0]: dict(zip(head, line)) for line in lines if line[0].startswith("runs/") and len(line) == len(head)}
     for run, accuracy in (("runs/teacher", 0.95), ("runs/student_0", 0.80), ("runs/distill_2", 0.90)):
@@ -158,7 +236,20 @@ def test_table_and_last_line(study):
     cwd, _, done = study
     lines = done.stdout.splitlines()
     row = [text.strip() for text in only(matching(lines, "| toy", "response")).strip("|").split("|")]
-    assert row == ["toy", "resnet18", "resnet8", "response", "95.00", "82.00 ± 2.00", "87.00 ± 2.65", "+5.00 ± 1.00", "-", "-", "-", "3"]
+    assert row == [
+        "toy",
+        "resnet18",
+        "resnet8",
+        "response",
+        "95.00",
+        "82.00 ± 2.00",
+        "87.00 ± 2.65",
+        "+5.00 ± 1.00",
+        "-",
+        "-",
+        "-",
+        "3",
+    ]
     assert lines[-1] == "report: report/report.html"
     assert "87.00 ± 2.65" in (cwd / "report" / "report.md").read_text()
 
@@ -175,7 +266,13 @@ def test_figures(study):
     assert "cost-toy.png" in names
     assert len(matching(names, "curves-")) == 3  # two groups, and the run that is in none
     assert len(matching(names, "confusion-")) == 3  # teacher, first baseline and first distilled; the others saved none
-    assert {path.name for path in (cwd / "report").iterdir()} == {*names, "report.json", "report.md", "report.html", "report.csv"}
+    assert {path.name for path in (cwd / "report").iterdir()} == {
+        *names,
+        "report.json",
+        "report.md",
+        "report.html",
+        "report.csv",
+    }
 
 
 def test_runs_named_twice_count_once_and_output_is_rewritten(study, tmp_path):
@@ -206,8 +303,16 @@ def test_other_metric(tmp_path):
 def test_what_differs_is_never_averaged(tmp_path):
     teacher = write_run(tmp_path / "runs/t", "teacher", 0.9)
     write_run(tmp_path / "runs/s", "student", 0.6)
-    variants = {"test_set": "another", "train_set": "another", "classes": CLASSES[::-1], "resolution": 64, "teacher": sha("another"),
-                "flags": {"temperature": 2.0}, "method": "feature", "model": "resnet20"}  # fmt: skip
+    variants = {
+        "test_set": "another",
+        "train_set": "another",
+        "classes": CLASSES[::-1],
+        "resolution": 64,
+        "teacher": sha("another"),
+        "flags": {"temperature": 2.0},
+        "method": "feature",
+        "model": "resnet20",
+    }
     same = {"teacher": teacher, "method": "response", "flags": {"temperature": 4.0}}
     for seed, (key, value) in enumerate({"none": None, **variants}.items()):
         changed = {} if key == "none" else {key: value}
@@ -231,14 +336,18 @@ def test_the_same_seed_twice_keeps_the_newest(tmp_path):
     teacher = write_run(tmp_path / "runs/t", "teacher", 0.9)
     for age, name, accuracy in ((300, "old", 0.5), (100, "new", 0.7), (200, "middle", 0.6)):
         write_run(tmp_path / "runs" / f"s_{name}", "student", accuracy, seed=4)
-        write_run(tmp_path / "runs" / f"d_{name}", "distill", accuracy + 0.1, seed=4, method="response", teacher=teacher)
+        write_run(
+            tmp_path / "runs" / f"d_{name}", "distill", accuracy + 0.1, seed=4, method="response", teacher=teacher
+        )
         for kind in "sd":
             file = tmp_path / "runs" / f"{kind}_{name}" / "results.json"
             os.utime(file, (file.stat().st_mtime - age,) * 2)
     report, _ = report_of(tmp_path, "runs")
     group = only(report["groups"])
     assert group["student_accuracy_without_kd"] == {"mean": 0.7, "std": None, "n": 1, "seeds": [4]}
-    assert group["student_accuracy_with_kd"]["mean"] == pytest.approx(0.8) and group["runs"]["distilled"] == ["runs/d_new"]
+    assert group["student_accuracy_with_kd"]["mean"] == pytest.approx(0.8) and group["runs"]["distilled"] == [
+        "runs/d_new"
+    ]
     assert matching(group["notes"], "seed 4", "runs/s_new is the newest", "left out: runs/s_old, runs/s_middle")
     assert matching(group["notes"], "seed 4", "runs/d_new is the newest", "left out: runs/d_old, runs/d_middle")
 
@@ -274,7 +383,9 @@ def test_a_baseline_without_distillation(tmp_path):
     write_run(tmp_path / "runs/s", "student", 0.6)
     report, done = report_of(tmp_path, "runs")
     assert accuracies(report) == [0.9, 0.6, None]
-    assert only(report["groups"])["gain"] is None and only(matching(report["missing"], "no distilled student resnet8 on toy"))
+    assert only(report["groups"])["gain"] is None and only(
+        matching(report["missing"], "no distilled student resnet8 on toy")
+    )
     write_run(tmp_path / "runs/t2", "teacher", 0.8)
     report, done = report_of(tmp_path, "runs")  # which of two teachers it would have is not known
     assert accuracies(report)[0] is None
@@ -285,12 +396,21 @@ DAMAGE = {
     "no JSON object": (lambda text: "[]", "damaged"),
     "without a key": (lambda text: text.replace('"sha256"', '"md5"'), "lacks 'sha256'"),
     "NaN": (lambda text: text.replace('"test": {"accuracy": 0.6', '"test": {"accuracy": NaN'), "test accuracy is nan"),
-    "in percent": (lambda text: text.replace('"test": {"accuracy": 0.6', '"test": {"accuracy": 60'), "test accuracy is 60"),
+    "in percent": (
+        lambda text: text.replace('"test": {"accuracy": 0.6', '"test": {"accuracy": 60'),
+        "test accuracy is 60",
+    ),
     "unknown role": (lambda text: text.replace('"role": "student"', '"role": "probe"'), "role is 'probe'"),
     "environment as a list": (lambda text: json.dumps({**json.loads(text), "environment": [1]}), "damaged"),
-    "command cut": (lambda text: json.dumps({**json.loads(text), "environment": {"command": "a.py --output 'x"}}), "damaged"),
+    "command cut": (
+        lambda text: json.dumps({**json.loads(text), "environment": {"command": "a.py --output 'x"}}),
+        "damaged",
+    ),
     "script as a number": (lambda text: json.dumps({**json.loads(text), "script": 3}), "script is 3"),
-    "select_metric as a list": (lambda text: text.replace('"select_metric": "accuracy"', '"select_metric": ["x"]'), "select_metric is ['x']"),
+    "select_metric as a list": (
+        lambda text: text.replace('"select_metric": "accuracy"', '"select_metric": ["x"]'),
+        "select_metric is ['x']",
+    ),
     "seed in words": (lambda text: text.replace('"seed": 0', '"seed": "zero"'), "flags.seed is 'zero'"),
 }
 
@@ -318,10 +438,17 @@ def test_damaged_runs_are_named_and_the_others_reported(tmp_path):
 @pytest.mark.parametrize("name", ["ids", "labels", "logits", "classes"])
 def test_predictions_of_another_type_are_named(tmp_path, name):
     """Strings, or one value, where numbers or a row an image should stand."""
-    arrays = {"ids": np.array(["a", "b"]), "labels": np.array([0, 1]), "logits": np.eye(2, dtype=np.float32), "classes": np.array(["x", "y"])}
+    arrays = {
+        "ids": np.array(["a", "b"]),
+        "labels": np.array([0, 1]),
+        "logits": np.eye(2, dtype=np.float32),
+        "classes": np.array(["x", "y"]),
+    }
     run = {"path": str(tmp_path), "seed": 0, "test": {"accuracy": 1.0}, "dataset": {"sha256": {"test": ""}}}
     for value in ([None] if name in ("labels", "logits") else []) + [np.array("a")]:
-        np.savez(tmp_path / "predictions_test.npz", **{**arrays, name: arrays[name].astype(str) if value is None else value})
+        np.savez(
+            tmp_path / "predictions_test.npz", **{**arrays, name: arrays[name].astype(str) if value is None else value}
+        )
         missing = []
         assert report.load_predictions(([], [], [run]), missing, {}) == ({}, {}, {})
         assert "predictions_test.npz cannot be used" in only(missing)
@@ -364,7 +491,7 @@ def test_output_that_cannot_be_written(tmp_path):
     assert not list((tmp_path / "report").glob(".*"))  # no half file is left
 
 
-STUB = '''
+STUB = """
 import json
 class Refused(Exception):
     exit_code = 2
@@ -375,7 +502,7 @@ def evaluate_checkpoint(path, split="test", device="auto", batch_size=128, data_
     return json.loads(path.read_text())
 def measure_checkpoint(path, device, batch_size):
     return {"multiply_adds": 123}
-'''
+"""
 
 
 def test_reevaluate(tmp_path):
@@ -399,7 +526,11 @@ def test_reevaluate(tmp_path):
     report, done = report_of(tmp_path, *flags, run=run)
     assert accuracies(report) == [0.9, 0.60005, 0.75]
     run = only([run for run in report["runs"] if run["run"] == "runs/d"])
-    assert run["recorded_test"]["accuracy"] == 0.7 and run["recomputed_test"] == {"accuracy": 0.75} and run["test"]["accuracy"] == 0.75
+    assert (
+        run["recorded_test"]["accuracy"] == 0.7
+        and run["recomputed_test"] == {"accuracy": 0.75}
+        and run["test"]["accuracy"] == 0.75
+    )
     assert run["cost"]["multiply_adds"] == 123
     warnings = done.stderr.splitlines()
     assert len(warnings) == 2 and all(line.startswith("warning: ") for line in warnings)
@@ -412,20 +543,35 @@ def test_reevaluate(tmp_path):
 def sweep(folder):
     for lr, losses in ((0.1, (0.9, 0.7)), (0.01, (0.5, 0.7)), (0.001, (0.65, 0.65))):
         for seed, loss in enumerate(losses):
-            write_run(folder / "runs" / f"lr-{lr}_{seed}", "student", 0.9 - lr, seed=seed, flags={"lr": lr},
-                      val={"accuracy": loss, "loss": loss})  # fmt: skip
+            write_run(
+                folder / "runs" / f"lr-{lr}_{seed}",
+                "student",
+                0.9 - lr,
+                seed=seed,
+                flags={"lr": lr},
+                val={"accuracy": loss, "loss": loss},
+            )
 
 
 def test_select_names_the_best_setting_by_its_mean_over_seeds(tmp_path):
     sweep(tmp_path)
-    for flags, order in ((["val_loss"], [0.01, 0.001, 0.1]), (["val_loss", "--mode", "min"], [0.01, 0.001, 0.1]),
-                         (["val_loss", "--mode", "max"], [0.1, 0.001, 0.01]), (["val_accuracy"], [0.1, 0.001, 0.01])):  # fmt: skip
+    for flags, order in (
+        (["val_loss"], [0.01, 0.001, 0.1]),
+        (["val_loss", "--mode", "min"], [0.01, 0.001, 0.1]),
+        (["val_loss", "--mode", "max"], [0.1, 0.001, 0.01]),
+        (["val_accuracy"], [0.1, 0.001, 0.01]),
+    ):
         report, done = report_of(tmp_path, "runs", "--select", *flags)
         ranked = report["selected"]["ranked"]
         assert [setting["flags"] for setting in ranked] == [{"--lr": lr} for lr in order]
-        assert [setting["value"] for setting in ranked] == pytest.approx([{0.1: 0.8, 0.01: 0.6, 0.001: 0.65}[lr] for lr in order])
+        assert [setting["value"] for setting in ranked] == pytest.approx(
+            [{0.1: 0.8, 0.01: 0.6, 0.001: 0.65}[lr] for lr in order]
+        )
         best = [f"runs/lr-{order[0]}_{seed}" for seed in (0, 1)]
-        assert ranked[0]["runs"] == best and f"best {flags[0]}: {ranked[0]['value']:.4f}, {', '.join(best)}\n" in done.stdout
+        assert (
+            ranked[0]["runs"] == best
+            and f"best {flags[0]}: {ranked[0]['value']:.4f}, {', '.join(best)}\n" in done.stdout
+        )
         assert "## Selection" in (tmp_path / "report" / "report.md").read_text()
 
 
@@ -479,7 +625,8 @@ def write_predicted(folder, role, right, *, groups=None, name="i", **more):
 
 
 def test_both_intervals_stand_beside_the_verdict(tmp_path):
-    """In the printed table, the headline and the page; expected by scipy's bootstrap and its t-test of the seeds' gains."""
+    """In the printed table, the headline and the page; expected by scipy's bootstrap and its t-test of the seeds'
+    gains."""
     rng = np.random.default_rng(0)
     teacher, gains = write_run(tmp_path / "runs/t", "teacher", 0.95), []
     for seed in range(3):
@@ -536,7 +683,8 @@ def test_a_teacher_worse_than_the_student_alone_is_in_the_headline(tmp_path):
 
 
 def test_a_gain_over_a_baseline_that_another_run_beats_says_so(tmp_path):
-    """The baseline of the distilled runs' flags is used; a student alone with another rate is better than it, and than the distilled one."""
+    """The baseline of the distilled runs' flags is used; a student alone with another rate is better than it, and than
+    the distilled one."""
     teacher = write_run(tmp_path / "runs/t", "teacher", 0.95)
     for name, right, flags in (("same", 60, {}), ("faster", 75, {"lr": 0.3}), ("slower", 50, {"lr": 0.01})):
         write_predicted(tmp_path / f"runs/{name}", "student", np.arange(100) < right, flags=flags)
@@ -546,7 +694,8 @@ def test_a_gain_over_a_baseline_that_another_run_beats_says_so(tmp_path):
     group = only([group for group in report["groups"] if group["method"]])
     assert group["runs"]["students"] == ["runs/same"]
     assert group["warnings"] == [
-        "another student alone, with --lr 0.3 (not 0.1), is better (75.00) than this baseline (60.00), and than the student "
+        "another student alone, with --lr 0.3 (not 0.1), is better (75.00) than this baseline (60.00), and than "
+        "the student "
         "with KD (70.00): runs/faster"
     ]
     assert group["warnings"][0] in done.stdout and group["warnings"][0] in page_of(tmp_path)
@@ -556,14 +705,24 @@ def test_a_gain_over_a_baseline_that_another_run_beats_says_so(tmp_path):
 
 
 def test_what_each_side_saw_and_which_baseline_has_the_same_labels(tmp_path):
-    """A student alone on 100 images, and one with KD on 808 of which the same 100 have labels; others have other labels."""
+    """A student alone on 100 images, and one with KD on 808 of which the same 100 have labels; others have other
+    labels."""
     teacher = write_run(tmp_path / "runs/t", "teacher", 0.95, images=808, train_set="all")
     for name, accuracy, images in (("first 100", 0.6, 100), ("first 50", 0.5, 50), ("other 100", 0.9, 100)):
-        write_run(tmp_path / "runs" / name, "student", accuracy, train_set=name, images=images, flags={"limit_train": images})
+        write_run(
+            tmp_path / "runs" / name, "student", accuracy, train_set=name, images=images, flags={"limit_train": images}
+        )
     write_run(
-        tmp_path / "runs/d", "distill", 0.7, method="response", teacher=teacher, train_set="100 of all", images=808,
-        labelled="first 100", flags={"limit_labels": 100, "limit_train": 0},
-    )  # fmt: skip
+        tmp_path / "runs/d",
+        "distill",
+        0.7,
+        method="response",
+        teacher=teacher,
+        train_set="100 of all",
+        images=808,
+        labelled="first 100",
+        flags={"limit_labels": 100, "limit_train": 0},
+    )
     report, done = report_of(tmp_path, "runs")
     group = only([group for group in report["groups"] if group["method"]])
     assert group["runs"]["students"] == ["runs/first 100"] and group["warnings"] == []
@@ -824,7 +983,8 @@ def test_curves_have_panels_of_that_metric_and_a_log_axis_where_they_need_it(tmp
 
 @pytest.mark.parametrize("size", [2, 10, 40])
 def test_confusion_matrices_are_readable_on_a_narrow_screen(tmp_path, size):
-    """On 400 px the page scrolls what would be shown at less than 45 % of its pixels: letters of 9 points are then 7 px tall."""
+    """On 400 px the page scrolls what would be shown at less than 45 % of its pixels: letters of 9 points are then 7 px
+    tall."""
     write_run(tmp_path / "runs/s", "student", 0.6, classes=[f"class {i}" for i in range(size)])
     np.save(tmp_path / "runs/s/confusion_test_label.npy", np.eye(size, dtype=int))
     report, _ = report_of(tmp_path, "runs")

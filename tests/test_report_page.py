@@ -50,10 +50,18 @@ def test_gain_and_its_interval(study):
     cwd, report, done, _ = study
     evidence = group_of(report, "response")["evidence"]
     gains = np.array([right(cwd, f"distill_{seed}").astype(float) - right(cwd, f"student_{seed}") for seed in (0, 1)])
-    expected = scipy.stats.bootstrap((gains.mean(0),), np.mean, n_resamples=5000, method="percentile", rng=0).confidence_interval
-    assert evidence["gain"] == pytest.approx(gains.mean(), abs=1e-9) == pytest.approx(group_of(report, "response")["gain"], abs=1e-9)
+    expected = scipy.stats.bootstrap(
+        (gains.mean(0),), np.mean, n_resamples=5000, method="percentile", rng=0
+    ).confidence_interval
+    assert (
+        evidence["gain"]
+        == pytest.approx(gains.mean(), abs=1e-9)
+        == pytest.approx(group_of(report, "response")["gain"], abs=1e-9)
+    )
     assert evidence["interval"] == pytest.approx(list(expected), abs=0.004)
-    assert evidence["seeds_interval"] == pytest.approx(list(scipy.stats.ttest_1samp(gains.mean(1), 0).confidence_interval()), abs=1e-9)
+    assert evidence["seeds_interval"] == pytest.approx(
+        list(scipy.stats.ttest_1samp(gains.mean(1), 0).confidence_interval()), abs=1e-9
+    )
     assert evidence["sentence"] in done.stdout and evidence["sentence"] in (cwd / "report/report.md").read_text()
     for seed, test in enumerate(evidence["mcnemar"]):
         gained, lost = int((gains[seed] > 0).sum()), int((gains[seed] < 0).sum())
@@ -73,7 +81,9 @@ def test_fidelity_and_calibration_are_those_of_the_results(study):
     evidence, shown = (group_of(report, "response")[key] for key in ("evidence", "metrics"))
     results = [json.loads((cwd / f"runs/distill_{seed}/results.json").read_text())["test"] for seed in (0, 1)]
     for name in ("agreement", "teacher_right_kept", "teacher_kl"):
-        assert evidence["fidelity"]["student with KD"][name] == pytest.approx(np.mean([of[name] for of in results]), abs=1e-6)
+        assert evidence["fidelity"]["student with KD"][name] == pytest.approx(
+            np.mean([of[name] for of in results]), abs=1e-6
+        )
     for name in ("ece", "balanced_accuracy", "auc", "average_precision", "pauc"):
         assert shown[name]["student with KD"]["mean"] == pytest.approx(np.mean([of[name] for of in results]), abs=1e-9)
     assert set(shown["ece"]) == {"teacher", "student without KD", "student with KD"}
@@ -94,7 +104,10 @@ def test_cost(study):
             module.register_forward_hook(lambda m, _, out: counted.append(m.weight[0].numel() * out[0].numel()))
     model.eval()({"image": torch.zeros(1, 3, 8, 8)})
     assert cost["multiply_adds"] == sum(counted) > 0
-    assert cost["parameters"] == sum(p.numel() for p in model.parameters()) and cost["weight_bytes"] == 4 * cost["parameters"]
+    assert (
+        cost["parameters"] == sum(p.numel() for p in model.parameters())
+        and cost["weight_bytes"] == 4 * cost["parameters"]
+    )
     assert cost["images_per_second"] > 0 and cost["latency_ms"] > 0
     sizes = [(cwd / f"runs/distill_{seed}/best.pth").stat().st_size for seed in (0, 1)]
     assert cost["checkpoint_bytes"] == pytest.approx(np.mean(sizes))
@@ -106,13 +119,20 @@ def test_csv_has_a_row_a_run(study):
     assert set(rows) == {run["run"] for run in report["runs"]} and len(rows) == 6
     results = json.loads((cwd / "runs/distill_1/results.json").read_text())
     row = rows["runs/distill_1"]
-    assert float(row["test_accuracy"]) == results["test"]["accuracy"] and float(row["val_loss"]) == results["val"]["loss"]
+    assert (
+        float(row["test_accuracy"]) == results["test"]["accuracy"] and float(row["val_loss"]) == results["val"]["loss"]
+    )
     assert (row["method"], row["model"], row["seed"], row["teacher"]) == ("response", "resnet8", "1", "resnet18")
 
 
 def test_the_page_holds_everything(study):
     cwd, report, _, page = study
-    assert not re.search(r"(?:src|href)=[\"'](?!data:)", page) and "@import" not in page and "<script" not in page and "url(" not in page
+    assert (
+        not re.search(r"(?:src|href)=[\"'](?!data:)", page)
+        and "@import" not in page
+        and "<script" not in page
+        and "url(" not in page
+    )
     figures = [base64.b64decode(text) for text in re.findall(r"data:image/png;base64,([A-Za-z0-9+/=]+)", page)]
     drawn = [(cwd / "report" / name).read_bytes() for name in report["figures"]]
     assert set(figures) == set(drawn)
@@ -140,13 +160,19 @@ def test_selection_names_the_command_again(study):
     assert not (cwd / expected[-1]).exists()  # or it would be refused
 
 
-@pytest.mark.parametrize("command, words", [
-    ("/tmp/kd-0-7/code/train_student.py --data-root '/my images' --output 'runs/a b' --seed 3", ["--data-root", "/my images", "--seed", "3"]),
-    ("/tmp/kd-0-7/code/train_student.py --seed 3 --output='runs/a b'", ["--seed", "3"]),
-    ("/tmp/kd-0-7/code/train_student.py --workers 2 --resume 'runs/a b'", ["--config", "runs/a b/config.json"]),
-    ("/tmp/kd-0-7/code/train_student.py --resume='runs/a b'", ["--config", "runs/a b/config.json"]),
-    (None, ["--config", "runs/a b/config.json"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "command, words",
+    [
+        (
+            "/tmp/kd-0-7/code/train_student.py --data-root '/my images' --output 'runs/a b' --seed 3",
+            ["--data-root", "/my images", "--seed", "3"],
+        ),
+        ("/tmp/kd-0-7/code/train_student.py --seed 3 --output='runs/a b'", ["--seed", "3"]),
+        ("/tmp/kd-0-7/code/train_student.py --workers 2 --resume 'runs/a b'", ["--config", "runs/a b/config.json"]),
+        ("/tmp/kd-0-7/code/train_student.py --resume='runs/a b'", ["--config", "runs/a b/config.json"]),
+        (None, ["--config", "runs/a b/config.json"]),
+    ],
+)
 def test_the_command_again_is_one_for_the_shell(command, words):
     """A job's copy of the script is gone, paths may have spaces, and the run that is repeated stays."""
     run = {"path": "runs/a b", "script": "train_student.py", "environment": {"command": command, "processes": 1}}
@@ -157,15 +183,23 @@ def test_the_command_again_is_one_for_the_shell(command, words):
 def test_gallery_shows_images_on_which_the_students_differ(study):
     cwd, _, _, page = study
     gallery = re.search(r'<ul class="gallery">.*?</ul>', page, re.S).group()
-    items = re.findall(r'<li><img alt="test image ([^"]+)" src="data:image/jpeg;base64,([^"]+)">.*?true: <b>(\w+)</b>.*?without KD: (\w+)\s+(\d+) %.*?'
-                       r"with KD: (\w+)\s+(\d+) %", gallery, re.S)  # fmt: skip
+    items = re.findall(
+        r'<li><img alt="test image ([^"]+)" src="data:image/jpeg;base64,([^"]+)">.*?true: <b>(\w+)</b>.*?without KD: (\w+)\s+(\d+) %.*?'
+        r"with KD: (\w+)\s+(\d+) %",
+        gallery,
+        re.S,
+    )
     assert 2 <= len(items) <= 12
     with np.load(cwd / "runs/student_0/predictions_test.npz", allow_pickle=False) as arrays:
         ids, logits, labels = list(arrays["ids"]), arrays["logits"].astype(float), arrays["labels"]
     for sample, image, true, without, percent, with_kd, _ in items:
         row = ids.index(sample)
         p = np.exp(logits[row] - logits[row].max())
-        assert int(true) == labels[row] and int(without) == logits[row].argmax() and abs(int(percent) - 100 * p.max() / p.sum()) < 0.51
+        assert (
+            int(true) == labels[row]
+            and int(without) == logits[row].argmax()
+            and abs(int(percent) - 100 * p.max() / p.sum()) < 0.51
+        )
         assert (without == true) != (with_kd == true)
         pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(image))))
         from sklearn.datasets import load_digits
@@ -180,7 +214,9 @@ def test_what_cannot_be_used_is_named_and_never_mixed_in(study, tmp_path):
     (tmp_path / "runs/distill_0/predictions_test.npz").unlink()
     with np.load(tmp_path / "runs/distill_1/predictions_test.npz", allow_pickle=False) as arrays:
         found = dict(arrays)
-    np.savez(tmp_path / "runs/distill_1/predictions_test.npz", **{**found, "logits": np.roll(found["logits"], 1, axis=1)})
+    np.savez(
+        tmp_path / "runs/distill_1/predictions_test.npz", **{**found, "logits": np.roll(found["logits"], 1, axis=1)}
+    )
     with np.load(tmp_path / "runs/student_0/predictions_test.npz", allow_pickle=False) as arrays:
         found = dict(arrays)
     np.savez(tmp_path / "runs/student_0/predictions_test.npz", **{**found, "ids": np.char.add(found["ids"], "x")})
@@ -190,9 +226,18 @@ def test_what_cannot_be_used_is_named_and_never_mixed_in(study, tmp_path):
     done = succeed("report.py", "runs", "--output", "out", cwd=tmp_path)
     report, page = json.loads((tmp_path / "out/report.json").read_text()), (tmp_path / "out/report.html").read_text()
     named = "\n".join(report["missing"])
-    assert "calibration or gallery: runs/distill_0" in named and "distill_1/predictions_test.npz cannot be used" in named
-    assert "student_0/predictions_test.npz cannot be used" in named and "test images" in named and "rkd_1/predictions_test.npz" in named
-    assert all("sentence" not in group["evidence"] for group in report["groups"]) and "missing: no predictions" in done.stdout
+    assert (
+        "calibration or gallery: runs/distill_0" in named and "distill_1/predictions_test.npz cannot be used" in named
+    )
+    assert (
+        "student_0/predictions_test.npz cannot be used" in named
+        and "test images" in named
+        and "rkd_1/predictions_test.npz" in named
+    )
+    assert (
+        all("sentence" not in group["evidence"] for group in report["groups"])
+        and "missing: no predictions" in done.stdout
+    )
     assert "<b>bold" not in page and "&lt;b&gt;bold $x_" in page
 
 
@@ -216,10 +261,17 @@ def test_what_differs_is_said(study, tmp_path):
     change("distill_0", command="distill.py --resume runs/distill_0", device="NVIDIA H200")
     change("distill_1", processes=2)
     done = succeed("report.py", "runs", cwd=tmp_path)
-    report, page = json.loads((tmp_path / "report/report.json").read_text()), (tmp_path / "report/report.html").read_text()
+    report, page = (
+        json.loads((tmp_path / "report/report.json").read_text()),
+        (tmp_path / "report/report.html").read_text(),
+    )
     (group,) = report["groups"]
     one = right(tmp_path, "distill_0").mean() - right(tmp_path, "student_0").mean()
-    assert f"<td>{100 * one:+.2f}</td>" in page and f"| {100 * one:+.2f} " in done.stdout and "On seed 0 alone" in group["evidence"]["sentence"]
+    assert (
+        f"<td>{100 * one:+.2f}</td>" in page
+        and f"| {100 * one:+.2f} " in done.stdout
+        and "On seed 0 alone" in group["evidence"]["sentence"]
+    )
     assert "one seed</td>" in page or "within noise</td>" in page
     assert "python distill.py --config runs/distill_0/config.json --output runs/distill_0_again" in page
     assert "torchrun --nproc-per-node 2 " in page
@@ -235,7 +287,11 @@ def test_no_gallery_without_data_or_by_flag(study, tmp_path):
         file.write_text(json.dumps(results))
     flags = ["runs/student_1", "runs/distill_1", "--output", "out"]
     done = succeed("report.py", *flags, cwd=tmp_path)
-    assert "note: no gallery for digits: " in done.stdout and "gone" in done.stdout and '<ul class="gallery">' not in (tmp_path / "out/report.html").read_text()
+    assert (
+        "note: no gallery for digits: " in done.stdout
+        and "gone" in done.stdout
+        and '<ul class="gallery">' not in (tmp_path / "out/report.html").read_text()
+    )
     assert "no gallery" not in succeed("report.py", *flags, "--gallery", 0, cwd=tmp_path).stdout
     assert run_script("report.py", *flags, "--gallery", -1, cwd=tmp_path).returncode == 2
 
@@ -247,13 +303,30 @@ def browse(page, picture, dark):
     """A screenshot of a page; returns what its console said and the addresses that it fetched; no host is found."""
     log = picture.with_suffix(".json")
     done = subprocess.run(
-        [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", f"--user-data-dir={picture}.profile",
-         "--host-resolver-rules=MAP * ~NOTFOUND", f"--blink-settings=preferredColorScheme={0 if dark else 1}", "--window-size=1100,2400",
-         "--enable-logging=stderr", f"--log-net-log={log}", f"--screenshot={picture}", page.as_uri()],
-        capture_output=True, text=True, timeout=180)  # fmt: skip
+        [
+            CHROMIUM,
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--no-first-run",
+            f"--user-data-dir={picture}.profile",
+            "--host-resolver-rules=MAP * ~NOTFOUND",
+            f"--blink-settings=preferredColorScheme={0 if dark else 1}",
+            "--window-size=1100,2400",
+            "--enable-logging=stderr",
+            f"--log-net-log={log}",
+            f"--screenshot={picture}",
+            page.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
     assert picture.exists(), done.stderr
     asked = re.findall(rf'"traffic_annotation":{BLINK},"url":"([^"]+)"', log.read_text())
-    return [line for line in done.stderr.splitlines() if "CONSOLE" in line], [url for url in asked if not url.startswith(("data:", "file:"))]
+    return [line for line in done.stderr.splitlines() if "CONSOLE" in line], [
+        url for url in asked if not url.startswith(("data:", "file:"))
+    ]
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
@@ -265,7 +338,11 @@ def test_in_a_browser(study, tmp_path):
     assert np.median(light) > 240 and np.median(dark) < 40
     assert len(np.unique(light)) > 50 and len(np.unique(dark)) > 50
     loud = tmp_path / "loud.html"  # both checks can fail
-    loud.write_text(page.read_text().replace("</body>", '<script>console.error("x")</script><img src="https://example.org/a.png"></body>'))
+    loud.write_text(
+        page.read_text().replace(
+            "</body>", '<script>console.error("x")</script><img src="https://example.org/a.png"></body>'
+        )
+    )
     said, asked = browse(loud, tmp_path / "loud.png", False)
     assert len(said) == 1 and asked and set(asked) == {"https://example.org/a.png"}
 

@@ -55,7 +55,9 @@ def test_records_of_a_plain_job():
     assert job("train_student.py", "--output=runs/x/", "--overwrite")["O"] == ["runs/x"]
     assert "best.pth" not in job("train_student.py")["A"]
     assert "*.pth" in job("train_student.py", "--overwrite")["W"]
-    assert job("evaluate", "x.pth")["A"] == ["x.pth", "--output", "runs/evaluate"] and "R" not in job("evaluate", "x.pth")
+    assert job("evaluate", "x.pth")["A"] == ["x.pth", "--output", "runs/evaluate"] and "R" not in job(
+        "evaluate", "x.pth"
+    )
 
 
 def test_a_report_goes_without_runs_that_failed(folder, capsys):
@@ -77,7 +79,17 @@ def test_existing_relative_paths_are_staged(folder):
     absolute = touch(folder / "c.pth")
     touch(folder / "digits")  # a choice, no path
     touch(folder / "runs" / "x" / "notes.txt")
-    found = job("train_student.py", "--weights", "./w/a.pth", "--config", "flags.json", "--output", "runs/x", "--dataset", "digits")
+    found = job(
+        "train_student.py",
+        "--weights",
+        "./w/a.pth",
+        "--config",
+        "flags.json",
+        "--output",
+        "runs/x",
+        "--dataset",
+        "digits",
+    )
     assert sorted(found["S"]) == ["flags.json", "w/a.pth", "w/b.pth"]
     assert "S" not in job("train_student.py", "--weights", absolute)
     assert "S" not in job("train_student.py", "--weights", "missing.pth")
@@ -91,7 +103,10 @@ def test_paths_outside_the_folder_become_absolute(folder):
     assert found["A"] == [f"--weights={outside}", "--output", str(folder.parent / "far" / "run")] and "S" not in found
     touch(folder / "flags.json", '{"weights": "../far/best.pth"}')
     assert job("train_student.py", "--config", "flags.json")["A"][2:4] == ["--weights", str(outside)]
-    assert job("train_student.py", "--save-samples", "grid.png")["A"][:2] == ["--save-samples", str(folder / "grid.png")]
+    assert job("train_student.py", "--save-samples", "grid.png")["A"][:2] == [
+        "--save-samples",
+        str(folder / "grid.png"),
+    ]
 
 
 def test_distill_takes_its_default_teacher_along(folder, tmp_path):
@@ -122,7 +137,10 @@ def test_array_index(folder, monkeypatch):
     assert found["A"] == ["--epochs", "3", "--seed", "2", "--output", "runs/s_2"] and found["O"] == ["runs/s_2"]
     assert job("train_student.py")["O"] == ["runs/student_2"]
     found = job("train_student.py", "--sweep", "grid.json", "--output", "runs/s")
-    assert found["A"] == ["--lr", "0.2", "--model", "resnet8", "--output", "runs/s/lr-0.2_model-resnet8"] and "S" not in found
+    assert (
+        found["A"] == ["--lr", "0.2", "--model", "resnet8", "--output", "runs/s/lr-0.2_model-resnet8"]
+        and "S" not in found
+    )
     assert "--seed in an array job" in refused("train_student.py", "--seed", 1)
     assert "--resume in an array job" in refused("train_student.py", "--resume", "runs/s")
     assert "an array of report.py" in refused("report.py", "runs")
@@ -141,7 +159,11 @@ def test_a_requeued_job_goes_on_with_its_own_run_only(folder, monkeypatch):
     mark = touch(folder / "runs" / "x" / ".slurm_job", "7\n")
     for extra in ([], ["--overwrite"]):
         found = job("train_student.py", *flags, *extra)
-        assert found["A"] == ["--device", "cpu", "--epochs", "1", "--resume", "runs/x"] and found["S"] == ["runs/x"] and "W" not in found
+        assert (
+            found["A"] == ["--device", "cpu", "--epochs", "1", "--resume", "runs/x"]
+            and found["S"] == ["runs/x"]
+            and "W" not in found
+        )
     mark.write_text("8\n")
     assert "holds a run" in refused("train_student.py", *flags)
     mark.write_text("7\n")
@@ -154,7 +176,9 @@ def test_a_requeued_job_goes_on_with_its_own_run_only(folder, monkeypatch):
 
 def test_bad_input(folder):
     assert "no script" in refused("train_nothing.py")
-    assert "--data-root nowhere is missing" in refused("train_student.py", "--dataset", "imagefolder", "--data-root", "nowhere")
+    assert "--data-root nowhere is missing" in refused(
+        "train_student.py", "--dataset", "imagefolder", "--data-root", "nowhere"
+    )
     assert "--output . is the folder" in refused("train_student.py", "--output", ".")
     for argv, said in ((["--learning-rate", "1"], "unrecognized arguments"), (["--resume", "no"], "no/config.json")):
         command = [sys.executable, str(ROOT / "slurm" / "resolve.py"), "train_student.py", *argv]
@@ -165,9 +189,11 @@ def test_bad_input(folder):
 
 def test_hub_weights_need_a_token_or_a_cache(folder, monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    asks = [("train_student.py", "--model", "timm:resnet18", "--pretrained"),
-            ("distill.py", "--teacher-model", "vit_tiny_patch16_224", "--teacher-pretrained"),
-            ("train_student.py", "--model", "hf:some/model")]  # fmt: skip
+    asks = [
+        ("train_student.py", "--model", "timm:resnet18", "--pretrained"),
+        ("distill.py", "--teacher-model", "vit_tiny_patch16_224", "--teacher-pretrained"),
+        ("train_student.py", "--model", "hf:some/model"),
+    ]
     for argv in asks:
         assert "HF_TOKEN" in refused(*argv) and argv[2] in refused(*argv)
         for name in ("HF_HUB_OFFLINE", "HF_TOKEN", "HUGGINGFACE_HUB_TOKEN", "REQUIRE_HF_TOKEN"):
@@ -186,7 +212,10 @@ def test_hub_weights_need_a_token_or_a_cache(folder, monkeypatch, tmp_path):
 
 
 def test_points_of_a_sweep(folder, capsys):
-    touch(folder / "grid.json", '[{"name": "a", "lr": 0.1}, {"name": "b", "lr": 0.2, "milestones": [1, 2], "schedule": "multistep"}]')
+    touch(
+        folder / "grid.json",
+        '[{"name": "a", "lr": 0.1}, {"name": "b", "lr": 0.2, "milestones": [1, 2], "schedule": "multistep"}]',
+    )
     touch(folder / "base.json", '{"flags": {"momentum": 0.5, "seed": 4, "output": "no"}}')
     argv = ["train_student.py", "grid.json", "--config", "base.json", "--seed", "5", "--output", "runs/s"]
     resolve.main(["--points", *argv])
@@ -197,8 +226,13 @@ def test_points_of_a_sweep(folder, capsys):
     written = json.loads((folder / "runs" / "s" / "b.json").read_text())
     assert written == {"momentum": 0.5, "seed": 5, "lr": 0.2, "milestones": [1, 2], "schedule": "multistep"}
     parser = resolve.load_script("train_student").build_parser()
-    flags, point = (vars(resolve.cli.parse_flags(parser, argv)) for argv in (
-        ["--config", "runs/s/b.json"], ["--config", "base.json", "--seed", "5", "--sweep", "grid.json", "--sweep-index", "1"]))  # fmt: skip
+    flags, point = (
+        vars(resolve.cli.parse_flags(parser, argv))
+        for argv in (
+            ["--config", "runs/s/b.json"],
+            ["--config", "base.json", "--seed", "5", "--sweep", "grid.json", "--sweep-index", "1"],
+        )
+    )
     assert {**flags, "config": None, "output": None} == {**point, "config": None, "output": None}
     for only in ("2", "0-5", "x", ""):
         with pytest.raises(UserError, match="--points"):
@@ -207,7 +241,11 @@ def test_points_of_a_sweep(folder, capsys):
     with pytest.raises(UserError, match="runs/s/a holds a run"):
         resolve.main(["--points", *argv])
     resolve.main(["--points", "--only", "1", *argv])  # the others are not asked for
-    for grid, said in (('{"lr": []}', "axis 'lr'"), ('{"learning-rate": [1]}', "unknown key"), ('{"output": ["x"]}', "must not set")):
+    for grid, said in (
+        ('{"lr": []}', "axis 'lr'"),
+        ('{"learning-rate": [1]}', "unknown key"),
+        ('{"output": ["x"]}', "must not set"),
+    ):
         (folder / "grid.json").write_text(grid)
         with pytest.raises(UserError, match=said):
             resolve.main(["--points", *argv])

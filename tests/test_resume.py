@@ -22,18 +22,45 @@ from common.training import Interrupted, Interrupts, Meter, Precision, Recorder
 
 # all that has state of its own: projectors, EMA, AdamW's moments, warm-up, clipping, plateau
 DISTILL = [
-    *SMALL, "--epochs", 3, "--method", "feature", "--student-layer", "layer2", "--teacher-layer", "layer3",
-    "--optimizer", "adamw", "--ema", 0.9, "--warmup-epochs", 1, "--clip-grad", 1, "--schedule", "plateau",
-    "--plateau-patience", 1, "--rotation", 15, "--contrast", 0.3, "--seed", 3,
-]  # fmt: skip
+    *SMALL,
+    "--epochs",
+    3,
+    "--method",
+    "feature",
+    "--student-layer",
+    "layer2",
+    "--teacher-layer",
+    "layer3",
+    "--optimizer",
+    "adamw",
+    "--ema",
+    0.9,
+    "--warmup-epochs",
+    1,
+    "--clip-grad",
+    1,
+    "--schedule",
+    "plateau",
+    "--plateau-patience",
+    1,
+    "--rotation",
+    15,
+    "--contrast",
+    0.3,
+    "--seed",
+    3,
+]
 TIMES = ("images_per_second", "seconds")
 
 
 def start(script, *args):
     return subprocess.Popen(
-        [sys.executable, str(ROOT / script), *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True, env=script_environment(),
-    )  # fmt: skip
+        [sys.executable, str(ROOT / script), *map(str, args)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=script_environment(),
+    )
 
 
 def stop_when(process, reached, number, seconds=120):
@@ -71,7 +98,9 @@ def same(a, b, where=""):
 
 
 def rows(folder):
-    return [{k: v for k, v in row.items() if k not in TIMES} for row in json.loads((folder / "metrics.json").read_text())]
+    return [
+        {k: v for k, v in row.items() if k not in TIMES} for row in json.loads((folder / "metrics.json").read_text())
+    ]
 
 
 def assert_same_run(folder, reference):
@@ -105,7 +134,9 @@ def test_stopped_in_the_middle_of_an_epoch(tmp_path, teacher, uninterrupted, num
     assert not (run / "results.json").exists()
     succeed("distill.py", "--resume", run)
     assert_same_run(run, uninterrupted)
-    assert not [f.name for f in run.iterdir() if f.name.startswith(".")]  # no half files, even of a writer that was killed
+    assert not [
+        f.name for f in run.iterdir() if f.name.startswith(".")
+    ]  # no half files, even of a writer that was killed
 
 
 def test_stopped_twice_and_a_second_time_after_resuming(tmp_path, teacher, uninterrupted):
@@ -160,8 +191,13 @@ def test_flags_beside_resume(tmp_path):
     run = tmp_path / "run"
     succeed("train_student.py", *SMALL, "--epochs", 1, "--output", run)
     before = (run / "latest.pth").read_bytes()
-    for flags, word in ((["--lr", 0.2], "--lr"), (["--batch-size", 16], "--batch-size"), (["--seed", 5], "--seed"),
-                        (["--overwrite"], "--overwrite"), (["--output", tmp_path / "other"], "--output")):  # fmt: skip
+    for flags, word in (
+        (["--lr", 0.2], "--lr"),
+        (["--batch-size", 16], "--batch-size"),
+        (["--seed", 5], "--seed"),
+        (["--overwrite"], "--overwrite"),
+        (["--output", tmp_path / "other"], "--output"),
+    ):
         done = run_script("train_student.py", "--resume", run, *flags)
         assert done.returncode == 2 and word in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
     assert (run / "latest.pth").read_bytes() == before
@@ -171,12 +207,15 @@ def test_flags_beside_resume(tmp_path):
 
 def test_a_run_without_feature_layers_resumes_too(teacher, tmp_path):
     """Its lists of layers are empty: no flag of the saved ones may stand there without a value."""
-    succeed("distill.py", *SMALL, "--epochs", 1, "--teacher-checkpoint", teacher / "best.pth", "--output", tmp_path / "run")
+    succeed(
+        "distill.py", *SMALL, "--epochs", 1, "--teacher-checkpoint", teacher / "best.pth", "--output", tmp_path / "run"
+    )
     succeed("distill.py", "--resume", tmp_path / "run", "--epochs", 2)
     assert len(rows(tmp_path / "run")) == 2
 
 
-# --------------------------------------------------------------------------------------- the recorder and the run folder
+# --------------------------------------------------------------------------------------- the recorder and the run
+# folder
 
 DATA = {"name": "d", "classes": ["cat", "dog"], "sizes": {"train": 8, "val": 4}, "sha256": {"train": "a", "val": "b"}}
 
@@ -187,9 +226,22 @@ class Tiny(torch.nn.Linear):
 
 def recorder(folder, resume=False, epochs=9, patience=0, data=DATA):
     model = Tiny(2, 2)
-    updater = Updater(model, torch.optim.SGD(model.parameters(), 0.1), Schedule("constant", 0.1, 9, 1), Precision("off", torch.device("cpu")))
-    made = Recorder(RunFolder(str(folder), resume, not resume), updater, Interrupts(), epochs=epochs, metric="accuracy", patience=patience,
-                    save_every=0, content={"flags": {"dataset": "d", "data_root": None}, "classes": [], "preprocess": {}, "data": data})  # fmt: skip
+    updater = Updater(
+        model,
+        torch.optim.SGD(model.parameters(), 0.1),
+        Schedule("constant", 0.1, 9, 1),
+        Precision("off", torch.device("cpu")),
+    )
+    made = Recorder(
+        RunFolder(str(folder), resume, not resume),
+        updater,
+        Interrupts(),
+        epochs=epochs,
+        metric="accuracy",
+        patience=patience,
+        save_every=0,
+        content={"flags": {"dataset": "d", "data_root": None}, "classes": [], "preprocess": {}, "data": data},
+    )
     made.open(SimpleNamespace(resume=resume, seed=0))
     return made
 
@@ -217,13 +269,19 @@ def test_patience_goes_on_after_a_resume(tmp_path):
     assert run_epochs(recorder(tmp_path, True, patience=3), [0.6, 0.5, 0.6, 0.6, 0.6]) == [4]  # epoch 3 was no gain
 
 
-@pytest.mark.parametrize("change, words", [
-    ({"classes": ["dog", "cat"]}, ["order", "['dog', 'cat']", "['cat', 'dog']"]),
-    ({"classes": ["ape", "cat", "dog"]}, ["also have 'ape'"]),
-    ({"classes": ["dog", "zebra"]}, ["lack 'cat'", "also have 'zebra'"]),
-    ({"sizes": {"train": 7, "val": 4}, "sha256": {"train": "c", "val": "b"}}, ["train had other images or labels (8 then, 7 now)"]),
-    ({"sha256": {"train": "a", "val": "c"}}, ["val had other images or labels (4 then, 4 now)"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"classes": ["dog", "cat"]}, ["order", "['dog', 'cat']", "['cat', 'dog']"]),
+        ({"classes": ["ape", "cat", "dog"]}, ["also have 'ape'"]),
+        ({"classes": ["dog", "zebra"]}, ["lack 'cat'", "also have 'zebra'"]),
+        (
+            {"sizes": {"train": 7, "val": 4}, "sha256": {"train": "c", "val": "b"}},
+            ["train had other images or labels (8 then, 7 now)"],
+        ),
+        ({"sha256": {"train": "a", "val": "c"}}, ["val had other images or labels (4 then, 4 now)"]),
+    ],
+)
 def test_a_resumed_run_refuses_other_data(tmp_path, change, words):
     run_epochs(recorder(tmp_path, epochs=2), [0.5, 0.6])
     before = (tmp_path / "latest.pth").read_bytes()
@@ -249,6 +307,7 @@ def test_a_relative_data_root_is_saved_absolute(tmp_path, monkeypatch, variable,
 
 def test_a_process_without_labels_does_not_count(tmp_path, monkeypatch):
     """It saw 2 batches without one: the accuracy is that of the others, the loss the mean over all."""
+
     class Done(list):
         accumulate, batches = 1, lambda self, epoch, step: self
 
@@ -281,13 +340,18 @@ def test_epochs_may_not_shrink_below_what_is_done(tmp_path):
     assert run_epochs(recorder(tmp_path, True, epochs=4), [0.5] * 4) == [4]
 
 
-LOCKING = "import fcntl, sys\nfile = open(sys.argv[1], 'a')\nfcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)\nprint('held', flush=True)\nsys.stdin.read()"
+LOCKING = (
+    "import fcntl, sys\nfile = open(sys.argv[1], 'a')\nfcntl.lockf(file, fcntl.LOCK_EX | "
+    "fcntl.LOCK_NB)\nprint('held', flush=True)\nsys.stdin.read()"
+)
 
 
 def locker(folder):
     """Another process that locks a run folder's log.txt, if it can."""
     code = [sys.executable, "-c", LOCKING, str(folder / "log.txt")]
-    process = subprocess.Popen(code, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(
+        code, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
     return process, process.stdout.readline()
 
 
@@ -328,7 +392,8 @@ def test_files_have_the_user_s_umask(tmp_path):
     assert {oct(f.stat().st_mode & 0o777) for f in (tmp_path / "run").iterdir()} == {"0o640"}
 
 
-# --------------------------------------------------------------------------------------------------------------- signals
+# ---------------------------------------------------------------------------------------------------------------
+# signals
 
 WAITING = """
 import os, signal, sys
@@ -353,10 +418,13 @@ for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
 
 
 def test_signals_are_heard_while_a_script_waits_for_another_process():
-    done = subprocess.run([sys.executable, "-c", WAITING], cwd=ROOT, capture_output=True, text=True, timeout=120, env=script_environment())
+    done = subprocess.run(
+        [sys.executable, "-c", WAITING], cwd=ROOT, capture_output=True, text=True, timeout=120, env=script_environment()
+    )
     assert done.stdout.split() == ["143", "75", "130"]
     assert [line for line in done.stderr.splitlines() if line.startswith("interrupted by")] == [
-        f"interrupted by {name}" for name in ("SIGTERM", "SIGUSR1", "SIGINT")]  # fmt: skip
+        f"interrupted by {name}" for name in ("SIGTERM", "SIGUSR1", "SIGINT")
+    ]
 
 
 def test_a_signal_in_the_loop_waits_for_the_step_but_not_for_ever(monkeypatch):
@@ -386,7 +454,9 @@ def test_a_signal_in_the_loop_waits_for_the_step_but_not_for_ever(monkeypatch):
 def test_the_command_that_continues_can_be_pasted():
     """A run folder with spaces, in the line of an interrupted script."""
     recorder = training.Recorder.__new__(training.Recorder)
-    vars(recorder).update(epoch=2, epochs_wanted=1, step=3, stopped_early=False, run=SimpleNamespace(folder="my runs/a"))
+    vars(recorder).update(
+        epoch=2, epochs_wanted=1, step=3, stopped_early=False, run=SimpleNamespace(folder="my runs/a")
+    )
     with pytest.raises(training.Interrupted) as stop, recorder.saving_when_interrupted():
         raise training.Interrupted("interrupted by SIGTERM", 143)
     words = shlex.split(str(stop.value))

@@ -27,9 +27,18 @@ from common import cli, training
 
 TRAINING = ("train_teacher.py", "train_student.py", "distill.py")
 RUN_FILES = {
-    "best.pth", "latest.pth", "config.json", "metrics.csv", "metrics.json", "results.json", "log.txt",
-    "predictions_val.npz", "predictions_test.npz", "confusion_val_label.npy", "confusion_test_label.npy",
-}  # fmt: skip
+    "best.pth",
+    "latest.pth",
+    "config.json",
+    "metrics.csv",
+    "metrics.json",
+    "results.json",
+    "log.txt",
+    "predictions_val.npz",
+    "predictions_test.npz",
+    "confusion_val_label.npy",
+    "confusion_test_label.npy",
+}
 
 
 def read(path):
@@ -40,7 +49,8 @@ def read(path):
 
 
 def test_few_labels_many_images(here, refused, teacher):
-    """distill.py shows all images and takes the labels that train_student.py --limit-train has; on digits 100 by default."""
+    """distill.py shows all images and takes the labels that train_student.py --limit-train has; on digits 100 by
+    default."""
     flags = ["--dataset", "digits", "--epochs", 1, "--batch-size", 64, "--device", "cpu"]
     taught = [*flags, "--teacher-checkpoint", teacher / "best.pth"]
     assert here("train_student.py", *flags, "--output", "alone")[0] == 0
@@ -82,7 +92,9 @@ def test_the_stages_one_after_the_other(tmp_path, teacher):
         assert matrix.sum() == 719 and np.trace(matrix) == round(accuracy * 719)
         assert np.array_equal(matrix.sum(1), np.bincount(stored["labels"], minlength=10))  # rows are the true classes
         recalls = results["class_recalls"]["test"]
-        assert list(recalls) == list(stored["classes"]) and list(recalls.values()) == pytest.approx(matrix.diagonal() / matrix.sum(1))
+        assert list(recalls) == list(stored["classes"]) and list(recalls.values()) == pytest.approx(
+            matrix.diagonal() / matrix.sum(1)
+        )
         assert {*results["class_recalls"]} == {*results["intervals"]} == {"val", "test"}
         for split, intervals in results["intervals"].items():
             assert {*intervals} == {"accuracy", "balanced_accuracy", "auc", "average_precision", "pauc"}
@@ -94,9 +106,13 @@ def test_the_stages_one_after_the_other(tmp_path, teacher):
     kd = read(tmp_path / "runs/distill/results.json")
     assert kd["method"] == "response" and kd["teacher"]["name"] == "resnet18"
     assert kd["teacher"]["sha256"] == read(teacher / "results.json")["checkpoint_sha256"]
-    assert {"train_ce", "train_kl", "val_agreement", "val_teacher_kl"} <= read(tmp_path / "runs/distill/metrics.json")[0].keys()
+    assert {"train_ce", "train_kl", "val_agreement", "val_teacher_kl"} <= read(tmp_path / "runs/distill/metrics.json")[
+        0
+    ].keys()
 
-    done = succeed("evaluate.py", "runs/distill/best.pth", "--teacher-checkpoint", "runs/teacher/best.pth", cwd=tmp_path)
+    done = succeed(
+        "evaluate.py", "runs/distill/best.pth", "--teacher-checkpoint", "runs/teacher/best.pth", cwd=tmp_path
+    )
     judged = read(tmp_path / "runs/evaluate/evaluation.json")
     for key in ("accuracy", "balanced_accuracy", "macro_f1", "auc", "ece", "agreement", "teacher_kl"):
         assert judged["student"][key] == pytest.approx(kd["test"][key], abs=1e-6), key
@@ -108,7 +124,10 @@ def test_the_stages_one_after_the_other(tmp_path, teacher):
             assert judged["student"][key][name] == pytest.approx(value, abs=1e-6), name
     lines = {line[:31].strip(): line.split() for line in done.stdout.splitlines()}
     low, high = kd["intervals"]["test"]["auc"]
-    assert lines["auc"][2:4] == [f"[{low:.3f},", f"{high:.3f}]"] and lines["recall 3"][2] == f"{kd['class_recalls']['test']['3']:.4f}"
+    assert (
+        lines["auc"][2:4] == [f"[{low:.3f},", f"{high:.3f}]"]
+        and lines["recall 3"][2] == f"{kd['class_recalls']['test']['3']:.4f}"
+    )
     assert "multiply_adds" in done.stdout and (tmp_path / "runs/evaluate/confusion_test_label.npy").exists()
 
     succeed("report.py", "runs", "--reevaluate", cwd=tmp_path)
@@ -129,7 +148,9 @@ def test_distillation_starts_from_the_baseline_s_weights(tmp_path, teacher, here
     """The same seed, cross-entropy alone: the distilled student is the baseline, bit for bit (the harness is one)."""
     flags = [*SMALL, "--epochs", 1, "--seed", 7]
     assert here("train_student.py", *flags, "--output", "a")[0] == 0
-    assert here("distill.py", *flags, "--teacher-checkpoint", teacher / "best.pth", "--alpha", 1, "--output", "b")[0] == 0
+    assert (
+        here("distill.py", *flags, "--teacher-checkpoint", teacher / "best.pth", "--alpha", 1, "--output", "b")[0] == 0
+    )
     a, b = (torch.load(tmp_path / f / "best.pth", weights_only=True)["model"] for f in "ab")
     assert all(torch.equal(a[name], b[name]) for name in a)
 
@@ -147,14 +168,53 @@ def test_split_seed_and_seed(tmp_path, here):
 
 def test_image_folder_with_vits_and_features(tmp_path, cifar_folder, here):
     """Real colour images; ViT teacher at another resolution than the student; feature distillation; sample grid."""
-    data = ["--dataset", "imagefolder", "--data-root", cifar_folder, "--batch-size", 20, "--epochs", 1, "--optimizer", "adamw"]
+    data = [
+        "--dataset",
+        "imagefolder",
+        "--data-root",
+        cifar_folder,
+        "--batch-size",
+        20,
+        "--epochs",
+        1,
+        "--optimizer",
+        "adamw",
+    ]
     assert here("train_teacher.py", *data, "--model", "vit_tiny", "--patch-size", 8, "--output", "t")[0] == 0
     code, out, errors = here(
-        "distill.py", "--teacher-checkpoint", "t/best.pth", "--batch-size", 20, "--epochs", 1, "--model", "vit_6_192",
-        "--patch-size", 4, "--resolution", 16, "--method", "feature", "--student-layer", "blocks.5", "--teacher-layer",
-        "blocks.11", "--feature-loss", "cosine", "--save-samples", "grid.png", "--allow-weak-teacher", "--amp", "bf16",
-        "--teacher-resolution", 48, "--cache", "off", "--workers", 1,
-    )  # fmt: skip
+        "distill.py",
+        "--teacher-checkpoint",
+        "t/best.pth",
+        "--batch-size",
+        20,
+        "--epochs",
+        1,
+        "--model",
+        "vit_6_192",
+        "--patch-size",
+        4,
+        "--resolution",
+        16,
+        "--method",
+        "feature",
+        "--student-layer",
+        "blocks.5",
+        "--teacher-layer",
+        "blocks.11",
+        "--feature-loss",
+        "cosine",
+        "--save-samples",
+        "grid.png",
+        "--allow-weak-teacher",
+        "--amp",
+        "bf16",
+        "--teacher-resolution",
+        48,
+        "--cache",
+        "off",
+        "--workers",
+        1,
+    )
     assert code == 0, errors
     results = read(tmp_path / "runs/distill/results.json")
     assert results["dataset"]["name"] == "imagefolder" and results["model"]["family"] == "vit"
@@ -171,9 +231,23 @@ def test_image_folder_with_vits_and_features(tmp_path, cifar_folder, here):
 def test_dropout_state_and_custom_layers_of_timm(tmp_path, teacher, here):
     """A timm student, features of both by module path, one by hook and one by forward_intermediates."""
     code, _, errors = here(
-        "distill.py", *SMALL, "--resolution", 32, "--epochs", 1, "--teacher-checkpoint", teacher / "best.pth",
-        "--method", "feature", "--model", "timm:test_resnet", "--student-layer", "layer3", "--teacher-layer", "layer3.0",
-    )  # fmt: skip
+        "distill.py",
+        *SMALL,
+        "--resolution",
+        32,
+        "--epochs",
+        1,
+        "--teacher-checkpoint",
+        teacher / "best.pth",
+        "--method",
+        "feature",
+        "--model",
+        "timm:test_resnet",
+        "--student-layer",
+        "layer3",
+        "--teacher-layer",
+        "layer3.0",
+    )
     assert code == 0, errors
     assert here("evaluate.py", "runs/distill/best.pth")[0] == 0
     assert read(tmp_path / "runs/evaluate/evaluation.json")["student"]["model"] == "timm:test_resnet"
@@ -183,7 +257,9 @@ def test_dropout_state_and_custom_layers_of_timm(tmp_path, teacher, here):
 
 
 def test_config_file_and_command_line(tmp_path, here):
-    (tmp_path / "c.json").write_text(json.dumps({"epochs": 1, "batch-size": 32, "lr": 0.2, "limit_train": 160, "nesterov": True}))
+    (tmp_path / "c.json").write_text(
+        json.dumps({"epochs": 1, "batch-size": 32, "lr": 0.2, "limit_train": 160, "nesterov": True})
+    )
     assert here("train_student.py", "--config", "c.json", "--lr", 0.02)[0] == 0
     flags = read(tmp_path / "runs/student/config.json")["flags"]
     assert flags["lr"] == 0.02 and flags["epochs"] == 1 and flags["nesterov"] is True
@@ -193,10 +269,16 @@ def test_config_file_and_command_line(tmp_path, here):
     assert read(tmp_path / "again/results.json")["test"] == read(tmp_path / "runs/student/results.json")["test"]
 
 
-@pytest.mark.parametrize("content, words", [
-    ('{"batchsize": 3}', ["batchsize", "did you mean --batch-size?"]), ('{"lr": "fast"}', ["--lr", "fast"]), ("[1]", ["c.json"]),
-    ("{", ["c.json", "JSON"]), ('{"epochs": 0}', ["--epochs"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ('{"batchsize": 3}', ["batchsize", "did you mean --batch-size?"]),
+        ('{"lr": "fast"}', ["--lr", "fast"]),
+        ("[1]", ["c.json"]),
+        ("{", ["c.json", "JSON"]),
+        ('{"epochs": 0}', ["--epochs"]),
+    ],
+)
 def test_bad_config(tmp_path, refused, content, words):
     (tmp_path / "c.json").write_text(content)
     refused("train_student.py", "--config", "c.json", words=words)
@@ -205,45 +287,51 @@ def test_bad_config(tmp_path, refused, content, words):
 # --------------------------------------------------------------------------------------------------------- bad input
 
 
-@pytest.mark.parametrize("args, words", [
-    (["--epochs", 0], ["--epochs", "0"]),
-    (["--batch-size", 0], ["--batch-size"]),
-    (["--lr", "-1"], ["--lr"]),
-    (["--lr", "nan"], ["--lr"]),
-    (["--dataset", "cifar11"], ["cifar11", "cifar10"]),
-    (["--model", "resnet9"], ["resnet9", "resnet8"]),
-    (["--device", "cuda:99"], ["cuda:99"]),
-    (["--device", "toaster"], ["toaster"]),
-    (["--amp", "fp16", "--device", "cpu"], ["fp16"]),
-    (["--dataset", "imagefolder"], ["--data-root"]),
-    (["--dataset", "imagefolder", "--data-root", "nowhere"], ["nowhere"]),
-    (["--dataset", "imagefolder", "--data-root", "."], ["train"]),
-    (["--dataset", "cifar10", "--data-root", "nowhere"], ["nowhere", "--download"]),
-    (["--dataset", "medmnist", "--data-root", "x.npz"], ["x.npz"]),
-    (["--schedule", "cosine", "--milestones", 3], ["--milestones", "cosine"]),
-    (["--schedule", "multistep"], ["--milestones"]),
-    (["--warmup-epochs", 50, "--epochs", 3], ["--warmup-epochs", "--epochs"]),
-    (["--no-augment", "--hflip", 0.5], ["--no-augment", "--hflip"]),
-    (["--hflip", 2], ["--hflip"]),
-    (["--nesterov", "--optimizer", "adamw"], ["--nesterov", "adamw"]),
-    (["--limit-train", 100000], ["--limit-train", "808"]),
-    (["--val-split", 0], ["--val-split"]),
-    *((["--window", *window], ["--window", "LOW must be below HIGH"]) for window in ((5, 5), (9, 1), ("nan", 1), (0, "inf"))),
-    (["--weights", "no.pth"], ["no.pth"]),
-    (["--weights", "a", "--init-checkpoint", "b"], ["--weights", "--init-checkpoint"]),
-    (["--pretrained"], ["--pretrained", "resnet8"]),
-    (["--patch-size", 4], ["--patch-size"]),
-    (["--model", "vit_6_192", "--patch-size", 3, "--resolution", 8], ["3", "8"]),
-    (["--select-metric", "luck"], ["luck", "accuracy"]),
-    (["--save-samples", "x.doc"], ["x.doc"]),
-    (["--resume", "runs/student"], ["runs/student"]),
-    (["--resume", "a", "--config", "b"], ["--resume", "--config"]),
-    (["--config", "no.json"], ["no.json"]),
-    (["--output", "/proc/run"], ["/proc/run"]),
-    (["--unheard-of"], ["--unheard-of"]),
-    (["--learning-rate", 0.1], ["--learning-rate", "did you mean --lr?"]),
-    (["--batchsize=3"], ["--batchsize=3", "did you mean --batch-size?"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (["--epochs", 0], ["--epochs", "0"]),
+        (["--batch-size", 0], ["--batch-size"]),
+        (["--lr", "-1"], ["--lr"]),
+        (["--lr", "nan"], ["--lr"]),
+        (["--dataset", "cifar11"], ["cifar11", "cifar10"]),
+        (["--model", "resnet9"], ["resnet9", "resnet8"]),
+        (["--device", "cuda:99"], ["cuda:99"]),
+        (["--device", "toaster"], ["toaster"]),
+        (["--amp", "fp16", "--device", "cpu"], ["fp16"]),
+        (["--dataset", "imagefolder"], ["--data-root"]),
+        (["--dataset", "imagefolder", "--data-root", "nowhere"], ["nowhere"]),
+        (["--dataset", "imagefolder", "--data-root", "."], ["train"]),
+        (["--dataset", "cifar10", "--data-root", "nowhere"], ["nowhere", "--download"]),
+        (["--dataset", "medmnist", "--data-root", "x.npz"], ["x.npz"]),
+        (["--schedule", "cosine", "--milestones", 3], ["--milestones", "cosine"]),
+        (["--schedule", "multistep"], ["--milestones"]),
+        (["--warmup-epochs", 50, "--epochs", 3], ["--warmup-epochs", "--epochs"]),
+        (["--no-augment", "--hflip", 0.5], ["--no-augment", "--hflip"]),
+        (["--hflip", 2], ["--hflip"]),
+        (["--nesterov", "--optimizer", "adamw"], ["--nesterov", "adamw"]),
+        (["--limit-train", 100000], ["--limit-train", "808"]),
+        (["--val-split", 0], ["--val-split"]),
+        *(
+            (["--window", *window], ["--window", "LOW must be below HIGH"])
+            for window in ((5, 5), (9, 1), ("nan", 1), (0, "inf"))
+        ),
+        (["--weights", "no.pth"], ["no.pth"]),
+        (["--weights", "a", "--init-checkpoint", "b"], ["--weights", "--init-checkpoint"]),
+        (["--pretrained"], ["--pretrained", "resnet8"]),
+        (["--patch-size", 4], ["--patch-size"]),
+        (["--model", "vit_6_192", "--patch-size", 3, "--resolution", 8], ["3", "8"]),
+        (["--select-metric", "luck"], ["luck", "accuracy"]),
+        (["--save-samples", "x.doc"], ["x.doc"]),
+        (["--resume", "runs/student"], ["runs/student"]),
+        (["--resume", "a", "--config", "b"], ["--resume", "--config"]),
+        (["--config", "no.json"], ["no.json"]),
+        (["--output", "/proc/run"], ["/proc/run"]),
+        (["--unheard-of"], ["--unheard-of"]),
+        (["--learning-rate", 0.1], ["--learning-rate", "did you mean --lr?"]),
+        (["--batchsize=3"], ["--batchsize=3", "did you mean --batch-size?"]),
+    ],
+)
 def test_bad_flags_of_a_training_script(tmp_path, refused, args, words):
     refused("train_student.py", *args, words=words)
     assert not (tmp_path / "runs").exists()  # nothing half made
@@ -259,27 +347,38 @@ def test_samples_that_cannot_be_written_are_refused_before_data(tmp_path, monkey
     for path in ("no/x.png", "file/x.png", "folder.png", "runs/student/deeper/x.png"):
         with pytest.raises(cli.UserError, match=f"--save-samples {path}: "):
             cli.parse_flags(parser, ["--save-samples", path])
-    for flags in (["x.png"], ["runs/student/x.png"], ["runs/b/x.png", "--output", "runs/b/"], ["runs/student/a/x.png", *point]):
+    for flags in (
+        ["x.png"],
+        ["runs/student/x.png"],
+        ["runs/b/x.png", "--output", "runs/b/"],
+        ["runs/student/a/x.png", *point],
+    ):
         assert cli.parse_flags(parser, ["--save-samples", *flags]).save_samples == flags[0]
     with pytest.raises(cli.UserError):
         cli.parse_flags(parser, ["--save-samples", "runs/student/b/x.png", *point])
     assert "--save-samples" not in extract_embeddings.build_parser()._option_string_actions  # it would draw nothing
 
 
-@pytest.mark.parametrize("args, words", [
-    (["--alpha", 0.3, "--kl-weight", 1], ["--alpha", "--kl-weight"]),
-    (["--alpha", 1.5], ["--alpha"]),
-    (["--temperature", 0], ["--temperature"]),
-    (["--kl-weight", -1], ["--kl-weight"]),
-    (["--ce-weight", 0, "--kl-weight", 0], ["weight"]),
-    (["--student-layer", "layer3"], ["--student-layer", "response"]),
-    (["--method", "feature"], ["--student-layer", "--teacher-layer"]),
-    (["--method", "feature", "--student-layer", "layer9", "--teacher-layer", "layer3"], ["layer9", "layer3", "resnet8"]),
-    (["--method", "feature", "--student-layer", "layer3", "--teacher-layer", "x"], ["'x'", "layer4", "resnet18"]),
-    (["--teacher-pretrained"], ["--teacher-model"]),
-    (["--teacher-model", "resnet18", "--teacher-weights", "x"], ["--teacher-model", "--teacher-checkpoint"]),
-    (["--dataset", "imagefolder"], ["--data-root"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (["--alpha", 0.3, "--kl-weight", 1], ["--alpha", "--kl-weight"]),
+        (["--alpha", 1.5], ["--alpha"]),
+        (["--temperature", 0], ["--temperature"]),
+        (["--kl-weight", -1], ["--kl-weight"]),
+        (["--ce-weight", 0, "--kl-weight", 0], ["weight"]),
+        (["--student-layer", "layer3"], ["--student-layer", "response"]),
+        (["--method", "feature"], ["--student-layer", "--teacher-layer"]),
+        (
+            ["--method", "feature", "--student-layer", "layer9", "--teacher-layer", "layer3"],
+            ["layer9", "layer3", "resnet8"],
+        ),
+        (["--method", "feature", "--student-layer", "layer3", "--teacher-layer", "x"], ["'x'", "layer4", "resnet18"]),
+        (["--teacher-pretrained"], ["--teacher-model"]),
+        (["--teacher-model", "resnet18", "--teacher-weights", "x"], ["--teacher-model", "--teacher-checkpoint"]),
+        (["--dataset", "imagefolder"], ["--data-root"]),
+    ],
+)
 def test_bad_flags_of_distill(tmp_path, teacher, refused, args, words):
     refused("distill.py", "--teacher-checkpoint", teacher / "best.pth", *args, words=words)
     assert not (tmp_path / "runs").exists()
@@ -301,11 +400,21 @@ def test_teacher_of_other_classes(tmp_path, teacher, refused, here):
     refused("distill.py", "--teacher-checkpoint", teacher / "best.pth", *data, words=["classes", "10", "2", "cat"])
     refused("evaluate.py", teacher / "best.pth", *data, words=["class", "cat"])
     assert here("train_student.py", *data, "--resolution", 8, "--epochs", 1, "--batch-size", 8)[0] == 0
-    refused("evaluate.py", teacher / "best.pth", "--teacher-checkpoint", "runs/student/best.pth", words=["classes", "10", "2"])
+    refused(
+        "evaluate.py",
+        teacher / "best.pth",
+        "--teacher-checkpoint",
+        "runs/student/best.pth",
+        words=["classes", "10", "2"],
+    )
     # a new head where classes differ
-    code, out, _ = here("train_student.py", *SMALL, "--epochs", 1, "--init-checkpoint", "runs/student/best.pth", "--output", "new")
+    code, out, _ = here(
+        "train_student.py", *SMALL, "--epochs", 1, "--init-checkpoint", "runs/student/best.pth", "--output", "new"
+    )
     assert code == 0 and "new head" in out
-    code, out, _ = here("train_student.py", *SMALL, "--epochs", 1, "--init-checkpoint", "new/best.pth", "--output", "same")
+    code, out, _ = here(
+        "train_student.py", *SMALL, "--epochs", 1, "--init-checkpoint", "new/best.pth", "--output", "same"
+    )
     assert code == 0 and "new head" not in out
 
 
@@ -325,7 +434,14 @@ def test_bad_checkpoints(tmp_path, teacher, refused):
     torch.save({**content, "model_args": {**content["model_args"], "name": "resnet8"}}, tmp_path / "other.pth")
     torch.save({**content, "model_args": {**content["model_args"], "num_classes": 7}}, tmp_path / "seven.pth")
     (tmp_path / "pickled.pth").write_bytes(pickle.dumps({"model": object}))
-    for name, part in (("model", [1]), ("model_args", {"nonsense": 1}), ("preprocess", {"resolution": 8}), ("classes", 5), ("flags", {}), ("flags", None)):
+    for name, part in (
+        ("model", [1]),
+        ("model_args", {"nonsense": 1}),
+        ("preprocess", {"resolution": 8}),
+        ("classes", 5),
+        ("flags", {}),
+        ("flags", None),
+    ):
         torch.save({**content, name: part}, tmp_path / "part.pth")
         with pytest.raises(cli.UserError, match="part.pth"):
             training.load_model(training.load_checkpoint(tmp_path / "part.pth"), path="part.pth")
@@ -391,7 +507,10 @@ def small_disk(tmp_path):
     """A real file system of 20 MB."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", folder], capture_output=True).returncode:
+    if (
+        os.geteuid() != 0
+        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", folder], capture_output=True).returncode
+    ):
         pytest.skip("mounting a small file system needs root")
     yield folder
     subprocess.run(["umount", "-l", folder], check=True)
@@ -446,8 +565,14 @@ def test_main_can_run_several_times_in_one_process(tmp_path, here):
 def test_overwrite_loses_nothing_when_the_input_is_bad(tmp_path, refused, here):
     assert here("train_student.py", *SMALL, "--epochs", 1)[0] == 0
     before = (tmp_path / "runs/student/best.pth").read_bytes()
-    for flags in (["--model", "resnet9"], ["--limit-train", 10**6], ["--weights", "no.pth"], ["--batch-size", 1],
-                  ["--accumulation-steps", 32], ["--batch-size", 1, "--dry-run"]):  # fmt: skip
+    for flags in (
+        ["--model", "resnet9"],
+        ["--limit-train", 10**6],
+        ["--weights", "no.pth"],
+        ["--batch-size", 1],
+        ["--accumulation-steps", 32],
+        ["--batch-size", 1, "--dry-run"],
+    ):
         refused("train_student.py", *SMALL, "--overwrite", *flags)
     assert (tmp_path / "runs/student/best.pth").read_bytes() == before
 
@@ -458,7 +583,9 @@ def test_overwrite_loses_nothing_when_the_input_is_bad(tmp_path, refused, here):
 def needed_files(script):
     """The files of common that a script's docstring names."""
     docstring = ast.get_docstring(ast.parse((ROOT / script).read_text()))
-    sentence = re.search(r"Needs from common: (.+?)\.\s", docstring, re.S)[1]  # the next one: what images with texts need too
+    sentence = re.search(r"Needs from common: (.+?)\.\s", docstring, re.S)[
+        1
+    ]  # the next one: what images with texts need too
     return sorted(set(re.findall(r"\b([a-z_]+\.py)\b", sentence)))
 
 
@@ -485,7 +612,15 @@ def test_a_file_that_copies_out_alone(tmp_path, name):
 
 
 def test_another_split_than_the_teacher_s_is_refused(teacher, refused):
-    refused("distill.py", *SMALL, "--teacher-checkpoint", teacher / "best.pth", "--split-seed", 1, words=["--split-seed 1", "trained with 0", teacher])
+    refused(
+        "distill.py",
+        *SMALL,
+        "--teacher-checkpoint",
+        teacher / "best.pth",
+        "--split-seed",
+        1,
+        words=["--split-seed 1", "trained with 0", teacher],
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- shape
@@ -500,8 +635,19 @@ def test_teachers_are_not_smoothed_by_default(monkeypatch):
 
 def test_top_level_and_help():
     """Nothing but what was laid down; every flag of every script has help."""
-    allowed = {"train_teacher.py", "train_student.py", "distill.py", "extract_embeddings.py", "evaluate.py", "report.py",
-               "common", "slurm", "tests", "requirements.txt", "README.md"}  # fmt: skip
+    allowed = {
+        "train_teacher.py",
+        "train_student.py",
+        "distill.py",
+        "extract_embeddings.py",
+        "evaluate.py",
+        "report.py",
+        "common",
+        "slurm",
+        "tests",
+        "requirements.txt",
+        "README.md",
+    }
     tracked = subprocess.run(["git", "-C", ROOT, "ls-files"], capture_output=True, text=True).stdout.split()
     if tracked:
         assert {path.split("/")[0] for path in tracked if not path.startswith(".")} <= allowed

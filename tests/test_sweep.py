@@ -48,7 +48,14 @@ def test_a_list_of_named_points(flags):
 
 
 def test_a_point_has_flags_for_each_script(flags, parser):
-    grid = [{"name": "a", "epochs": 3, "train_student.py": {"lr": 0.1}, "train_teacher.py": {"lr": 0.2, "model": "resnet18"}}]
+    grid = [
+        {
+            "name": "a",
+            "epochs": 3,
+            "train_student.py": {"lr": 0.1},
+            "train_teacher.py": {"lr": 0.2, "model": "resnet18"},
+        }
+    ]
     parser.prog = "train_student.py"
     args = flags(grid, 0)
     assert (args.output, args.epochs, args.lr, args.model) == ("runs/student/a", 3, 0.1, "resnet8")
@@ -58,7 +65,9 @@ def test_the_grid_of_medpix_swaps_the_backbones_of_teacher_and_student():
     from pathlib import Path
 
     grid = str(Path(cli.SCRIPT_FOLDER, "slurm/grids/medpix_swaps.json"))
-    teachers, students, alone = (dict(cli.grid_points(grid, script)) for script in ("train_teacher.py", "distill.py", "train_student.py"))
+    teachers, students, alone = (
+        dict(cli.grid_points(grid, script)) for script in ("train_teacher.py", "distill.py", "train_student.py")
+    )
     assert list(teachers) == ["original", "swap_image", "swap_text", "swap_both"] and students == alone
     first, second = teachers["original"], students["original"]
     for name, side in (("swap_image", "image-model"), ("swap_text", "text-model")):
@@ -84,21 +93,24 @@ def test_the_command_line_s_config_stays_below_the_point(flags, tmp_path):
     assert args.lr == 0.1 and args.momentum == 0.8
 
 
-@pytest.mark.parametrize("grid, index, argv, words", [
-    ({"lr": [0.1, 0.2]}, 2, [], "2 points, 0 to 1"),
-    ({"lrr": [0.1]}, 0, [], "did you mean --lr"),
-    ({"lr": []}, 0, [], "'lr' must be a list"),
-    ({"lr": 0.1}, 0, [], "'lr' must be a list"),
-    ({}, 0, [], "no grid"),
-    ([], 0, [], "no grid"),
-    ([3], 0, [], "no grid"),
-    ([{"name": "a", "train_student.py": 3}], 0, [], "object of flags"),
-    ("{", 0, [], "not valid JSON"),
-    ([{"name": "a", "lr": 1}, {"name": "a", "lr": 2}], 0, [], "the name 'a'"),
-    ({"lr": [1]}, 0, ["--lr=2"], "--lr is given"),
-    ({"output": ["x"]}, 0, [], "must not set output"),
-    ({"lr": [1]}, 0, ["--resume", "runs/student"], "contradict"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "grid, index, argv, words",
+    [
+        ({"lr": [0.1, 0.2]}, 2, [], "2 points, 0 to 1"),
+        ({"lrr": [0.1]}, 0, [], "did you mean --lr"),
+        ({"lr": []}, 0, [], "'lr' must be a list"),
+        ({"lr": 0.1}, 0, [], "'lr' must be a list"),
+        ({}, 0, [], "no grid"),
+        ([], 0, [], "no grid"),
+        ([3], 0, [], "no grid"),
+        ([{"name": "a", "train_student.py": 3}], 0, [], "object of flags"),
+        ("{", 0, [], "not valid JSON"),
+        ([{"name": "a", "lr": 1}, {"name": "a", "lr": 2}], 0, [], "the name 'a'"),
+        ({"lr": [1]}, 0, ["--lr=2"], "--lr is given"),
+        ({"output": ["x"]}, 0, [], "must not set output"),
+        ({"lr": [1]}, 0, ["--resume", "runs/student"], "contradict"),
+    ],
+)
 def test_bad_grids(flags, grid, index, argv, words):
     with pytest.raises(cli.UserError, match=words):
         flags(grid, index, *argv)
@@ -138,22 +150,30 @@ def test_seeds_are_ordinary_runs(here):
     assert not all(torch.equal(weights[0][name], value) for name, value in weights[2].items())
     told = json.loads(Path("both_1/results.json").read_text())
     assert told["flags"]["seed"] == 1 and "seeds" not in told["flags"]
-    assert told["environment"]["command"].endswith("--seed 1 --output both_1") and "--seeds" not in told["environment"]["command"]
+    assert (
+        told["environment"]["command"].endswith("--seed 1 --output both_1")
+        and "--seeds" not in told["environment"]["command"]
+    )
 
 
 def test_seeds_go_to_folders_beside_each_other(parser):
     argv = ["--seeds", "0", "7", "--lr", "0.1", "--output=x/y/", "--nesterov"]
-    assert cli.expand_seeds(parser, argv) == [["--lr", "0.1", "--nesterov", "--seed", s, "--output", f"x/y_{s}"] for s in ("0", "7")]
+    assert cli.expand_seeds(parser, argv) == [
+        ["--lr", "0.1", "--nesterov", "--seed", s, "--output", f"x/y_{s}"] for s in ("0", "7")
+    ]
     assert cli.expand_seeds(parser, ["--lr", "0.1"]) == [["--lr", "0.1"]]
 
 
-@pytest.mark.parametrize("argv, words", [
-    (["--seeds", 0, 1, "--seed", 2], ["--seed ", "--seeds"]),
-    (["--seeds", 0, 1, "--resume", "run"], ["--resume", "--seeds"]),
-    (["--seeds", 0, 1, 0], ["--seeds 0 1 0", "twice"]),
-    (["--seeds", 0, "x"], ["--seeds", "'x'"]),
-    (["--seeds", 0, 1, "--lr", -1], ["--lr"]),  # before the first run
-])
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--seeds", 0, 1, "--seed", 2], ["--seed ", "--seeds"]),
+        (["--seeds", 0, 1, "--resume", "run"], ["--resume", "--seeds"]),
+        (["--seeds", 0, 1, 0], ["--seeds 0 1 0", "twice"]),
+        (["--seeds", 0, "x"], ["--seeds", "'x'"]),
+        (["--seeds", 0, 1, "--lr", -1], ["--lr"]),  # before the first run
+    ],
+)
 def test_bad_seeds(refused, argv, words):
     refused("train_student.py", *SMALL, *argv, words=words)
     assert not os.listdir()

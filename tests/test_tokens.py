@@ -55,17 +55,26 @@ def test_a_grid_is_resized_as_pillow_does():
 
 
 def outputs(count, grid, width):
-    return {"embedding": torch.randn(count, width, generator=RANDOM), "tokens": torch.randn(count, grid, width, generator=RANDOM)}
+    return {
+        "embedding": torch.randn(count, width, generator=RANDOM),
+        "tokens": torch.randn(count, grid, width, generator=RANDOM),
+    }
 
 
 def test_token_terms_by_hand():
     student, teacher = outputs(6, 4, 8), outputs(6, 16, 12)
     loss = DistillationLoss(method_weights("tokens", cls=0.7))
     loss.build(student, teacher)
-    assert [n for n, _ in loss.named_parameters()] == [f"token_projectors.{t}.{n}" for t in ("cls", "patch") for n in ("weight", "bias")]
+    assert [n for n, _ in loss.named_parameters()] == [
+        f"token_projectors.{t}.{n}" for t in ("cls", "patch") for n in ("weight", "bias")
+    ]
     total = loss(student, teacher, None)
-    pooled = teacher["tokens"].view(6, 4, 4, 12)  # of the resizing only its being linear and symmetric is used: see above
-    pooled = F.interpolate(pooled.permute(0, 3, 1, 2), (2, 2), mode="bilinear", antialias=True).flatten(2).transpose(1, 2)
+    pooled = teacher["tokens"].view(
+        6, 4, 4, 12
+    )  # of the resizing only its being linear and symmetric is used: see above
+    pooled = (
+        F.interpolate(pooled.permute(0, 3, 1, 2), (2, 2), mode="bilinear", antialias=True).flatten(2).transpose(1, 2)
+    )
     expected = {}
     for term, key, target in (("cls", "embedding", teacher["embedding"]), ("patch", "tokens", pooled)):
         projector = loss.token_projectors[term]
@@ -83,7 +92,10 @@ def test_local_crops_meet_every_global_crop_of_their_own_image():
     without = loss(student, teacher, None)
     total = loss(student, teacher, None, None, local)
     pairs = [(n, g, b) for n in range(3) for g in range(2) for b in range(4)]
-    expected = [2 - 2 * F.cosine_similarity(loss.projected("cls", local[n, b]), teacher["embedding"][4 * g + b], dim=0).item() for n, g, b in pairs]
+    expected = [
+        2 - 2 * F.cosine_similarity(loss.projected("cls", local[n, b]), teacher["embedding"][4 * g + b], dim=0).item()
+        for n, g, b in pairs
+    ]
     assert loss.terms["local"].item() == pytest.approx(np.mean(expected), rel=1e-5)
     assert (total - without).item() == pytest.approx(2 * np.mean(expected), rel=1e-4)
 
@@ -93,7 +105,9 @@ def test_local_crops_meet_every_global_crop_of_their_own_image():
 
 def loader_of(count=12, batch_size=4):
     pictures = np.random.default_rng(0).integers(0, 256, (count, 8, 8, 3), np.uint8)
-    return Loader(ImageDataset([f"{i}" for i in range(count)], [-1] * count, pictures), batch_size, "cpu", shuffle=True, seed=3)
+    return Loader(
+        ImageDataset([f"{i}" for i in range(count)], [-1] * count, pictures), batch_size, "cpu", shuffle=True, seed=3
+    )
 
 
 def test_several_views_are_numbered_on_and_on():
@@ -125,7 +139,8 @@ def test_local_crops_are_streams_of_the_view():
     small = {**batches[0], **{k: batches[0][k][1:2] for k in ("key", "view", "size", "image")}}
     small.pop("pixels")
     assert torch.equal(crops[1](small, side), made[1][1:2]), "the same in a batch of one"
-    # a crop of 5 to 25 % of the area: a ramp shows by its slope what share of the width is seen, at most sqrt(0.25 * 4 / 3)
+    # a crop of 5 to 25 % of the area: a ramp shows by its slope what share of the width is seen, at most sqrt(0.25 * 4
+    # / 3)
     ramp = torch.arange(64).mul(4).byte().expand(200, 3, 64, 64)
     keys = torch.arange(200)
     batch = {"image": ramp, "size": torch.full((200, 2), 64), "key": keys, "view": torch.ones(200, dtype=torch.int64)}
@@ -137,9 +152,13 @@ def test_local_crops_are_streams_of_the_view():
 # -------------------------------------------------------------------------------------------------------------- DINOv2
 
 
-@pytest.mark.parametrize("name, timm_name, prefix", [
-    ("dinov2_vits14", "vit_small_patch14_dinov2", 1), ("dinov2_vits14_reg", "vit_small_patch14_reg4_dinov2", 5),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, timm_name, prefix",
+    [
+        ("dinov2_vits14", "vit_small_patch14_dinov2", 1),
+        ("dinov2_vits14_reg", "vit_small_patch14_reg4_dinov2", 5),
+    ],
+)
 def test_dinov2_by_the_hub_s_name(name, timm_name, prefix):
     """Class token and grid as timm's own forward gives them, at 196 px: 14 x 14 as a /16 student has at 224."""
     torch.manual_seed(1)
@@ -151,7 +170,9 @@ def test_dinov2_by_the_hub_s_name(name, timm_name, prefix):
     with torch.no_grad():
         out, tokens = model({"image": images}), reference.forward_features(images)
     assert tokens.shape == (1, prefix + 196, 384) and "logits" not in out
-    assert torch.allclose(out["embedding"], tokens[:, 0], atol=1e-5) and torch.allclose(out["tokens"], tokens[:, prefix:], atol=1e-5)
+    assert torch.allclose(out["embedding"], tokens[:, 0], atol=1e-5) and torch.allclose(
+        out["tokens"], tokens[:, prefix:], atol=1e-5
+    )
     assert build_model(**model.build_args).backbone.pos_embed.shape == reference.pos_embed.shape
 
 
@@ -164,15 +185,43 @@ def test_every_hub_name_is_timm_s():
 def test_a_hugging_face_dinov2_folder_teaches(tmp_path):
     """End to end from a saved Dinov2Model: 28 px and patches of 14 give 2 x 2 tokens, the student has 4 x 4."""
     transformers = pytest.importorskip("transformers")
-    config = transformers.Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, patch_size=14, image_size=28)
+    config = transformers.Dinov2Config(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, patch_size=14, image_size=28
+    )
     torch.manual_seed(0)
     transformers.Dinov2Model(config).save_pretrained(tmp_path / "dinov2")
-    (tmp_path / "dinov2" / "preprocessor_config.json").write_text(json.dumps(
-        {"image_processor_type": "BitImageProcessor", "do_normalize": True, "image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}))  # fmt: skip
+    (tmp_path / "dinov2" / "preprocessor_config.json").write_text(
+        json.dumps(
+            {
+                "image_processor_type": "BitImageProcessor",
+                "do_normalize": True,
+                "image_mean": [0.1, 0.2, 0.3],
+                "image_std": [0.4, 0.5, 0.6],
+            }
+        )
+    )
     tree(tmp_path / "images", 40)
-    done = succeed("distill.py", *TOKENS, "--teacher-model", f"hf:{tmp_path / 'dinov2'}", "--teacher-pretrained", "--teacher-resolution", 28,
-                   "--dataset", "unlabeled", "--data-root", tmp_path / "images", "--resolution", 16, "--epochs", 2, "--batch-size", 8,
-                   "--output", tmp_path / "run")  # fmt: skip
+    done = succeed(
+        "distill.py",
+        *TOKENS,
+        "--teacher-model",
+        f"hf:{tmp_path / 'dinov2'}",
+        "--teacher-pretrained",
+        "--teacher-resolution",
+        28,
+        "--dataset",
+        "unlabeled",
+        "--data-root",
+        tmp_path / "images",
+        "--resolution",
+        16,
+        "--epochs",
+        2,
+        "--batch-size",
+        8,
+        "--output",
+        tmp_path / "run",
+    )
     assert "it is not judged" in done.stdout and "28 px" in done.stdout
     saved = load_checkpoint(str(tmp_path / "run" / "best.pth"))
     # val's loss by hand: the teacher's own mean and std, its grid of 2 x 2 enlarged to 4 x 4
@@ -185,15 +234,26 @@ def test_a_hugging_face_dinov2_folder_teaches(tmp_path):
     with torch.no_grad():
         out = model({"image": preprocess(augment(batch, 16))})
         hidden = body(pixel_values=(augment(batch, 28) - mean) / std).last_hidden_state
-    grid = F.interpolate(hidden[:, 1:].transpose(1, 2).unflatten(2, (2, 2)), (4, 4), mode="bilinear").flatten(2).transpose(1, 2)
+    grid = (
+        F.interpolate(hidden[:, 1:].transpose(1, 2).unflatten(2, (2, 2)), (4, 4), mode="bilinear")
+        .flatten(2)
+        .transpose(1, 2)
+    )
     expected = 0
-    for term, weight, student, teacher in (("cls", 1, out["embedding"], hidden[:, 0]), ("patch", 0.5, out["tokens"], grid)):
+    for term, weight, student, teacher in (
+        ("cls", 1, out["embedding"], hidden[:, 0]),
+        ("patch", 0.5, out["tokens"], grid),
+    ):
         projector = [saved["loss"][f"token_projectors.{term}.{name}"] for name in ("weight", "bias")]
         expected += weight * (2 - 2 * F.cosine_similarity(F.linear(student, *projector), teacher, dim=-1)).mean().item()
     rows = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert min(row["val_distillation_loss"] for row in rows) == pytest.approx(expected, rel=1e-4)
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert results["val"] == {"distillation_loss": pytest.approx(expected, rel=1e-4)} and "test" not in results and saved["classes"] == []
+    assert (
+        results["val"] == {"distillation_loss": pytest.approx(expected, rel=1e-4)}
+        and "test" not in results
+        and saved["classes"] == []
+    )
 
 
 def test_dinov2_from_timm_end_to_end(tmp_path):
@@ -202,10 +262,35 @@ def test_dinov2_from_timm_end_to_end(tmp_path):
     weights = timm.create_model("vit_small_patch14_reg4_dinov2", img_size=28, num_classes=0).state_dict()
     torch.save(weights, tmp_path / "weights.pth")
     tree(tmp_path / "images", 24)
-    done = succeed("distill.py", "--method", "tokens", "--teacher-model", "dinov2_vits14_reg", "--teacher-weights", tmp_path / "weights.pth",
-                   "--teacher-resolution", 28, "--model", "vit_tiny_patch16_224", "--resolution", 32, "--local-crops", 2, "--epochs", 1,
-                   "--batch-size", 8, "--dataset", "unlabeled", "--data-root", tmp_path / "images", "--output", tmp_path / "run",
-                   "--device", "cpu")  # fmt: skip
+    done = succeed(
+        "distill.py",
+        "--method",
+        "tokens",
+        "--teacher-model",
+        "dinov2_vits14_reg",
+        "--teacher-weights",
+        tmp_path / "weights.pth",
+        "--teacher-resolution",
+        28,
+        "--model",
+        "vit_tiny_patch16_224",
+        "--resolution",
+        32,
+        "--local-crops",
+        2,
+        "--epochs",
+        1,
+        "--batch-size",
+        8,
+        "--dataset",
+        "unlabeled",
+        "--data-root",
+        tmp_path / "images",
+        "--output",
+        tmp_path / "run",
+        "--device",
+        "cpu",
+    )
     assert "timm" not in done.stderr
     saved = load_checkpoint(str(tmp_path / "run" / "latest.pth"))
     model, _ = load_model(saved)  # rebuilt, it takes the local crops' side too
@@ -255,7 +340,9 @@ def test_the_list_of_files_is_kept_while_no_folder_changes(tmp_path, monkeypatch
     (folder / "b" / "c" / "new.png").write_bytes(b"")
     again = listed_images(str(folder))
     assert len(walks) == 3 and sorted([*first, str(folder / "b" / "c" / "new.png")]) == sorted(again)
-    (tmp_path / "cache" / "distillation").joinpath(os.path.basename(images_module.list_cache(str(folder)))).write_text("no JSON")
+    (tmp_path / "cache" / "distillation").joinpath(os.path.basename(images_module.list_cache(str(folder)))).write_text(
+        "no JSON"
+    )
     os.utime(folder / "b" / "c", (1e9, 1e9))
     assert listed_images(str(folder)) == again and len(walks) == 4
 
@@ -263,8 +350,10 @@ def test_the_list_of_files_is_kept_while_no_folder_changes(tmp_path, monkeypatch
 def test_a_hugging_face_dataset_saved_to_disk(tmp_path):
     datasets = pytest.importorskip("datasets")
     pictures = [Image.fromarray(np.full((6, 9, 3), 5 * i, np.uint8)) for i in range(30)]
-    rows = datasets.Dataset.from_dict({"label": list(range(30)), "picture": pictures}, datasets.Features(
-        {"label": datasets.Value("int64"), "picture": datasets.Image()}))  # fmt: skip
+    rows = datasets.Dataset.from_dict(
+        {"label": list(range(30)), "picture": pictures},
+        datasets.Features({"label": datasets.Value("int64"), "picture": datasets.Image()}),
+    )
     datasets.DatasetDict({"train": rows, "test": rows}).save_to_disk(tmp_path / "saved")
     rows.remove_columns("picture").save_to_disk(tmp_path / "no_images")
     splits = load_splits("unlabeled", labels=False, hf_dataset=str(tmp_path / "saved"))
@@ -277,8 +366,26 @@ def test_a_hugging_face_dataset_saved_to_disk(tmp_path):
     with pytest.raises(DataError, match="save_to_disk"):
         load_splits("unlabeled", labels=False, hf_dataset=str(tmp_path / "absent" / "set"))
     teacher_of(tmp_path)
-    succeed("distill.py", *TOKENS, "--teacher-checkpoint", tmp_path / "teacher.pth", "--hf-dataset", tmp_path / "saved", "--resolution", 8,
-            "--epochs", 1, "--batch-size", 8, "--cache", "off", "--workers", 1, "--output", tmp_path / "run")  # fmt: skip
+    succeed(
+        "distill.py",
+        *TOKENS,
+        "--teacher-checkpoint",
+        tmp_path / "teacher.pth",
+        "--hf-dataset",
+        tmp_path / "saved",
+        "--resolution",
+        8,
+        "--epochs",
+        1,
+        "--batch-size",
+        8,
+        "--cache",
+        "off",
+        "--workers",
+        1,
+        "--output",
+        tmp_path / "run",
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- scripts
@@ -286,8 +393,23 @@ def test_a_hugging_face_dataset_saved_to_disk(tmp_path):
 
 def teacher_of(folder, epochs=1):
     """A small ViT's checkpoint, hardly trained."""
-    succeed("train_teacher.py", "--model", "vit_6_192", "--patch-size", 4, "--epochs", epochs, "--optimizer", "adamw", "--output", folder / "teacher_run",
-            "--device", "cpu", "--batch-size", 64)  # fmt: skip
+    succeed(
+        "train_teacher.py",
+        "--model",
+        "vit_6_192",
+        "--patch-size",
+        4,
+        "--epochs",
+        epochs,
+        "--optimizer",
+        "adamw",
+        "--output",
+        folder / "teacher_run",
+        "--device",
+        "cpu",
+        "--batch-size",
+        64,
+    )
     os.replace(folder / "teacher_run" / "best.pth", folder / "teacher.pth")
 
 
@@ -296,8 +418,27 @@ def taught(tmp_path_factory):
     """(folder with teacher.pth and run/) of a run without labels, with two global and two local crops."""
     folder = tmp_path_factory.mktemp("tokens")
     teacher_of(folder, 6)
-    flags = [*TOKENS, "--teacher-checkpoint", folder / "teacher.pth", "--epochs", 3, "--global-crops", 2, "--local-crops", 2, "--ema", 0.9,
-             "--eval-dataset", "digits", "--eval-every", 2, "--limit-train", 256, "--rotation", 10]  # fmt: skip
+    flags = [
+        *TOKENS,
+        "--teacher-checkpoint",
+        folder / "teacher.pth",
+        "--epochs",
+        3,
+        "--global-crops",
+        2,
+        "--local-crops",
+        2,
+        "--ema",
+        0.9,
+        "--eval-dataset",
+        "digits",
+        "--eval-every",
+        2,
+        "--limit-train",
+        256,
+        "--rotation",
+        10,
+    ]
     succeed("distill.py", *flags, "--output", folder / "run")
     return folder, flags
 
@@ -306,13 +447,22 @@ def test_a_run_without_labels(taught, tmp_path):
     folder, _ = taught
     rows, results = (json.loads((folder / "run" / name).read_text()) for name in ("metrics.json", "results.json"))
     assert set(results["val"]) == set(results["test"]) == {"distillation_loss"} and results["intervals"] == {}
-    assert {"train_cls", "train_patch", "train_local", "train_loss"} <= set(rows[0]) and not {"train_ce", "train_accuracy", "val_accuracy"} & set(rows[0])
+    assert {"train_cls", "train_patch", "train_local", "train_loss"} <= set(rows[0]) and not {
+        "train_ce",
+        "train_accuracy",
+        "val_accuracy",
+    } & set(rows[0])
     for row in rows:
-        assert row["train_loss"] == pytest.approx(row["train_cls"] + row["train_local"] + 0.5 * row["train_patch"], rel=1e-4)
+        assert row["train_loss"] == pytest.approx(
+            row["train_cls"] + row["train_local"] + 0.5 * row["train_patch"], rel=1e-4
+        )
     assert [row["val_knn"] is None for row in rows] == [True, False, False], "every second epoch and the last"
     assert rows[-1]["val_distillation_loss"] < rows[0]["val_distillation_loss"]
     # k-NN while training is evaluate.py's
-    for path, value in ((folder / "run" / "latest.pth", rows[-1]["val_knn"]), (folder / "teacher.pth", rows[-1]["val_teacher_knn"])):
+    for path, value in (
+        (folder / "run" / "latest.pth", rows[-1]["val_knn"]),
+        (folder / "teacher.pth", rows[-1]["val_teacher_knn"]),
+    ):
         succeed("evaluate.py", path, "--knn", "--split", "val", "--output", tmp_path / "val")
         judged = json.loads((tmp_path / "val" / "evaluation.json").read_text())["student"]
         assert judged["knn"]["20"]["accuracy"] == pytest.approx(value, abs=1e-9)
@@ -337,9 +487,18 @@ def test_knn_on_data_of_other_classes(taught, tmp_path):
         for label, shade in (("dark", 20), ("light", 220)):
             (tmp_path / "pictures" / split / label).mkdir(parents=True)
             for i in range(count):
-                Image.fromarray(np.full((8, 8, 3), shade + i, np.uint8)).save(tmp_path / "pictures" / split / label / f"{i}.png")
+                Image.fromarray(np.full((8, 8, 3), shade + i, np.uint8)).save(
+                    tmp_path / "pictures" / split / label / f"{i}.png"
+                )
     flags = ["--dataset", "imagefolder", "--data-root", tmp_path / "pictures", "--output", tmp_path / "judged"]
-    succeed("evaluate.py", taught[0] / "run" / "best.pth", "--teacher-checkpoint", taught[0] / "teacher.pth", "--knn", *flags)
+    succeed(
+        "evaluate.py",
+        taught[0] / "run" / "best.pth",
+        "--teacher-checkpoint",
+        taught[0] / "teacher.pth",
+        "--knn",
+        *flags,
+    )
     judged = json.loads((tmp_path / "judged" / "evaluation.json").read_text())
     for who in ("student", "teacher"):
         assert judged[who]["knn"]["10"]["accuracy"] == 1 and "accuracy" not in judged[who]
@@ -351,19 +510,61 @@ def test_knn_on_data_of_other_classes(taught, tmp_path):
 def test_what_follows_a_run_without_labels(taught, tmp_path):
     """evaluate.py judges it by k-NN and probe beside its teacher, train_student.py fine-tunes it."""
     folder, _ = taught
-    done = succeed("evaluate.py", folder / "run" / "best.pth", "--teacher-checkpoint", folder / "teacher.pth", "--knn", "--linear-probe",
-                   "--output", tmp_path / "both")  # fmt: skip
+    done = succeed(
+        "evaluate.py",
+        folder / "run" / "best.pth",
+        "--teacher-checkpoint",
+        folder / "teacher.pth",
+        "--knn",
+        "--linear-probe",
+        "--output",
+        tmp_path / "both",
+    )
     judged = json.loads((tmp_path / "both" / "evaluation.json").read_text())
-    assert "accuracy" not in judged["student"] and judged["student"]["linear_probe"]["accuracy"] > 0.5 and "kept knn_20" in done.stdout
+    assert (
+        "accuracy" not in judged["student"]
+        and judged["student"]["linear_probe"]["accuracy"] > 0.5
+        and "kept knn_20" in done.stdout
+    )
     done = run_script("evaluate.py", folder / "run" / "best.pth")
     assert done.returncode == 2 and "--knn" in done.stderr
-    done = succeed("train_student.py", "--model", "vit_6_192", "--patch-size", 4, "--init-checkpoint", folder / "run" / "best.pth", "--epochs", 1,
-                   "--output", tmp_path / "tuned", "--device", "cpu")  # fmt: skip
+    done = succeed(
+        "train_student.py",
+        "--model",
+        "vit_6_192",
+        "--patch-size",
+        4,
+        "--init-checkpoint",
+        folder / "run" / "best.pth",
+        "--epochs",
+        1,
+        "--output",
+        tmp_path / "tuned",
+        "--device",
+        "cpu",
+    )
     assert "new head" in done.stdout
-    done = run_script("extract_embeddings.py", "--checkpoint", folder / "run" / "best.pth", "--save-logits", "--output", tmp_path / "store")
+    done = run_script(
+        "extract_embeddings.py",
+        "--checkpoint",
+        folder / "run" / "best.pth",
+        "--save-logits",
+        "--output",
+        tmp_path / "store",
+    )
     assert done.returncode == 2 and "--save-logits" in done.stderr
-    done = run_script("extract_embeddings.py", "--checkpoint", folder / "teacher.pth", "--save-logits", "--dataset", "unlabeled", "--data-root",
-                      tree(tmp_path / "images", 40), "--output", tmp_path / "store")  # fmt: skip
+    done = run_script(
+        "extract_embeddings.py",
+        "--checkpoint",
+        folder / "teacher.pth",
+        "--save-logits",
+        "--dataset",
+        "unlabeled",
+        "--data-root",
+        tree(tmp_path / "images", 40),
+        "--output",
+        tmp_path / "store",
+    )
     assert done.returncode == 2 and "--save-logits" in done.stderr
 
 
@@ -383,31 +584,51 @@ def test_from_stored_tokens(taught, tmp_path):
     """The same student, taught by stored plain views or by the live teacher on plain images: equal but for float16."""
     folder, _ = taught
     data = ["--limit-train", 256, "--epochs", 1]
-    succeed("extract_embeddings.py", "--checkpoint", folder / "teacher.pth", "--save-tokens", "--no-augment", "--output", tmp_path / "store")
+    succeed(
+        "extract_embeddings.py",
+        "--checkpoint",
+        folder / "teacher.pth",
+        "--save-tokens",
+        "--no-augment",
+        "--output",
+        tmp_path / "store",
+    )
     succeed("distill.py", *TOKENS, *data, "--teacher-embeddings", tmp_path / "store", "--output", tmp_path / "stored")
-    succeed("distill.py", *TOKENS, *data, "--teacher-checkpoint", folder / "teacher.pth", "--no-augment", "--output", tmp_path / "live")
+    succeed(
+        "distill.py",
+        *TOKENS,
+        *data,
+        "--teacher-checkpoint",
+        folder / "teacher.pth",
+        "--no-augment",
+        "--output",
+        tmp_path / "live",
+    )
     stored, live = (json.loads((tmp_path / name / "metrics.json").read_text())[0] for name in ("stored", "live"))
     for name in ("train_cls", "train_patch", "val_distillation_loss"):
         assert stored[name] == pytest.approx(live[name], rel=2e-3), name
 
 
-@pytest.mark.parametrize("flags, words", [
-    (["--dataset", "unlabeled", "--data-root", "empty"], ["empty", "no images"]),
-    (["--dataset", "unlabeled", "--data-root", "broken"], ["broken/", "--on-bad-image"]),
-    (["--dataset", "unlabeled", "--data-root", "broken", "--on-bad-image", "skip"], ["all 30 images are broken"]),
-    (["--dataset", "unlabeled", "--data-root", "absent"], ["absent", "no folder"]),
-    (["--dataset", "unlabeled", "--method", "response"], ["no labels"]),
-    (["--local-crops", 2, "--cls-weight", 0], ["--local-crops", "--cls-weight"]),
-    (["--local-crops", 2, "--local-resolution", 6], ["patch", "6"]),
-    (["--local-crops", 2, "--local-crop-scale", 0.5, 0.2], ["0.5", "0.2"]),
-    (["--class-weights", "balanced"], ["--class-weights", "labels"]),
-    (["--select-metric", "accuracy"], ["--select-metric", "distillation_loss"]),
-    (["--eval-dataset", "imagefolder"], ["--data-root"]),
-    (["--hf-dataset", "x", "--dataset", "digits"], ["--hf-dataset", "unlabeled"]),
-    (["--hf-dataset", "x", "--data-root", "y"], ["--hf-dataset", "--data-root"]),
-    (["--local-resolution", 4], ["--local-crops"]),
-    (["--model", "resnet8", "--pooling", "cls"], ["resnet8", "class token"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--dataset", "unlabeled", "--data-root", "empty"], ["empty", "no images"]),
+        (["--dataset", "unlabeled", "--data-root", "broken"], ["broken/", "--on-bad-image"]),
+        (["--dataset", "unlabeled", "--data-root", "broken", "--on-bad-image", "skip"], ["all 30 images are broken"]),
+        (["--dataset", "unlabeled", "--data-root", "absent"], ["absent", "no folder"]),
+        (["--dataset", "unlabeled", "--method", "response"], ["no labels"]),
+        (["--local-crops", 2, "--cls-weight", 0], ["--local-crops", "--cls-weight"]),
+        (["--local-crops", 2, "--local-resolution", 6], ["patch", "6"]),
+        (["--local-crops", 2, "--local-crop-scale", 0.5, 0.2], ["0.5", "0.2"]),
+        (["--class-weights", "balanced"], ["--class-weights", "labels"]),
+        (["--select-metric", "accuracy"], ["--select-metric", "distillation_loss"]),
+        (["--eval-dataset", "imagefolder"], ["--data-root"]),
+        (["--hf-dataset", "x", "--dataset", "digits"], ["--hf-dataset", "unlabeled"]),
+        (["--hf-dataset", "x", "--data-root", "y"], ["--hf-dataset", "--data-root"]),
+        (["--local-resolution", 4], ["--local-crops"]),
+        (["--model", "resnet8", "--pooling", "cls"], ["resnet8", "class token"]),
+    ],
+)
 def test_bad_flags(taught, tmp_path, flags, words):
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken").mkdir()
@@ -415,9 +636,15 @@ def test_bad_flags(taught, tmp_path, flags, words):
         (tmp_path / "broken" / f"{i}.png").write_bytes(b"no image")
     args = [*TOKENS, "--teacher-checkpoint", taught[0] / "teacher.pth", "--resolution", 8, *flags]
     if "--model" in flags or "--method" in flags:  # the last one counts
-        args = [word for i, word in enumerate(args) if word != "--patch-size" and args[max(0, i - 1)] != "--patch-size" or word == "vit"]
+        args = [
+            word
+            for i, word in enumerate(args)
+            if word != "--patch-size" and args[max(0, i - 1)] != "--patch-size" or word == "vit"
+        ]
     done = run_script("distill.py", *args, "--output", tmp_path / "run", cwd=tmp_path)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and all(str(word) in done.stderr for word in words), done.stderr
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and all(str(word) in done.stderr for word in words), (
+        done.stderr
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -427,7 +654,17 @@ def test_a_teacher_at_chance_level_by_knn(taught, tmp_path):
     checkpoint["model"]["backbone.norm.weight"].zero_()
     checkpoint["classes"] = [f"other {i}" for i in range(10)]  # so that its head is not asked
     torch.save(checkpoint, tmp_path / "flat.pth")
-    args = [*TOKENS, "--teacher-checkpoint", tmp_path / "flat.pth", "--dataset", "digits", "--eval-dataset", "digits", "--output", tmp_path / "run"]
+    args = [
+        *TOKENS,
+        "--teacher-checkpoint",
+        tmp_path / "flat.pth",
+        "--dataset",
+        "digits",
+        "--eval-dataset",
+        "digits",
+        "--output",
+        tmp_path / "run",
+    ]
     done = run_script("distill.py", *args)
     assert done.returncode == 2 and "by k-NN no better than chance" in done.stderr
     done = run_script("distill.py", *args, "--allow-weak-teacher", "--epochs", 1, "--limit-train", 64)

@@ -1,10 +1,12 @@
-"""What stored targets cost: extraction against the bare teacher, a step from the store against the student alone, memory.
+"""What stored targets cost: extraction against the bare teacher, a step from the store against the student alone,
+memory.
 
     python tests/benchmarks/stored_targets.py                        # CPU: ResNet-18 at 64 px, ResNet-8 at 32 px
     python tests/benchmarks/stored_targets.py --device cuda --amp bf16 --compile on --images 20000
     python tests/benchmarks/stored_targets.py --only memory          # extraction of 1,000 and of 20,000 images
 
-Extraction: images x views a second that extract_embeddings.py prints over those of the teacher's forward pass on tensors
+Extraction: images x views a second that extract_embeddings.py prints over those of the teacher's forward pass on
+tensors
 made beforehand.  Step: training images/s of distill.py from the store over those of train_student.py; both of the same
 model, data and flags, each with its own augmentation.  Memory: the largest resident set of extract_embeddings.py with
 the images read from files.  Scripts run as a user runs them, alternating; medians.  Run it on an idle machine.
@@ -95,24 +97,65 @@ def random_set(folder, args):
 
 def extraction(args, folder, data, shared):
     """Compare extraction with the bare forward pass; leaves the store in folder/store."""
-    extract = [*data, "--model", args.teacher, "--resolution", 64, "--num-views", args.views, "--save-logits", "--crop", "resized", "--hflip", 0.5,
-               *shared, "--output", folder / "store", "--overwrite"]  # fmt: skip
+    extract = [
+        *data,
+        "--model",
+        args.teacher,
+        "--resolution",
+        64,
+        "--num-views",
+        args.views,
+        "--save-logits",
+        "--crop",
+        "resized",
+        "--hflip",
+        0.5,
+        *shared,
+        "--output",
+        folder / "store",
+        "--overwrite",
+    ]
     loops, scripts = [], []
     for _ in range(args.rounds):
         loops.append(bare_forward(args))
         printed = run("extract_embeddings.py", *extract)
-        scripts.append(args.views * float(re.search(r"train_embeddings: .* ([\d,]+) images/s", printed)[1].replace(",", "")))
+        scripts.append(
+            args.views * float(re.search(r"train_embeddings: .* ([\d,]+) images/s", printed)[1].replace(",", ""))
+        )
     show("extraction", ("bare forward", "extract_embeddings.py"), (loops, scripts))
 
 
 def step(args, folder, data, shared):
     """Compare a step from the store with one of the student alone, in time."""
-    common = [*shared, "--resolution", 32, "--model", args.student, "--epochs", 3, "--optimizer", "adamw", "--overwrite"]
+    common = [
+        *shared,
+        "--resolution",
+        32,
+        "--model",
+        args.student,
+        "--epochs",
+        3,
+        "--optimizer",
+        "adamw",
+        "--overwrite",
+    ]
     runs = {
         "train_student.py": [*data, *common, "--crop", "resized", "--hflip", 0.5, "--output", folder / "alone"],
-        "distill.py": ["--data-root", data[-1], *common, "--teacher-embeddings", folder / "store", "--method", "embedding", "--kl-weight", 1,
-                       "--allow-weak-teacher", "--output", folder / "distill"],
-    }  # fmt: skip
+        "distill.py": [
+            "--data-root",
+            data[-1],
+            *common,
+            "--teacher-embeddings",
+            folder / "store",
+            "--method",
+            "embedding",
+            "--kl-weight",
+            1,
+            "--allow-weak-teacher",
+            "--output",
+            folder / "distill",
+        ],
+    }
     figures = {script: [] for script in runs}
     for _ in range(args.rounds):
         for script, flags in runs.items():
@@ -135,9 +178,28 @@ def memory(args, folder, shared):
             for i in range(images):
                 base[i % 64, (i // 64) % 64] += 1  # no two alike
                 Image.fromarray(base).save(root / split / str(i % 10) / f"{i:06d}.png", compress_level=1)
-        run_flags = ["--dataset", "imagefolder", "--data-root", root, "--model", "resnet8", "--resolution", 16, "--num-views", 2, "--splits", "train",
-                     "--workers", 0, *shared, "--output", folder / f"store_{count}"]  # fmt: skip
-        process = subprocess.Popen([sys.executable, str(ROOT / "extract_embeddings.py"), *map(str, run_flags)], stdout=subprocess.DEVNULL)
+        run_flags = [
+            "--dataset",
+            "imagefolder",
+            "--data-root",
+            root,
+            "--model",
+            "resnet8",
+            "--resolution",
+            16,
+            "--num-views",
+            2,
+            "--splits",
+            "train",
+            "--workers",
+            0,
+            *shared,
+            "--output",
+            folder / f"store_{count}",
+        ]
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / "extract_embeddings.py"), *map(str, run_flags)], stdout=subprocess.DEVNULL
+        )
         _, status, usage = os.wait4(process.pid, 0)  # of this process alone
         if status:
             sys.exit(1)
@@ -148,7 +210,10 @@ def memory(args, folder, shared):
 def main():
     args = parse()
     hardware = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"torch {torch.__version__}, {hardware}, batch {args.batch_size}, {args.teacher} at 64 px, {args.student} at 32 px, amp {args.amp}")
+    print(
+        f"torch {torch.__version__}, {hardware}, batch {args.batch_size}, {args.teacher} at 64 px, {args.student} "
+        f"at 32 px, amp {args.amp}"
+    )
     shared = ["--batch-size", args.batch_size, "--device", args.device, "--amp", args.amp, "--compile", args.compile]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)

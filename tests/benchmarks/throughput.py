@@ -2,7 +2,7 @@
 
     python tests/benchmarks/throughput.py                                   # CPU: ResNet-18, ResNet-8, 32 px, batch 128
     python tests/benchmarks/throughput.py --device cuda --amp bf16 --compile on --steps 200
-    python tests/benchmarks/throughput.py --tokens --teacher vit_tiny --student vit_6_192 --batch-size 64   # a live teacher, and a store
+    python tests/benchmarks/throughput.py --tokens --teacher vit_tiny --student vit_6_192 --batch-size 64
 
 The bare loop has the same models, batch, memory format, precision, compile setting, loss and optimizer, on tensors made
 beforehand: no decoding, no augmentation, no metrics.  The script runs as a user runs it, on as many random images as
@@ -128,15 +128,40 @@ def run(*command):
 def real(args, script, data, folder, *flags):
     """The script's own training images/s: median of the epochs after the first."""
     views = [] if "--teacher-embeddings" in flags else ["--crop", "pad", "--hflip", 0.5]
-    run(ROOT / script, "--dataset", "medmnist", "--data-root", data, "--resolution", args.resolution, "--batch-size", args.batch_size,
-        "--epochs", 3, "--device", args.device, "--amp", args.amp, "--compile", args.compile, *views, "--overwrite", "--output", folder, *flags)  # fmt: skip
+    run(
+        ROOT / script,
+        "--dataset",
+        "medmnist",
+        "--data-root",
+        data,
+        "--resolution",
+        args.resolution,
+        "--batch-size",
+        args.batch_size,
+        "--epochs",
+        3,
+        "--device",
+        args.device,
+        "--amp",
+        args.amp,
+        "--compile",
+        args.compile,
+        *views,
+        "--overwrite",
+        "--output",
+        folder,
+        *flags,
+    )
     return statistics.median(row["images_per_second"] for row in json.loads((folder / "metrics.json").read_text())[1:])
 
 
 def main():
     args = parse()
     hardware = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"torch {torch.__version__}, {hardware}, batch {args.batch_size}, {args.resolution} px, amp {args.amp}, compile {args.compile}")
+    print(
+        f"torch {torch.__version__}, {hardware}, batch {args.batch_size}, {args.resolution} px, amp {args.amp}, "
+        f"compile {args.compile}"
+    )
     with tempfile.TemporaryDirectory() as temporary:
         temporary, random = Path(temporary), np.random.default_rng(0)
         counts = {"train": args.steps * args.batch_size, "val": args.batch_size, "test": args.batch_size}
@@ -150,25 +175,72 @@ def main():
         cases = {
             "train_teacher.py": ((args.teacher,), ["--model", args.teacher]),
             "train_student.py": ((args.student,), ["--model", args.student]),
-            "distill.py": ((args.student, args.teacher), ["--model", args.student, "--allow-weak-teacher", "--teacher-checkpoint",
-                                                          temporary / "train_teacher.py" / "best.pth"]),
-        }  # fmt: skip
+            "distill.py": (
+                (args.student, args.teacher),
+                [
+                    "--model",
+                    args.student,
+                    "--allow-weak-teacher",
+                    "--teacher-checkpoint",
+                    temporary / "train_teacher.py" / "best.pth",
+                ],
+            ),
+        }
         for script, (models, flags) in cases.items():
-            compare(args, script, lambda models=models: bare(args, *models),
-                    lambda script=script, flags=flags: real(args, script, data, temporary / script, *flags))  # fmt: skip
+            compare(
+                args,
+                script,
+                lambda models=models: bare(args, *models),
+                lambda script=script, flags=flags: real(args, script, data, temporary / script, *flags),
+            )
 
 
 def tokens(args, data, folder):
     """--method tokens of a live teacher and from stored tokens, one epoch's views of each image."""
     flags, teacher = ["--method", "tokens", "--model", args.student], folder / "teacher" / "best.pth"
-    run(ROOT / "train_teacher.py", "--dataset", "medmnist", "--data-root", data, "--model", args.teacher, "--resolution", args.resolution, "--epochs", 1,
-        "--output", folder / "teacher", "--device", args.device)  # fmt: skip
-    run(ROOT / "extract_embeddings.py", "--checkpoint", teacher, "--num-views", 2, "--save-tokens", "--crop", "pad", "--hflip", 0.5, "--device", args.device,
-        "--output", folder / "store")  # fmt: skip
-    for title, live, given in (("live teacher", True, ["--teacher-checkpoint", teacher, "--allow-weak-teacher"]),
-                               ("stored tokens", False, ["--teacher-embeddings", folder / "store"])):  # fmt: skip
-        compare(args, title, lambda live=live: bare_tokens(args, live),
-                lambda given=given: real(args, "distill.py", data, folder / "run", *flags, *given))  # fmt: skip
+    run(
+        ROOT / "train_teacher.py",
+        "--dataset",
+        "medmnist",
+        "--data-root",
+        data,
+        "--model",
+        args.teacher,
+        "--resolution",
+        args.resolution,
+        "--epochs",
+        1,
+        "--output",
+        folder / "teacher",
+        "--device",
+        args.device,
+    )
+    run(
+        ROOT / "extract_embeddings.py",
+        "--checkpoint",
+        teacher,
+        "--num-views",
+        2,
+        "--save-tokens",
+        "--crop",
+        "pad",
+        "--hflip",
+        0.5,
+        "--device",
+        args.device,
+        "--output",
+        folder / "store",
+    )
+    for title, live, given in (
+        ("live teacher", True, ["--teacher-checkpoint", teacher, "--allow-weak-teacher"]),
+        ("stored tokens", False, ["--teacher-embeddings", folder / "store"]),
+    ):
+        compare(
+            args,
+            title,
+            lambda live=live: bare_tokens(args, live),
+            lambda given=given: real(args, "distill.py", data, folder / "run", *flags, *given),
+        )
 
 
 def compare(args, title, loop, script):
@@ -178,8 +250,11 @@ def compare(args, title, loop, script):
         loops.append(loop())
         scripts.append(script())
     ratio = statistics.median(scripts) / statistics.median(loops)
-    print(f"{title:18} bare {statistics.median(loops):9.1f} images/s ({min(loops):.1f} to {max(loops):.1f}), script "
-          f"{statistics.median(scripts):9.1f} ({min(scripts):.1f} to {max(scripts):.1f}), ratio {ratio:.3f}", flush=True)  # fmt: skip
+    print(
+        f"{title:18} bare {statistics.median(loops):9.1f} images/s ({min(loops):.1f} to {max(loops):.1f}), script "
+        f"{statistics.median(scripts):9.1f} ({min(scripts):.1f} to {max(scripts):.1f}), ratio {ratio:.3f}",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

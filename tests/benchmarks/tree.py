@@ -3,7 +3,8 @@
     python tests/benchmarks/tree.py                    # 200,000 files in 1,000 folders
     python tests/benchmarks/tree.py --folder DIR       # one of yours
 
-The first time the folders are walked, the second time the kept list is used.  Without the operating system's cache of the
+The first time the folders are walked, the second time the kept list is used.  Without the operating system's cache of
+the
 files the first takes longer; that is not emptied here.
 """
 
@@ -61,7 +62,11 @@ def main():
             splits = load_splits("unlabeled", str(folder), labels=False)
             loader = Loader(splits.train, 64, "cpu", shuffle=True, cache="off")
             shape = tuple(next(loader.batches(1))["image"].shape)
-            print(f"{time_of} time: {found:,} images listed in {listed:.2f} s; first batch {shape} after {time.perf_counter() - start:.2f} s", flush=True)
+            print(
+                f"{time_of} time: {found:,} images listed in {listed:.2f} s; first batch {shape} after "
+                f"{time.perf_counter() - start:.2f} s",
+                flush=True,
+            )
             del loader
 
 
