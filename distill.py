@@ -1,8 +1,8 @@
 """Train the small model, taught by a large one.
 
     python distill.py                                         # teacher: runs/teacher/best.pth
-    python distill.py --teacher-checkpoint runs/teacher/best.pth --method feature --teacher-layer layer3 \\
-        --student-layer layer3
+    python distill.py --method feature --teacher-layer layer3 --student-layer layer3
+    python distill.py --loss ce=0.3 dkd=1 --loss-options dkd.beta=2
     python distill.py --teacher-model timm:resnet50 --teacher-weights FILE --dataset imagefolder --data-root DIR
     python distill.py --teacher-embeddings embeddings --method embedding     # stored: no teacher is run
     python distill.py --method tokens --teacher-model dinov2_vitb14 --teacher-pretrained --teacher-resolution 196 \\
@@ -12,264 +12,218 @@
 The teacher is frozen and judged on val before training.  Writes the run folder as train_student.py does.  Without
 cross-entropy and the teacher's logits no label trains, the student has no head and val's distillation loss chooses the
 best epoch.
-Needs from common: augment.py, cli.py, data.py, dermatology.py, distributed.py, dry_run.py, embeddings.py,
-evaluation.py,
-images.py, loader.py, losses.py, metrics.py, models.py, optimizer.py, probes.py, splitting.py, tables.py, teacher.py,
-training.py.
-Models and datasets of images and texts need image_text.py and multimodal.py too.
+
+Files of common: augment, cli, data, loader, losses, metrics, models, run, teacher, training; embeddings for
+--teacher-embeddings, probes for --eval-dataset, unlabeled for --dataset unlabeled; those that the dataset and the
+models need (see train_student.py).
 Packages: torch, timm, numpy, pillow, scikit-learn, tqdm (torchvision for CIFAR, transformers for hf: names and texts,
-datasets for
---hf-dataset).
+datasets for --hf-dataset).
 """
 
-import os
+import argparse
+import functools
 
 import torch
 
-from common import cli, distributed, dry_run
+from common import cli
 from common.augment import Augmenter, Policy
-from common.data import DATASETS, WITH_TEXTS, load_splits
-from common.evaluation import distillation_loss, predict, task_metrics, write_results
-from common.images import tasks_of
-from common.loader import Loader, save_sample_grid, several_views
+from common.data import (
+    DATASETS,
+    STORED_FLAGS,
+    WITH_TEXTS,
+    dataset_flags,
+    dataset_info,
+    load_splits,
+    split_options,
+    tasks_of,
+)
+from common.loader import Loader, save_sample_grid
 from common.losses import (
-    FEATURE_LOSSES,
-    FEATURE_TERMS,
-    LOGIT_TERMS,
     METHODS,
-    TEACHER_PROJECTORS,
-    TEMPERATURES,
     TERMS,
     DistillationLoss,
-    method_weights,
+    loss_settings,
+    loss_words,
     task_accuracy,
     task_class_weights,
-    uses,
+    term_options,
+    terms_on,
 )
 from common.metrics import CLASSIFICATION, FIDELITY
-from common.optimizer import make_updater
+from common.run import Recorder, RunFolder, UserError, distributed, optional, world_size
 from common.teacher import (
+    DEFAULT_TEACHER,
     NEIGHBOURS,
     Neighbours,
+    distillation_loss,
+    find_checkpoint,
     judge_teacher,
     live_source,
+    load_teacher,
     need_image_model,
     open_stores,
+    several_views,
+    store_flags,
     stored_source,
 )
 from common.training import (
-    Interrupts,
     Precision,
     Preprocess,
-    Recorder,
+    Schedule,
+    Updater,
     check_normalization,
-    load_checkpoint,
+    make_optimizer,
+    model_starter,
+    place,
+    predict_logits,
+    run_content,
     select_device,
-    start_model,
-    use_compile,
+    start_lines,
+    task_metrics,
+    write_results,
 )
 
-DEFAULT_TEACHER = "runs/teacher/best.pth"
-DEFAULTS = {
-    "model": "resnet8",
-    "epochs": 32,
-    "batch_size": 32,
-    "optimizer": "sgd",
-    "warmup_epochs": 0.0,
-    "save_every": 0,
-}
+TEXT_MODEL = "bert-tiny-scratch"
 TOKEN_DEFAULTS = {
     "model": "vit_small_patch16_224",
     "epochs": 100,
     "batch_size": 64,
     "optimizer": "adamw",
-    "lr": 5e-4,
-    "weight_decay": 0.04,
     "save_every": 10,
 }
+TOKEN_ADAMW = {"lr": 5e-4, "weight_decay": 0.04}
 
 
 def build_parser():
     parser = cli.Parser(__doc__)
     cli.add_run_flags(parser, output="runs/distill")
-    cli.add_data_flags(parser, dataset=None)
+    cli.add_data_flags(parser, DATASETS, default=None)
     cli.add_augment_flags(parser)
-    cli.add_model_flags(parser, model=None)
-    cli.add_image_text_flags(parser, text_model="bert-tiny-scratch")
-    cli.add_training_flags(parser, epochs=None, select=(*CLASSIFICATION, *FIDELITY, "distillation_loss"))
-    parser.set_defaults(**dict.fromkeys(DEFAULTS), select_metric=None)  # the method's, see settle
-    parser.set_defaults(split_seed=None, decode_size=None)  # the teacher's
-    g = parser.add_argument_group("teacher")
-    g.add_argument("--teacher-checkpoint", metavar="FILE", help=f"a checkpoint of these scripts ({DEFAULT_TEACHER})")
-    g.add_argument(
-        "--teacher-model",
-        metavar="NAME",
-        help="a model by name, as --model, with --teacher-pretrained or --teacher-weights",
-    )
-    g.add_argument("--teacher-pretrained", action="store_true", help="the hub's weights for --teacher-model")
-    g.add_argument("--teacher-weights", metavar="FILE", help="a foreign state dict for --teacher-model, strictly")
-    g.add_argument(
-        "--teacher-embeddings",
-        metavar="DIR",
-        help="what extract_embeddings.py stored, in place of a teacher; the student sees the stored views",
-    )
-    g.add_argument("--num-views", type=cli.POSITIVE, metavar="K", help="use the first K stored views; by default all")
-    g.add_argument(
+    cli.add_model_flags(parser)
+    cli.add_image_text_flags(parser, TEXT_MODEL)
+    cli.add_training_flags(parser, select=(*CLASSIFICATION, *FIDELITY, "distillation_loss"))
+    # None: the loss's, see loss_defaults, and the teacher's
+    parser.set_defaults(optimizer=None, warmup_epochs=None, save_every=None, select_metric=None)
+    parser.set_defaults(split_seed=None, decode_size=None)
+    add_teacher_flags(parser)
+    add_loss_flags(parser)
+    add_crop_flags(parser)
+    return parser
+
+
+def add_teacher_flags(parser):
+    add = parser.add_argument_group("teacher").add_argument
+    add("--teacher-checkpoint", metavar="FILE", help=f"a checkpoint of these scripts ({DEFAULT_TEACHER})")
+    add("--teacher-model", type=cli.name_or_file, help="a model by name, as --model takes it")
+    cli.switch(add, "--teacher-pretrained", "the hub's weights for --teacher-model")
+    add("--teacher-weights", metavar="FILE", help="a foreign state dict for --teacher-model, strictly")
+    add("--teacher-embeddings", metavar="DIR", help="stored outputs (extract_embeddings.py) in place of a teacher")
+    add("--num-views", type=cli.POSITIVE, metavar="K", help="use the first K stored views; else all")
+    add(
         "--teacher-resolution",
         type=cli.POSITIVE,
-        help="the teacher's input side in pixels; by default the one it was trained at, of --teacher-model "
-        "the student's",
+        metavar="PX",
+        help="the teacher's input side in pixels; else that of its training, for --teacher-model the student's",
     )
-    g.add_argument(
+    add(
         "--teacher-pooling",
         choices=("cls", "mean", "map"),
-        help="what is the live teacher's embedding; by default what its head takes",
+        help="what is the live teacher's embedding; else what its head takes",
     )
-    g.add_argument(
-        "--allow-weak-teacher", action="store_true", help="go on with a teacher that is no better than chance on val"
+    cli.switch(add, "--allow-weak-teacher", "go on with a teacher that is no better than chance on val")
+    add = parser.add_argument_group("k-NN during training").add_argument
+    labelled = [name for name in DATASETS if name not in ("unlabeled", *WITH_TEXTS)]
+    add(
+        "--eval-dataset",
+        choices=labelled,
+        metavar="NAME",
+        help=f"labelled images: {NEIGHBOURS} neighbours of train classify val, for student and teacher",
     )
-    g = parser.add_argument_group("distillation")
-    g.add_argument(
+    add(
+        "--eval-data-root",
+        metavar="DIR",
+        help="its folder or file; else --data-root where the dataset is the same, $DATA_ROOT or data/",
+    )
+    add("--eval-every", type=cli.POSITIVE, default=5, help="epochs between evaluations")
+
+
+class Sum(argparse.Action):
+    """--loss and --method both set the sum: the later one counts."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        namespace.method = namespace.loss = None
+        setattr(namespace, self.dest, values)
+
+
+def add_loss_flags(parser):
+    add = parser.add_argument_group("distillation").add_argument
+    terms = "; ".join(f"{term}: {row.help}" for term, row in TERMS.items())
+    add(
+        "--loss",
+        nargs="+",
+        action=Sum,
+        metavar="TERM=WEIGHT",
+        help=f"the sum of losses, in place of --method; terms: {', '.join(TERMS)}\n{terms}; of --loss and --method the "
+        "later counts",
+    )
+    sums = "; ".join(f"{name}: {words}" for name, words in METHODS.items())
+    add(
         "--method",
         default="response",
         choices=list(METHODS),
-        help="published combination; sets the weights below. Defaults of tokens: "
-        "vit_small_patch16_224, adamw, learning rate 0.0005, weight decay 0.04, 100 epochs, a tenth of them "
-        "warm-up (10 at most), batch 64, "
-        "epoch_N.pth every 10; of the others: resnet8, sgd, 32 epochs, batch 32",
+        action=Sum,
+        metavar="NAME",
+        help=f"a name for a sum: {', '.join(METHODS)}\nwhich are {sums}",
     )
-    g.add_argument(
+    defaults = {key: option.default or "N" for term in TERMS for key, option in term_options(term).items()}
+    add(
+        "--loss-options",
+        nargs="*",
+        default=[],
+        metavar="TERM.OPTION=VALUE",
+        help="options of the terms, as dkd.beta=2 feature.distance=cosine\nwith the defaults (N: the teacher's width) "
+        f"{loss_words(defaults)}",
+    )
+    add(
         "--alpha",
         type=float,
-        help="response, feature: alpha * cross-entropy + (1 - alpha) * T^2 * KL; feature_matching: "
-        "(1 - alpha) * cross-entropy + alpha * features (0.5)",
+        help="weight of ce in response and feature, of feature in feature_matching; 1 - alpha of the other term (0.5)",
     )
-    g.add_argument(
-        "--temperature",
-        type=float,
-        help="T of all terms on logits, whatever each would take alone: by default the method's "
-        "(vanilla, combined, logit_standardization 2; dist 1; others 4)",
-    )
-    g.add_argument(
+    add("--temperature", type=cli.ABOVE_ZERO, metavar="T", help="of all terms on logits; else each term's")
+    add(
         "--limit-labels",
         type=cli.NATURAL,
-        metavar="N",
-        help="show all images of train, N of them with their labels: those that "
-        "train_student.py --limit-train N takes; the others have the teacher's terms alone. 0 is all "
-        "(the default, but 100 on digits)",
+        help="all images of train, N of them with labels, as train_student.py --limit-train N has; 0: all",
     )
-    g.add_argument(
+    add(
         "--distillation-warmup-epochs",
         type=cli.AMOUNT,
         default=0.0,
-        help="in epoch e all terms but the cross-entropy have min(1, e / this) of "
-        "their weights; 0: their whole weights from the start",
+        metavar="N",
+        help="in epoch e all terms but the cross-entropy have min(1, e / N) of their weights; 0 is off",
     )
-    g.add_argument("--ce-weight", type=float, help="of the cross-entropy; by default the method's")
-    g.add_argument("--kl-weight", type=float, help="of T^2 * KL(teacher || student); by default the method's")
-    g.add_argument(
-        "--dkd-weight",
-        type=float,
-        help="of the decoupled KL, T^2 * (alpha * target against the rest + beta * within the rest); dkd: 1",
+    add("--student-layer", nargs="+", default=[], metavar="PATH", help="module paths of the student's feature maps")
+    add("--teacher-layer", nargs="+", default=[], metavar="PATH", help="those of the teacher's, paired in order")
+    add(
+        "--pooling",
+        choices=("cls", "mean", "map"),
+        help="what is the student's embedding; else what its head takes",
     )
-    g.add_argument("--dkd-alpha", type=cli.AMOUNT, default=1.0, help="alpha in it")
-    g.add_argument("--dkd-beta", type=cli.AMOUNT, default=8.0, help="beta in it")
-    g.add_argument(
-        "--dist-weight",
-        type=float,
-        help="of 1 - correlation of both models' probabilities: T^2 * (beta * over classes + gamma * over the "
-        "images of a batch); dist: 2",
-    )
-    g.add_argument("--dist-beta", type=cli.AMOUNT, default=1.0, help="beta in it")
-    g.add_argument("--dist-gamma", type=cli.AMOUNT, default=1.0, help="gamma in it")
-    g.add_argument(
-        "--standardized-kl-weight",
-        type=float,
-        help="of T^2 * KL of logits with mean 0 and deviation 1; logit_standardization: 9",
-    )
-    g.add_argument("--feature-weight", type=float, help="of the feature loss; by default the method's")
-    g.add_argument("--feature-loss", default="mse", choices=FEATURE_LOSSES, help="on projected and pooled maps")
-    g.add_argument(
-        "--attention-weight",
-        type=float,
-        help="of the squared difference of the layers' attention maps, mean over layers; attention: 1000",
-    )
-    g.add_argument(
-        "--student-layer",
-        nargs="+",
-        default=[],
-        metavar="PATH",
-        help="module paths of the student's features, as layer3, layers.2 or blocks.5",
-    )
-    g.add_argument(
-        "--teacher-layer",
-        nargs="+",
-        default=[],
-        metavar="PATH",
-        help="module paths of the teacher's features, paired in order",
-    )
-    g.add_argument("--embedding-weight", type=float, help="of the embedding loss; by default the method's")
-    g.add_argument(
-        "--lambda-feat",
-        type=cli.AMOUNT,
-        default=1.0,
-        help="of the squared error, a mean over dimensions, in the embedding "
-        "loss; the embeddings' width makes it their sum",
-    )
-    g.add_argument("--lambda-cos", type=cli.AMOUNT, default=1.0, help="of 1 - cosine in the embedding loss")
-    g.add_argument(
-        "--shared-dim", type=cli.POSITIVE, help="width of the space of the embedding loss; by default the teacher's"
-    )
-    g.add_argument(
-        "--teacher-projector",
-        default="identity",
-        choices=TEACHER_PROJECTORS,
-        help="of the embedding loss; a learned one may collapse",
-    )
-    g.add_argument(
-        "--projection-weight",
-        type=float,
-        help="of the mean squared error between both models' projected image and text sides, else their "
-        "embeddings, the student's mapped to the teacher's width; vanilla and combined: 100",
-    )
-    g.add_argument(
-        "--contrastive-weight",
-        type=float,
-        help="of the contrastive loss of embeddings within the batch; crd and combined: 1",
-    )
-    g.add_argument(
-        "--crd-temperature", type=cli.number(float, 0, above=True), default=0.07, help="of the contrastive loss"
-    )
-    g.add_argument(
-        "--crd-base-temperature", type=cli.number(float, 0, above=True), default=0.07, help="by which it is divided"
-    )
-    g.add_argument("--rkd-distance-weight", type=float, help="of the distances between a batch's embeddings; rkd: 25")
-    g.add_argument("--rkd-angle-weight", type=float, help="of the angles between a batch's embeddings; rkd: 50")
-    g.add_argument("--mmd-weight", type=float, help="of the maximum mean discrepancy of a batch's embeddings; mmd: 1")
-    g.add_argument(
-        "--cls-weight",
-        type=float,
-        help="of the class tokens' (or pooled embeddings') squared distance at unit length, summed over dimensions, "
-        "averaged over images: 2 - 2 cosine; tokens: 1",
-    )
-    g.add_argument(
-        "--patch-weight",
-        type=float,
-        help="of the patch tokens', averaged over tokens too, the teacher's grid resized to the student's; tokens: 0.5",
-    )
-    g.add_argument("--global-crops", type=cli.POSITIVE, default=1, metavar="G", help="views of each image a step")
-    g.add_argument(
+
+
+def add_crop_flags(parser):
+    add = parser.add_argument_group("projectors and crops").add_argument
+    add("--projector-weight-decay", type=cli.AMOUNT, default=0.0, help="weight decay of the projectors")
+    add("--global-crops", type=cli.POSITIVE, default=1, metavar="G", help="views of each image a step")
+    add(
         "--local-crops",
         type=cli.NATURAL,
         default=0,
-        metavar="N",
-        help="small crops of each image that the student alone sees; their class tokens "
-        "are matched to the teacher's of the global crops, with --cls-weight",
+        help="small crops of each image that the student alone sees; their class tokens are matched to the teacher's "
+        "of the global crops, in the term cls",
     )
-    g.add_argument(
-        "--local-resolution", type=cli.POSITIVE, help="their side in pixels; by default half of --resolution"
-    )
-    g.add_argument(
+    add("--local-resolution", type=cli.POSITIVE, metavar="PX", help="their side in pixels; else half of --resolution")
+    add(
         "--local-crop-scale",
         type=float,
         nargs=2,
@@ -277,31 +231,83 @@ def build_parser():
         metavar=("MIN", "MAX"),
         help="their area, share of the image",
     )
-    g.add_argument(
-        "--pooling",
-        choices=("cls", "mean", "map"),
-        help="what is the student's embedding (tokens: what stands for the image); by default what its head takes",
-    )
-    g.add_argument("--projector-weight-decay", type=cli.AMOUNT, default=0.0, help="of the projectors' matrices")
-    g = parser.add_argument_group("k-NN during training")
-    labelled = [name for name in DATASETS if name not in ("unlabeled", *WITH_TEXTS)]
-    g.add_argument(
-        "--eval-dataset",
-        choices=labelled,
-        help=f"labelled images: {NEIGHBOURS} neighbours of train classify val, for student and teacher",
-    )
-    g.add_argument(
-        "--eval-data-root",
-        help="its folder or file; by default --data-root where the dataset is the same, $DATA_ROOT or data/",
-    )
-    g.add_argument(
-        "--eval-every",
-        type=cli.POSITIVE,
-        default=5,
-        metavar="N",
-        help="epochs between looks; the last of --epochs is always judged",
-    )
-    return parser
+
+
+# --------------------------------------------------------------------------------------------------- settling the flags
+
+
+def check_loss(args):
+    """The loss's (weights, options), and whether labels train; refuses flags that do not fit them."""
+    weights, options = loss_settings(args.method, args.loss, args.loss_options, args.temperature, args.alpha)
+    if not terms_on(weights, "features") and (args.student_layer or args.teacher_layer):
+        raise UserError(
+            f"--student-layer and --teacher-layer: the loss {loss_words(weights)} has no term on feature maps, "
+            f"which are {' and '.join(terms_on(TERMS, 'features'))}"
+        )
+    if args.local_crops and "cls" not in weights:
+        need = "need the term cls in the loss, as in --method tokens"
+        raise UserError(f"--local-crops {args.local_crops} {need}; it is {loss_words(weights)}")
+    if args.local_resolution and not args.local_crops:
+        raise UserError("--local-resolution needs --local-crops N")
+    low, high = args.local_crop_scale
+    if not 0 < low <= high <= 1:
+        raise UserError(f"--local-crop-scale {low:g} {high:g} must ascend within 0 to 1")
+    labelled = bool(terms_on(weights, "labels", "logits"))  # else nothing trains the student's logits
+    if not labelled:
+        lacks = f"but the loss {loss_words(weights)} has neither ce nor a term on logits"
+        if args.select_metric not in (None, "distillation_loss"):
+            metric = f"--select-metric {args.select_metric}"
+            raise UserError(f"{metric} needs a head, {lacks} to train one: distillation_loss chooses without")
+        given = {
+            "--freeze-backbone": args.freeze_backbone,
+            "--class-weights": args.class_weights != "none",
+            "--sampler balanced": args.sampler == "balanced",
+            "--limit-labels": args.limit_labels,
+            "--positive": args.positive,
+        }
+        for flag in (flag for flag, value in given.items() if value):
+            raise UserError(f"{flag} needs labels and a head, {lacks}")
+    return weights, options, labelled
+
+
+def find_teacher(args):
+    """(stores or None, path and checkpoint of the teacher, or None for both)"""
+    if args.teacher_embeddings:
+        return open_stores(args.teacher_embeddings), None, None
+    if args.num_views:
+        raise UserError("--num-views needs --teacher-embeddings DIR")
+    return None, *find_checkpoint(**cli.options(find_checkpoint, vars(args)))
+
+
+def settle_flags(args, weights, labelled, stores=None, path=None, checkpoint=None):
+    """The flags with the teacher's data, where no other are named, and the defaults of dataset and loss."""
+    if stores:
+        args = cli.replaced(args, **store_flags(stores, vars(args), STORED_FLAGS))
+    args = cli.replaced(args, **dataset_flags(vars(args), checkpoint, path))
+    info = dataset_info(args.dataset)
+    defaults = {"optimizer": "sgd", "warmup_epochs": 0.0, "save_every": 0}
+    defaults["select_metric"] = "accuracy" if labelled else "distillation_loss"
+    defaults["limit_labels"] = info.student_labels if labelled and not args.limit_train else 0  # images are not scarce
+    if "cls" in weights or "patch" in weights:
+        defaults.update(TOKEN_DEFAULTS, **(TOKEN_ADAMW if args.optimizer in (None, "adamw") else {}))
+        defaults["warmup_epochs"] = min(10.0, (args.epochs or TOKEN_DEFAULTS["epochs"]) / 10)
+    recipe = info.defaults("student", args.optimizer or defaults["optimizer"])
+    recipe.pop("limit_train")
+    args = cli.fill_defaults(vars(args), {**recipe, **defaults})
+    if args.local_crops:
+        args = cli.fill_defaults(vars(args), {"local_resolution": args.resolution // 2})
+    if args.distillation_warmup_epochs > args.epochs:
+        warmup = f"--distillation-warmup-epochs {args.distillation_warmup_epochs:g}"
+        raise UserError(f"{warmup} is longer than --epochs {args.epochs}")
+    if args.limit_labels and args.sampler == "balanced":
+        raise UserError(
+            f"--sampler balanced cannot be combined with --limit-labels {args.limit_labels}, "
+            "whose other images are of no class: --limit-labels 0 is all"
+        )
+    return args
+
+
+# -------------------------------------------------------------------------------------------------------------- parts
 
 
 class Student(torch.nn.Module):
@@ -311,332 +317,234 @@ class Student(torch.nn.Module):
         super().__init__()
         self.model, self.criterion = model, criterion
 
-    def forward(self, inputs, taught, labels, batch_labels, local=()):
+    def forward(self, inputs, teacher, labels, batch_labels, local=()):
         out, tokens = self.model(inputs), None
         if local:  # N of (B, 3, r, r)
             tokens = self.model({"image": torch.cat(local)})["embedding"].unflatten(0, (len(local), -1))  # (N, B, D)
-        return out, self.criterion(out, taught, labels, batch_labels, tokens)
+        return out, self.criterion(out, teacher, labels, batch_labels, local_crops=tokens)
 
 
-def settle(args):
-    """The loss's weights {term: float}; defaults that depend on the method are filled in."""
-    weights = method_weights(args.method, args.alpha, **{term: getattr(args, f"{term}_weight") for term in TERMS})
-    if not uses(weights, FEATURE_TERMS) and (args.student_layer or args.teacher_layer):
-        raise cli.UserError(
-            f"--student-layer and --teacher-layer with --method {args.method}: its weights of "
-            f"{' and '.join(FEATURE_TERMS)} are 0"
-        )
-    if args.local_crops and not weights["cls"]:
-        raise cli.UserError(
-            f"--local-crops {args.local_crops} are matched to class tokens, whose weight is 0: --method tokens or "
-            "--cls-weight"
-        )
-    defaults = TOKEN_DEFAULTS if args.method == "tokens" else DEFAULTS
-    for name, value in defaults.items():
-        if getattr(args, name) is None and (
-            name not in ("lr", "weight_decay") or args.optimizer == "adamw"
-        ):  # these are adamw's
-            setattr(args, name, value)
-    if args.temperature is None:
-        args.temperature = TEMPERATURES.get(args.method, 4.0)
-    if args.warmup_epochs is None:
-        args.warmup_epochs = min(10.0, args.epochs / 10)
-    if args.distillation_warmup_epochs > args.epochs:
-        raise cli.UserError(
-            f"--distillation-warmup-epochs {args.distillation_warmup_epochs:g} is longer than --epochs {args.epochs}"
-        )
-    labelled = uses(weights, ("ce", *LOGIT_TERMS))  # else nothing trains the logits
-    args.select_metric = args.select_metric or ("accuracy" if labelled else "distillation_loss")
-    if not labelled and args.select_metric != "distillation_loss":
-        raise cli.UserError(
-            f"--select-metric {args.select_metric}: without cross-entropy and the teacher's logits "
-            "the student has none, distillation_loss is left"
-        )
-    for name, given in (
-        ("--freeze-backbone", args.freeze_backbone),
-        ("--class-weights", args.class_weights != "none"),
-        ("--sampler balanced", args.sampler == "balanced"),
-        ("--limit-labels", args.limit_labels),
-        ("--positive", args.positive),
-    ):
-        if given and not labelled:
-            raise cli.UserError(
-                f"{name} needs labels and a head: without cross-entropy and the teacher's logits there are none"
-            )
-    return weights, labelled
-
-
-def teacher_checkpoint(args):
-    """(path, checkpoint) of the teacher, or (None, None) where it is a --teacher-model."""
-    if args.teacher_model:
-        if args.teacher_pretrained and args.teacher_weights:
-            raise cli.UserError(
-                "--teacher-pretrained and --teacher-weights contradict each other: the hub's weights or a file's"
-            )
-        if args.teacher_checkpoint:
-            raise cli.UserError("--teacher-model and --teacher-checkpoint contradict each other: give one of them")
-        if not args.teacher_pretrained and not args.teacher_weights:
-            raise cli.UserError("--teacher-model needs --teacher-pretrained or --teacher-weights FILE")
-        return None, None
-    if args.teacher_pretrained or args.teacher_weights:
-        raise cli.UserError("--teacher-pretrained and --teacher-weights need --teacher-model NAME")
-    path = args.teacher_checkpoint or DEFAULT_TEACHER
-    if not args.teacher_checkpoint and not os.path.exists(path):
-        raise cli.UserError(f"no --teacher-checkpoint, and {path} is missing: python train_teacher.py makes it")
-    return path, load_checkpoint(path)
-
-
-def take_dataset_from(checkpoint, path, args, labelled):
-    """Settle --dataset, what its samples are and --limit-labels where they are not given."""
-    cli.take_dataset(args, checkpoint, path)
-    if args.limit_labels is None:  # labels are scarce, images are not
-        args.limit_labels = DATASETS[args.dataset].student_labels if labelled and not args.limit_train else 0
-    if args.limit_labels and args.sampler == "balanced":
-        raise cli.UserError(
-            f"--sampler balanced cannot be combined with --limit-labels {args.limit_labels}, "
-            "whose other images are of no class: --limit-labels 0 is all"
-        )
-
-
-def make_loss(args, weights, model, source, train, shown, classes):
-    """DistillationLoss with its projectors, made from a dry batch before the optimizer sees the parameters."""
-    tasks = tasks_of(classes) if classes else {}
-    class_weight = task_class_weights(
-        args.class_weights,
-        {task: train.dataset.targets[task] for task in tasks},
-        {t: len(names) for t, names in tasks.items()},
-    )
-    contrastive = {"temperature": args.crd_temperature, "base_temperature": args.crd_base_temperature}
-    embedding = {
-        "shared_dim": args.shared_dim,
-        "teacher": args.teacher_projector,
-        "lambda_feat": args.lambda_feat,
-        "lambda_cos": args.lambda_cos,
-    }
-    criterion = DistillationLoss(
-        weights,
-        args.temperature,
-        args.feature_loss,
-        args.label_smoothing,
-        class_weight,
-        embedding,
-        cli.task_weights(args, tasks),
-        contrastive,
-        distributed.gather_rows,
-        {"alpha": args.dkd_alpha, "beta": args.dkd_beta},
-        {"beta": args.dist_beta, "gamma": args.dist_gamma},
-    )
-    dry = source.choose_view(next(train.batches()))
-    with torch.no_grad():
-        criterion.build(model.eval()(shown(dry)), source.targets(dry))
-    return criterion
-
-
-def local_augmenters(args, policy, resolution):
-    """(side in pixels, [Augmenter]) of --local-crops: small crops, otherwise changed as the views are."""
-    if not args.local_crops:
-        if args.local_resolution:
-            raise cli.UserError("--local-resolution needs --local-crops N")
-        return None, []
-    if not 0 < args.local_crop_scale[0] <= args.local_crop_scale[1] <= 1:
-        raise cli.UserError(
-            f"--local-crop-scale {args.local_crop_scale[0]:g} {args.local_crop_scale[1]:g} must ascend within 0 to 1"
-        )
-    small = Policy(**{**policy.__dict__, "crop": "resized", "crop_scale": tuple(args.local_crop_scale)})
-    return args.local_resolution or resolution // 2, [
-        Augmenter(small, args.seed, stream) for stream in range(1, args.local_crops + 1)
-    ]
-
-
-def main(args):
-    interrupts = Interrupts()
-    run = cli.RunFolder(args.output, bool(args.resume), args.overwrite, cli.is_dry(args))
-    device = select_device(args.device)
-    precision = Precision(args.amp, device)
-    weights, labelled = settle(args)
-
-    # data: the teacher's dataset where none is named
-    stores = open_stores(args)
-    teacher_path, checkpoint = (None, None) if stores else teacher_checkpoint(args)
-    take_dataset_from(checkpoint, teacher_path, args, labelled)
-    info = DATASETS[args.dataset]
-    resolution = args.resolution or info.resolution
-    policy = stores["train"].policy if stores else cli.augment_policy(args)
-    augment = Augmenter(policy, stores["train"].seed if stores else args.seed)
-    local_side, local_crops = local_augmenters(args, policy, resolution)
-    splits = load_splits(
-        args.dataset,
-        cli.data_root(args.data_root),
-        download=args.download,
-        labels=labelled,
-        **cli.split_flags(vars(args)),
-    )
-    classes = splits.classes if labelled else type(splits.classes)()  # of several tasks a dict
-    balanced = cli.balanced_classes(args, tasks_of(splits.classes))
+def read_data(args, device, labelled):
+    """(Splits, Loader of train, Loader of val)"""
+    root, options = cli.data_root(args.data_root), split_options(vars(args))
+    splits = load_splits(args.dataset, root, download=args.download, labels=labelled, **options)
+    balanced = cli.balanced_classes(args.sampler, tasks_of(splits.classes))
+    parts, reading = args.accumulation_steps, {"cache": args.cache, "workers": args.workers}
     train = Loader(
-        splits.train,
-        args.batch_size,
-        device,
-        True,
-        args.seed,
-        args.cache,
-        args.workers,
-        args.accumulation_steps,
-        balanced,
+        splits.train, args.batch_size, device, True, args.seed, accumulate=parts, balanced=balanced, **reading
     )
-    val = Loader(splits.val, args.batch_size, device, cache=args.cache, workers=args.workers)
-    neighbours = Neighbours(args, device, precision, interrupts) if args.eval_dataset else None
+    return splits, train, Loader(splits.val, args.batch_size, device, **reading)
 
-    # teacher and student; the student starts from the weights that train_student.py has for this seed
+
+def open_neighbours(args, precision):
+    """Neighbours of --eval-dataset, or None."""
+    if not args.eval_dataset:
+        return None
+    same = args.eval_dataset == args.dataset and args.eval_data_root in (None, args.data_root)
+    options = split_options(vars(args))
+    if not same:
+        options = {name: options[name] for name in ("split_seed", "decode_size", "on_bad_image") if name in options}
+    options = {name: value for name, value in options.items() if name not in ("limit_train", "limit_labels")}
+    root = cli.data_root(args.eval_data_root or (args.data_root if same else None))
+    splits = load_splits(args.eval_dataset, root, splits=("train", "val"), **options)
+    return Neighbours(splits, precision, **cli.options(Neighbours, vars(args)))
+
+
+def make_source(args, stores, path, checkpoint, weights, splits, augment, precision):
+    """The teacher: stored outputs, or a model that is run."""
+    flags, classes = vars(args), splits.classes
     if stores:
-        source = stored_source(args, stores, splits, weights)
-    else:
-        source = live_source(
-            args, weights, teacher_path, checkpoint, splits, resolution, augment, precision, interrupts
-        )
-    model, weights_from = start_model(args, classes, resolution, getattr(splits.train, "texts", None))
-    preprocess = Preprocess.of_new(model, resolution, args.dataset, info)
+        return stored_source(stores, weights, splits, **cli.options(stored_source, flags))
+    on_logits = bool(terms_on(weights, "logits"))
+    has_head = bool(classes) and (on_logits or checkpoint is not None and checkpoint["classes"] == classes)
+    info, crop_mode = dataset_info(args.dataset), augment.policy.crop_mode
+    loaded = load_teacher(
+        path, checkpoint, classes if on_logits else [], info, crop_mode, **cli.options(load_teacher, flags)
+    )
+    return live_source(*loaded, weights, splits, augment, precision, has_head, **cli.options(live_source, flags))
+
+
+def make_student(args, classes, weights, splits, train, crop_mode):
+    """(model on the device, its Preprocess, line for the log); it starts from the weights of train_student.py's seed.
+
+    train: its Loader.
+    """
+    texts, start, info = getattr(splits.train, "texts", None), model_starter(classes), dataset_info(args.dataset)
+    model, weights_from = start(classes, args.resolution, texts, **cli.options(start, vars(args)))
+    preprocess = Preprocess.for_model(model, args.resolution, args.dataset, info, crop_mode)
     preprocess.prepare(splits.train, splits.val)  # texts become numbers once
-    for flag in [
-        f
-        for f, given in (("--pooling", args.pooling), ("--local-crops", local_crops), ("--eval-dataset", neighbours))
-        if given
-    ]:
-        need_image_model(model, flag)
+    for name in ("pooling", "local_crops", "eval_dataset"):
+        if getattr(args, name):
+            need_image_model(model, f"--{name.replace('_', '-')}")
     if args.pooling:
         model.set_pooling(args.pooling)
     model.set_feature_layers(args.student_layer)
-    model.with_tokens = bool(weights["patch"])
-    if local_crops:
-        model.check_side(local_side)
-    check_normalization(model, resolution, train.rows_at_once * args.global_crops)
-    model.to(device).to(memory_format=torch.channels_last)
+    model.with_tokens = bool(terms_on(weights, "tokens"))
+    if args.local_crops:
+        model.check_side(args.local_resolution)
+    check_normalization(model, args.resolution, train.rows_at_once * args.global_crops)
+    place(model, train.device)
+    return model, preprocess, weights_from
 
-    # loss, optimizer
-    criterion = make_loss(
-        args, weights, model, source, train, lambda batch: preprocess.inputs(batch, augment(batch, resolution)), classes
+
+def make_loss(args, weights, options, classes, targets):
+    """DistillationLoss; targets: {task: labels of train (N,)}."""
+    tasks = tasks_of(classes) if classes else {}
+    sizes = {task: len(names) for task, names in tasks.items()}
+    criterion = DistillationLoss(
+        weights,
+        options,
+        label_smoothing=args.label_smoothing,
+        class_weights=task_class_weights(args.class_weights, {task: targets[task] for task in tasks}, sizes),
+        task_weights=cli.task_weights(args.task_weights, tasks),
     )
-    if use_compile(args.compile, device):
-        model.compile()
-    updater = make_updater(args, model, precision, len(train), criterion, Student(model, criterion), not labelled)
+    if world_size() > 1:
+        criterion.gather = distributed().gather_rows
+    return criterion
 
-    if cli.is_dry(args):
-        loaders = [train, val, *(neighbours.loaders if neighbours else [])]
-        return dry_run.show(
-            args,
-            run,
-            splits,
-            loaders,
-            updater,
-            preprocess,
-            classes,
-            weights_from,
-            source=source,
-            criterion=criterion,
-            views=[(resolution, args.global_crops), (local_side, len(local_crops))],
+
+def build_projectors(criterion, model, preprocess, source, train, augment):
+    """The loss's projectors, for what a dry batch shows, before the optimizer sees the parameters."""
+    batch = source.choose_view(next(train.batches()))
+    with torch.no_grad():
+        out = model.eval()(preprocess.inputs(batch, augment(batch, preprocess.resolution)))
+        criterion.build(out, source.targets(batch))
+
+
+def make_updater(args, model, criterion, precision, steps, labelled):
+    """Updater whose `parallel` is a Student; steps: of an epoch.  Without labels the head gets no gradient."""
+    flags, student = vars(args), Student(model, criterion)
+    place(model, precision.device, args.compile)
+    optimizer = make_optimizer(model, criterion, **cli.options(make_optimizer, flags))
+    schedule = Schedule(optimizer.defaults["lr"], steps, **cli.options(Schedule, flags))
+    return Updater(model, optimizer, schedule, precision, student, not labelled, **cli.options(Updater, flags))
+
+
+def local_augmenters(args, policy):
+    """An Augmenter for each of --local-crops: small crops, otherwise changed as the views are."""
+    small = Policy(**{**policy.__dict__, "crop": "resized", "crop_scale": tuple(args.local_crop_scale)})
+    return [Augmenter(small, args.seed, stream) for stream in range(1, args.local_crops + 1)]
+
+
+def make_judge(recorder, source, preprocess, labelled, neighbours):
+    """judge(split, loader, epoch=None) -> metrics of the student on a split, as it stands; after an epoch k-NN too."""
+    updater, precision, positive = recorder.updater, recorder.updater.precision, recorder.content["positive"]
+
+    def judge(split, loader, epoch=None):
+        student, scores = updater.evaluated_model, {}
+        if labelled:
+            logits = predict_logits(student, loader, preprocess, precision)  # {task: (N, C)}
+            scores = task_metrics(logits, loader.dataset.targets, source.logits(split, loader), positive)
+        if recorder.metric == "distillation_loss":
+            targets = functools.partial(source.targets, split=split)
+            value = distillation_loss(student, recorder.criterion, targets, loader, preprocess, precision)
+            scores["distillation_loss"] = value
+        warning = epoch and recorder.criterion.collapsed(recorder.train_means)
+        if warning:  # before the epoch is saved, or a resumed run would drop the line
+            recorder.run.log(f"warning: {warning}")
+        if neighbours and epoch:
+            scores.update(neighbours.after_epoch(epoch, student, preprocess))
+            scores["teacher_knn"] = source.described.get("knn", {}).get("accuracy")
+        return scores
+
+    return judge
+
+
+def log_teacher(args, run, source, splits, val, neighbours):
+    """Judge the teacher on val; refuses one at chance level, and a metric that needs logits that it has not."""
+    logits = source.logits("val", val)
+    run.log(judge_teacher(source, logits, splits, neighbours, args.allow_weak_teacher))
+    if args.select_metric in FIDELITY and logits is None:
+        raise UserError(
+            f"--select-metric {args.select_metric} compares logits, and this teacher has none for the classes"
         )
 
-    # the teacher is judged before it teaches; val images are plain, so its logits there are computed once
-    teacher_logits = {"val": source.logits("val", val)}
-    if source.model:
-        run.log(f"teacher: {source.described['weights']}; normalization: {source.described['normalization']}")
-    run.log(judge_teacher(source, teacher_logits["val"], splits, neighbours, args))
 
-    # run folder
-    recorder = Recorder(
-        run,
-        updater,
-        interrupts,
-        epochs=args.epochs,
-        metric=args.select_metric,
-        patience=args.patience,
-        save_every=args.save_every,
-        loss=criterion,
-        content={
-            "role": "distill",
-            "classes": classes,
-            "positive": splits.positive,
-            "preprocess": preprocess.to_dict(),
-            "data": splits.describe(),
-            "augment": policy.to_dict(),
-            "flags": vars(args),
-            "teacher": source.described,
-        },
-    )
-    recorder.open(args)
-    run.log(f"{model.name}: {model.num_parameters:,} parameters, {resolution} px, {device}, {precision.name}")
-    run.log(f"normalization: {preprocess}")
-    run.log(f"{splits}, {train.cache_kind} cache")
-    run.log(f"{args.method}: " + " + ".join(f"{value:g} * {name}" for name, value in criterion.weights.items()))
-    if weights_from:
-        run.log(weights_from)
-    if args.save_samples:
-        raw = next(train.batches(1))
-        batch = source.choose_view(several_views(raw, args.global_crops))
-        rows = [
-            part for side in (source.resolution, resolution) for part in augment(batch, side).chunk(args.global_crops)
-        ]
-        save_sample_grid(args.save_samples, rows + [crop(raw, local_side) for crop in local_crops])
+def sum_lines(method, weights, options):
+    """The sum for the log, as --loss and --loss-options take it."""
+    lines = [f"{method or 'loss'}: {loss_words(weights)}"]
+    return lines + ([f"loss options: {loss_words(options)}"] if options else [])
 
-    def judge(split, loader):
-        """Metrics of the student on a split, as it stands."""
-        student, values = updater.evaluated_model, {}
-        if labelled:
-            logits = predict(student, loader, preprocess, precision, interrupts)  # {task: (N, C)}
-            values = task_metrics(logits, loader.dataset.targets, teacher_logits[split], splits.positive)
-        if args.select_metric == "distillation_loss":
-            of_split = lambda batch: source.targets(batch, split)  # noqa: E731
-            values["distillation_loss"] = distillation_loss(
-                student, criterion, of_split, loader, preprocess, precision, interrupts
-            )
-        return values
 
-    with recorder.saving_when_interrupted():
-        for epoch in recorder.epochs():
+def show_dry_run(args, recorder, splits, loaders, preprocess, weights_from, source, neighbours):
+    loaders = loaders + (neighbours.loaders if neighbours else [])
+    views = [(args.resolution, args.global_crops), (args.local_resolution, args.local_crops)]
+    dry_run = optional("common.dry_run", "--dry-run")
+    dry_run.show(recorder, splits, loaders, preprocess, weights_from, args.save_samples, source=source, views=views)
+
+
+def draw_samples(args, train, source, augment, local_augment):
+    """--save-samples: the views of teacher and student, and the local crops."""
+    if not args.save_samples:
+        return
+    raw = next(train.batches(1))
+    batch = source.choose_view(several_views(raw, args.global_crops))
+    rows = [part for r in (source.resolution, args.resolution) for part in augment(batch, r).chunk(args.global_crops)]
+    save_sample_grid(args.save_samples, rows + [crop(raw, args.local_resolution) for crop in local_augment])
+
+
+# --------------------------------------------------------------------------------------------------------------- main
+
+
+def main(args):
+    run = RunFolder(args.output, bool(args.resume), args.overwrite, args.dry_run)
+    weights, options, labelled = check_loss(args)
+    stores, *teacher = find_teacher(args)
+    args = settle_flags(args, weights, labelled, stores, *teacher)
+    flags, precision = vars(args), Precision(args.amp, select_device(args.device))
+
+    # data; stored views are made again with the policy and seed of the store
+    policy = stores["train"].policy if stores else cli.augment_policy(flags, dataset_info(args.dataset).policy)
+    augment = Augmenter(policy, stores["train"].seed if stores else args.seed)
+    splits, train, val = read_data(args, precision.device, labelled)
+    neighbours = open_neighbours(args, precision)
+
+    # teacher, student, loss, optimizer
+    source = make_source(args, stores, *teacher, weights, splits, augment, precision)
+    classes = splits.classes if labelled else type(splits.classes)()  # of several tasks a dict
+    model, preprocess, weights_from = make_student(args, classes, weights, splits, train, policy.crop_mode)
+    criterion = make_loss(args, weights, options, classes, splits.train.targets)
+    build_projectors(criterion, model, preprocess, source, train, augment)
+    updater = make_updater(args, model, criterion, precision, len(train), labelled)
+
+    # run folder; the teacher is judged before it teaches
+    about = {"classes": classes, "method": args.method or loss_words(weights), "teacher": source.described}
+    content = run_content("distill", splits, preprocess, policy, flags, **about)
+    recorder = Recorder(run, updater, content=content, criterion=criterion, **cli.options(Recorder, flags))
+    if args.dry_run:
+        return show_dry_run(args, recorder, splits, [train, val], preprocess, weights_from, source, neighbours)
+    judge = make_judge(recorder, source, preprocess, labelled, neighbours)
+    log_teacher(args, run, source, splits, val, neighbours)
+    recorder.open(flags, args.seed)
+    lines = start_lines(model, preprocess, splits, train, precision, weights_from)
+    run.log("\n".join(lines + sum_lines(args.method, weights, options)))
+    local_augment = local_augmenters(args, policy)
+    draw_samples(args, train, source, augment, local_augment)
+
+    with recorder:
+        for epoch in range(recorder.start_epoch, args.epochs + 1):
             model.train()
             criterion.warm_up(epoch, args.distillation_warmup_epochs)
-            for raw in recorder.batches(train):
+            for raw in recorder.batches(train, epoch):
                 batch = source.choose_view(several_views(raw, args.global_crops))  # G * B rows
-                taught = source.targets(
-                    batch
-                )  # {"logits": (G * B, C), ...}, of the same views at the teacher's resolution
-                inputs = preprocess.inputs(
-                    batch, augment(batch, resolution)
-                )  # "image" (G * B, 3, R, R), and of texts "input_ids" (G * B, L)
-                local = [preprocess(crop(raw, local_side)) for crop in local_crops]  # N of (B, 3, r, r)
-                targets = batch["targets"]  # {task: (G * B,)}
+                targets = source.targets(batch)  # {"logits": (G * B, C), ...}, of the same views
+                inputs = preprocess.inputs(batch, augment(batch, args.resolution))  # "image" (G * B, 3, R, R)
+                local = [preprocess(crop(raw, args.local_resolution)) for crop in local_augment]  # N of (B, 3, r, r)
+                labels = batch["targets"]  # {task: (G * B,)}
                 with precision.autocast():
-                    out, loss = updater.parallel(inputs, taught, targets, batch["batch_targets"], local)
+                    out, loss = updater.parallel(inputs, targets, labels, batch["batch_targets"], local)
                 updater(loss)
-                right = {"accuracy": task_accuracy(out, targets)} if labelled else {}
-                recorder.meter.add(loss=loss, **right, **criterion.terms)
-            values = judge("val", val)
-            if neighbours:
-                due = epoch % args.eval_every == 0 or epoch == args.epochs
-                values["knn"] = neighbours(updater.evaluated_model, preprocess)["accuracy"] if due else None
-                values["teacher_knn"] = source.described.get("knn", {}).get("accuracy")
-            warning = criterion.collapsed(recorder.train_means)
-            if warning:  # before the epoch is saved, or a resumed run would drop the line
-                run.log(f"warning: {warning}")
-            recorder.end_epoch(values)
+                accuracy = {"accuracy": task_accuracy(out, labels)} if labelled else {}
+                recorder.meter.add(loss=loss, **accuracy, **criterion.terms)
+            recorder.end_epoch(judge("val", val, epoch))
+            if recorder.stopped_early:
+                break
 
-        loaders = {"val": val}
-        if splits.test is not None:
-            loaders["test"] = Loader(splits.test, args.batch_size, device, cache=args.cache, workers=args.workers)
-            teacher_logits["test"] = source.logits("test", loaders["test"]) if labelled else None
-        write_results(
-            run,
-            splits,
-            loaders,
-            recorder,
-            preprocess,
-            precision,
-            script="distill.py",
-            method=args.method,
-            teacher=source.described,
-            teacher_logits=None if teacher_logits["val"] is None else teacher_logits,
-            judge=None if labelled else judge,
-        )
+    loaders = {"val": val}
+    if splits.test is not None:
+        loaders["test"] = Loader(splits.test, args.batch_size, precision.device, cache=args.cache, workers=args.workers)
+    judged = {"teacher_logits": source.logits} if labelled else {"judge": judge}
+    write_results(recorder, splits, loaders, preprocess, script="distill.py", **judged)
 
 
 if __name__ == "__main__":

@@ -6,142 +6,121 @@
     python train_teacher.py --resume runs/teacher
 
 Writes the run folder: best.pth, latest.pth, metrics.csv, metrics.json, results.json, predictions, confusion matrices.
-Needs from common: augment.py, cli.py, data.py, dermatology.py, distributed.py, dry_run.py, evaluation.py, images.py,
-loader.py, losses.py, metrics.py, models.py, optimizer.py, splitting.py, tables.py, training.py.
-Models and datasets of images and texts need image_text.py and multimodal.py too.
+
+Files of common: augment, cli, data, loader, losses, metrics, models, run, training; medical for tables, skin lesions
+and MedMNIST, groups for patients and --folds, custom for your own model and data, weights for --weights and
+--init-checkpoint, image_text and multimodal for images with texts, hugging_face for hf: models, sweep for --seeds and
+--sweep, dry_run for --dry-run, distributed for torchrun and srun.
 Packages: torch, timm, numpy, pillow, scikit-learn, tqdm (torchvision for CIFAR, transformers for hf: names and texts,
 h5py for ISIC 2024, opencv-python-headless for --hair-removal).
 """
 
-import torch
-
-from common import cli, dry_run
+from common import cli
 from common.augment import Augmenter
-from common.data import DATASETS, load_splits
-from common.evaluation import predict, task_metrics, write_results
-from common.images import tasks_of
+from common.data import DATASETS, dataset_info, load_splits, split_options, tasks_of
 from common.loader import Loader, save_sample_grid
 from common.losses import task_accuracy, task_class_weights, task_cross_entropy
-from common.optimizer import make_updater
+from common.run import Recorder, RunFolder, optional
 from common.training import (
-    Interrupts,
     Precision,
     Preprocess,
-    Recorder,
+    Schedule,
+    Updater,
     check_normalization,
+    make_optimizer,
+    model_starter,
+    place,
+    predict_logits,
+    run_content,
     select_device,
-    start_model,
-    use_compile,
+    start_lines,
+    task_metrics,
+    write_results,
 )
+
+ROLE, TEXT_MODEL = "teacher", "bert-mini-scratch"
 
 
 def build_parser():
     parser = cli.Parser(__doc__)
-    cli.add_run_flags(parser, output="runs/teacher")
-    cli.add_data_flags(parser, batch_size=64)
+    cli.add_run_flags(parser, output=f"runs/{ROLE}")
+    cli.add_data_flags(parser, DATASETS)
     cli.add_augment_flags(parser)
-    cli.add_model_flags(parser, model="resnet18")
-    cli.add_image_text_flags(parser, text_model="bert-mini-scratch")
-    cli.add_training_flags(parser, epochs=10)
+    cli.add_model_flags(parser)
+    cli.add_image_text_flags(parser, TEXT_MODEL)
+    cli.add_training_flags(parser)
     return parser
 
 
+def read_data(args, device):
+    """(Splits, Loader of train, Loader of val)"""
+    root, options = cli.data_root(args.data_root), split_options(vars(args))
+    splits = load_splits(args.dataset, root, download=args.download, **options)
+    balanced = cli.balanced_classes(args.sampler, tasks_of(splits.classes))
+    parts, reading = args.accumulation_steps, {"cache": args.cache, "workers": args.workers}
+    train = Loader(
+        splits.train, args.batch_size, device, True, args.seed, accumulate=parts, balanced=balanced, **reading
+    )
+    return splits, train, Loader(splits.val, args.batch_size, device, **reading)
+
+
 def main(args):
-    interrupts = Interrupts()
-    run = cli.RunFolder(args.output, bool(args.resume), args.overwrite, cli.is_dry(args))
-    device = select_device(args.device)
-    precision = Precision(args.amp, device)
+    info = dataset_info(args.dataset)
+    args = cli.fill_defaults(vars(args), info.defaults(ROLE, args.optimizer))
+    flags, resolution, policy = vars(args), args.resolution, cli.augment_policy(vars(args), info.policy)
+    run = RunFolder(args.output, bool(args.resume), args.overwrite, args.dry_run)
+    precision = Precision(args.amp, select_device(args.device))
 
     # data
-    info = DATASETS[args.dataset]
-    resolution = args.resolution or info.resolution
-    policy = cli.augment_policy(args)
     augment = Augmenter(policy, args.seed)
-    splits = load_splits(
-        args.dataset, cli.data_root(args.data_root), download=args.download, **cli.split_flags(vars(args))
-    )
-    balanced = cli.balanced_classes(args, tasks_of(splits.classes))
-    train = Loader(
-        splits.train,
-        args.batch_size,
-        device,
-        True,
-        args.seed,
-        args.cache,
-        args.workers,
-        args.accumulation_steps,
-        balanced,
-    )
-    val = Loader(splits.val, args.batch_size, device, cache=args.cache, workers=args.workers)
+    splits, train, val = read_data(args, precision.device)
+    tasks = tasks_of(splits.classes)
 
-    # model, optimizer
-    model, weights_from = start_model(args, splits.classes, resolution, getattr(splits.train, "texts", None))
-    preprocess = Preprocess.of_new(model, resolution, args.dataset, info)
+    # model and optimizer
+    texts, start = getattr(splits.train, "texts", None), model_starter(splits.classes)
+    model, weights_from = start(splits.classes, resolution, texts, **cli.options(start, flags))
+    preprocess = Preprocess.for_model(model, resolution, args.dataset, info, policy.crop_mode)
     preprocess.prepare(splits.train, splits.val)  # texts become numbers once
     check_normalization(model, resolution, train.rows_at_once)
-    model.to(device).to(memory_format=torch.channels_last)
-    if use_compile(args.compile, device):
-        model.compile()
-    updater = make_updater(args, model, precision, len(train))
-    tasks = tasks_of(splits.classes)
-    weights = task_class_weights(
-        args.class_weights, splits.train.targets, {task: len(names) for task, names in tasks.items()}
-    )
-    task_weights = cli.task_weights(args, tasks)
+    place(model, precision.device, args.compile)
+    optimizer = make_optimizer(model, **cli.options(make_optimizer, flags))
+    schedule = Schedule(optimizer.defaults["lr"], len(train), **cli.options(Schedule, flags))
+    updater = Updater(model, optimizer, schedule, precision, **cli.options(Updater, flags))
 
-    if cli.is_dry(args):
-        return dry_run.show(args, run, splits, [train, val], updater, preprocess, splits.classes, weights_from)
+    # loss: the cross-entropy, a mean over tasks
+    sizes = {task: len(names) for task, names in tasks.items()}
+    class_weights = task_class_weights(args.class_weights, splits.train.targets, sizes)
+    task_weights = cli.task_weights(args.task_weights, tasks)
 
     # run folder
-    recorder = Recorder(
-        run,
-        updater,
-        interrupts,
-        epochs=args.epochs,
-        metric=args.select_metric,
-        patience=args.patience,
-        save_every=args.save_every,
-        content={
-            "role": "teacher",
-            "classes": splits.classes,
-            "positive": splits.positive,
-            "preprocess": preprocess.to_dict(),
-            "data": splits.describe(),
-            "augment": policy.to_dict(),
-            "flags": vars(args),
-        },
-    )
-    recorder.open(args)
-    run.log(f"{model.name}: {model.num_parameters:,} parameters, {resolution} px, {device}, {precision.name}")
-    run.log(f"normalization: {preprocess}")
-    run.log(f"{splits}, {train.cache_kind} cache")
-    if weights_from:
-        run.log(weights_from)
+    content = run_content(ROLE, splits, preprocess, policy, flags)
+    recorder = Recorder(run, updater, content=content, **cli.options(Recorder, flags))
+    if args.dry_run:
+        dry_run = optional("common.dry_run", "--dry-run")
+        return dry_run.show(recorder, splits, [train, val], preprocess, weights_from, args.save_samples)
+    recorder.open(flags, args.seed)
+    run.log("\n".join(start_lines(model, preprocess, splits, train, precision, weights_from)))
     if args.save_samples:
         save_sample_grid(args.save_samples, [augment(next(train.batches(1)), resolution)])
 
-    with recorder.saving_when_interrupted():
-        for _ in recorder.epochs():
+    with recorder:
+        for epoch in range(recorder.start_epoch, args.epochs + 1):
             model.train()
-            for batch in recorder.batches(train):
-                inputs = preprocess.inputs(
-                    batch, augment(batch, resolution)
-                )  # "image" (B, 3, R, R), and of texts "input_ids" (B, L)
-                targets = batch["targets"]  # {task: (B,)}
+            for batch in recorder.batches(train, epoch):
+                inputs = preprocess.inputs(batch, augment(batch, resolution))  # "image" (B, 3, R, R), "input_ids"
+                targets, whole = batch["targets"], batch["batch_targets"]  # {task: (B,)}
                 with precision.autocast():
                     out = updater.parallel(inputs)  # "logits" (B, C), or "logits_<task>"
-                    loss = task_cross_entropy(
-                        out, targets, args.label_smoothing, weights, batch["batch_targets"], task_weights
-                    )
+                    loss = task_cross_entropy(out, targets, args.label_smoothing, class_weights, whole, task_weights)
                 updater(loss)
                 recorder.meter.add(loss=loss, accuracy=task_accuracy(out, targets))
-            logits = predict(updater.evaluated_model, val, preprocess, precision, interrupts)  # {task: (N, C)}
+            logits = predict_logits(updater.evaluated_model, val, preprocess, precision)  # {task: (N, C)}
             recorder.end_epoch(task_metrics(logits, splits.val.targets, positive=splits.positive))
+            if recorder.stopped_early:
+                break
 
-        test = Loader(splits.test, args.batch_size, device, cache=args.cache, workers=args.workers)
-        write_results(
-            run, splits, {"val": val, "test": test}, recorder, preprocess, precision, script="train_teacher.py"
-        )
+    test = Loader(splits.test, args.batch_size, precision.device, cache=args.cache, workers=args.workers)
+    write_results(recorder, splits, {"val": val, "test": test}, preprocess, script=f"train_{ROLE}.py")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 CROPS = ("none", "pad", "resized")
+CROP_MODES = ("center", "squash")
 COLOURS = ("brightness", "contrast", "saturation", "hue")
 CROP_TRIES = 10  # at a random resized crop that fits into the image
 POSITION_STEPS = 1024  # source positions are rounded to 1/1024 pixel, see `render`
@@ -40,6 +41,9 @@ class Policy:
     crop: str = "none"  # "pad": shift by whole source pixels, up to padding * side; "resized": random resized crop
     padding: float = 0.125  # share of the side: 4 pixels of 32
     crop_scale: tuple = (0.25, 1.0)  # area of the resized crop, share of the image; aspect ratio 3/4 to 4/3
+    # What is not square: "center", its central square, as resizing the shorter side and a centre crop show it;
+    # "squash", the whole image at another aspect ratio.  A "resized" crop starts from the whole image in either case.
+    crop_mode: str = "center"
     hflip: float = 0.0  # probability
     vflip: float = 0.0  # probability
     rotation: float = 0.0  # degrees, uniform in +-rotation
@@ -51,7 +55,9 @@ class Policy:
 
     def __post_init__(self):
         if self.crop not in CROPS:
-            raise PolicyError(f"--crop {self.crop} is none of {', '.join(CROPS)}")
+            raise PolicyError(f"--crop {self.crop} is not one of {', '.join(CROPS)}")
+        if self.crop_mode not in CROP_MODES:
+            raise PolicyError(f"--crop-mode {self.crop_mode} is not one of {', '.join(CROP_MODES)}")
         for name in ("padding", "hflip", "vflip", "brightness", "contrast", "saturation"):
             if not 0 <= getattr(self, name) <= 1:
                 raise PolicyError(f"--{name} {getattr(self, name)} is not in 0 to 1")
@@ -74,6 +80,7 @@ class Policy:
         unknown = sorted(set(values) - {f.name for f in fields(cls)})
         if unknown:
             raise PolicyError(f"the augmentation policy has the unknown setting {', '.join(unknown)}")
+        values = {"crop_mode": "squash", **values}  # as it was before there was a choice
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
@@ -161,13 +168,14 @@ def sample_parameters(policy, seed, view, key, sizes, stream=0):
     flip_y = torch.where(u[1] < policy.vflip, -one, one)
     angle = (u[2] * 2 - 1) * math.radians(policy.rotation)
     zoom = policy.scale[0] + u[3] * (policy.scale[1] - policy.scale[0])
-    crop_w, crop_h, centre_x, centre_y = one, one, zero, zero
+    size = torch.stack([width, height])
+    base = size.amin(0).expand(2, -1) if policy.crop_mode == "center" else size  # sides of what is shown, in pixels
+    plain_crop, plain_centre = base / size, (2 * ((size - base) / 2).floor() + base) / size - 1  # of whole pixels
+    (crop_w, crop_h), (centre_x, centre_y) = plain_crop, plain_centre
     if policy.crop == "pad":  # whole pixels of the source, so that a shift alone does not blur
-        reach_x, reach_y = (policy.padding * width).round(), (policy.padding * height).round()
-        centre_x = (torch.floor(u[4] * (2 * reach_x + 1)) - reach_x) * 2 / width
-        centre_y = (torch.floor(u[5] * (2 * reach_y + 1)) - reach_y) * 2 / height
+        reach = (policy.padding * base).round()
+        centre_x, centre_y = plain_centre + (torch.floor(torch.stack(u[4:6]) * (2 * reach + 1)) - reach) * 2 / size
     elif policy.crop == "resized":
-        size = torch.stack([width, height])
         sides, fits = _resized_crop(policy.crop_scale, torch.stack([*u[6:8], *u[12:]], 1), size)
         start = torch.floor(torch.where(fits, torch.stack(u[4:6]) * (size - sides + 1), (size - sides) / 2))
         (crop_w, crop_h), (centre_x, centre_y) = sides / size, (2 * start + sides) / size - 1
@@ -182,11 +190,11 @@ def sample_parameters(policy, seed, view, key, sizes, stream=0):
         1,
     )
     shift = torch.stack([centre_x, centre_y], 1)
-    identity = torch.eye(2, dtype=torch.float64)
-    crop = torch.stack([width * torch.where(plain, one, crop_w), height * torch.where(plain, one, crop_h)], 1)
+    plain_matrix = torch.diag_embed(plain_crop.T)
+    crop = torch.where(plain, base, size * torch.stack([crop_w, crop_h])).T
     params = {  # computed in float64: the same bits in any batch after rounding
-        "matrix": torch.where(plain[:, None, None], identity, matrix).float(),
-        "shift": torch.where(plain[:, None], torch.zeros_like(shift), shift).float(),
+        "matrix": torch.where(plain[:, None, None], plain_matrix, matrix).float(),
+        "shift": torch.where(plain[:, None], plain_centre.T, shift).float(),
         "border": (1 - 1 / crop).clamp(min=0).float(),
         "extent": crop / torch.where(plain, one, zoom)[:, None],
     }

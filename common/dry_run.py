@@ -1,10 +1,8 @@
 """--dry-run: what a training script would read, build, take and write, printed before the run folder is made.
 
-    dry_run.show(args, run, splits, [train, val], updater, preprocess, splits.classes)
+    dry_run.show(recorder, splits, [train, val], preprocess)
 
-Needs cli.py, distributed.py, images.py, models.py and training.py of `common` (and what these need), torch and numpy.
-MB are 2^20 bytes,
-as in results.json.
+Needs data.py, models.py, run.py and training.py of `common`, torch and numpy.  MB are 2^20 bytes, as in results.json.
 """
 
 import copy
@@ -12,52 +10,45 @@ import copy
 import numpy as np
 import torch
 
-from common import distributed
-from common.images import TASK, tasks_of
+from common.data import TASK, Splits, tasks_of
 from common.models import multiply_adds
-from common.training import device_name, load_checkpoint
+from common.run import Recorder, barrier, device_name, load_checkpoint, rank, world_size
+from common.training import Preprocess
 
 MOST_CLASSES = 20  # a table lists no more
 PROBED = (2, 4)  # images of the forward passes from which the activations are extrapolated
 
 
 def show(
-    args,
-    run,
-    splits,
-    loaders,
-    updater,
-    preprocess,
-    classes,
-    weights_from=None,
+    recorder: Recorder,
+    splits: Splits,
+    loaders: list,
+    preprocess: Preprocess,
+    weights_from: str | None = None,
+    save_samples: str | None = None,
     *,
     source=None,
-    criterion=None,
-    views=None,
-):
+    views: list | None = None,
+) -> None:
     """Print all of it, from one process; nothing is trained or written.
 
-    loaders: of train, of val and any others that cache images; classes: of the student's head, empty where it has none;
-    weights_from: where its weights come from, or None; source: teacher.Source of a distillation, criterion: its loss
-    with
-    projectors; views: [(side in pixels, views of an image a step)], by default one at the model's resolution.
-    Raises UserError where --resume names a damaged checkpoint.
+    loaders: of train, of val and any others that cache images; weights_from: where the model's weights come from, or
+    None; source: teacher.Source of a distillation; views: [(side in pixels, views of an image a step)], by default one
+    at the model's resolution.  Raises UserError where the checkpoint that is resumed is damaged.
     """
-    model, train = (
-        copy.copy(updater.model),
-        loaders[0],
-    )  # a copy shares the weights but is not compiled, which takes minutes
-    done = load_checkpoint(run.path("latest.pth"))["epoch"] - 1 if args.resume else 0
-    if distributed.rank() == 0:
+    updater, run, criterion = recorder.updater, recorder.run, recorder.criterion
+    model = copy.copy(updater.model)  # a copy shares the weights but is not compiled, which takes minutes
+    done = load_checkpoint(run.path("latest.pth"))["epoch"] - 1 if run.resume else 0
+    if rank() == 0:
         lines = ["dry run: nothing is trained or written"]
         lines += about_data(splits, preprocess.resolution) + [""]
         lines += about_models(model, preprocess.resolution, source, criterion, weights_from)
         lines += [described("normalization", preprocess), ""]
-        lines += about_steps(args, train, done) + [""]
+        lines += about_steps(loaders[0], recorder.epochs, done if run.resume else None) + [""]
         lines += about_memory(model, updater, loaders, source, criterion, views or [(preprocess.resolution, 1)]) + [""]
-        lines += about_files(args, run, splits, classes, checkpoint_bytes(updater, criterion), done)
+        lines += about_files(recorder, splits, done, save_samples)
         print("\n".join(lines), flush=True)
-    distributed.barrier()  # rank 0 keeps the others' meeting place
+    barrier()  # rank 0 keeps the others' meeting place
 
 
 # --------------------------------------------------------------------------------------------------------------- lines
@@ -134,23 +125,19 @@ def model_cells(model, resolution):
     ]
 
 
-def about_steps(args, train, done):
-    """Steps and images; done: epochs of the run that is resumed."""
+def about_steps(train, epochs, done=None):
+    """Steps and images; done: epochs of the run that is resumed, or None."""
     figures = {
         "steps an epoch": len(train),
-        "epochs": args.epochs,
-        "steps": len(train) * args.epochs,
+        "epochs": epochs,
+        "steps": len(train) * epochs,
         "images a step": train.batch_size,
     }
-    cut = [
-        f"{count} {name}"
-        for count, name in ((distributed.size(), "processes"), (train.accumulate, "parts"))
-        if count > 1
-    ]
+    cut = [f"{count} {name}" for count, name in ((world_size(), "processes"), (train.accumulate, "parts")) if count > 1]
     return [
         *aligned([[name, f"{figure:,}"] for name, figure in figures.items()]),
         *([described("a step is cut into", " x ".join(cut))] if cut else []),
-        *([described("resumed", f"{done} of {args.epochs:,} epochs are done")] if args.resume else []),
+        *([described("resumed", f"{done} of {epochs:,} epochs are done")] if done is not None else []),
     ]
 
 
@@ -179,12 +166,14 @@ def about_memory(model, updater, loaders, source, criterion, views):
     ]
 
 
-def about_files(args, run, splits, classes, checkpoint, done):
-    """The run folder, and the disk that checkpoints take."""
-    held = bool(run.own_files())
-    if args.resume:
+def about_files(recorder, splits, done, save_samples):
+    """The run folder, and the disk that checkpoints take; done: epochs of the run that is resumed."""
+    run, classes, every = recorder.run, recorder.content["classes"], recorder.save_every
+    checkpoint = checkpoint_bytes(recorder.updater, recorder.criterion)
+    held = bool(run.files())
+    if run.resume:
         state = f"continued after epoch {done}"
-    elif held and args.overwrite:
+    elif held and run.overwrite:
         state = "it holds a run, which is replaced"
     else:
         state = "it holds a run: --overwrite or --resume would be needed" if held else "new"
@@ -192,17 +181,14 @@ def about_files(args, run, splits, classes, checkpoint, done):
     files = ["config.json", "metrics.csv", "metrics.json", "results.json", "log.txt"]
     files += [f"predictions_{split}.npz" for split in judged if classes]
     files += [f"confusion_{split}_{task}.npy" for split in judged if classes for task in tasks_of(classes)]
-    kept = args.epochs // args.save_every if args.save_every else 0
-    weights = ["best.pth", "latest.pth", *([f"epoch_N.pth ({kept})"] if kept else [])]
+    kept = recorder.epochs // every if every else 0
+    weights = ", ".join(["best.pth", "latest.pth", *([f"epoch_N.pth ({kept})"] if kept else [])])
+    sizes = f"{megabytes(checkpoint)} each, {megabytes(checkpoint * (2 + kept))} together at most (estimate)"
     return [
         described("run folder", f"{run.folder} ({state})"),
         described("files", ", ".join(files)),
-        described(
-            "checkpoints",
-            f"{', '.join(weights)}: {megabytes(checkpoint)} each, {megabytes(checkpoint * (2 + kept))} together "
-            "at most (estimate)",
-        ),
-        *([described("samples", args.save_samples)] if args.save_samples else []),
+        described("checkpoints", f"{weights}: {sizes}"),
+        *([described("samples", save_samples)] if save_samples else []),
     ]
 
 
@@ -231,7 +217,7 @@ def training_bytes(updater):
     figures = 2 if "betas" in defaults else 1 if defaults["momentum"] else 0
     average = {} if updater.average is None else {"average of the weights": state_bytes(updater.average.module)}
     return {
-        "gradients": trained * (2 if distributed.size() > 1 else 1),
+        "gradients": trained * (2 if world_size() > 1 else 1),
         "optimizer state": trained * figures,
         **average,
     }

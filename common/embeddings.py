@@ -8,7 +8,7 @@
 
 View 0 is the plain image; view v is that of `Augmenter(store.policy, store.seed)`, so that a student can be shown it
 again.
-Needs augment.py, cli.py and images.py of `common`, torch and numpy.
+Needs augment.py, data.py and run.py of `common`, torch and numpy.
 """
 
 import contextlib
@@ -20,8 +20,8 @@ import numpy as np
 import torch
 
 from common.augment import Policy, uniform
-from common.cli import UserError, read_json, write_array, write_json
-from common.images import TASK
+from common.data import TASK
+from common.run import UserError, read_json, write_array, write_json
 
 FORMAT = 1
 PART = ".part"  # of all that is not complete
@@ -107,23 +107,23 @@ class Writer:
     def _create(self, overwrite, dtype):
         os.makedirs(self.folder, exist_ok=True)
         whole = os.path.join(self.folder, "meta.json")
-        found = [p for p in (whole, self._meta_path, self._meta_path + PART) if os.path.exists(p)]
-        if found and overwrite:
+        present = [p for p in (whole, self._meta_path, self._meta_path + PART) if os.path.exists(p)]
+        if present and overwrite:
             for path in dict.fromkeys(
-                [*found, *(self.path(n) + end for n in (*self.meta["shapes"], "done") for end in ("", PART))]
+                [*present, *(self.path(n) + end for n in (*self.meta["shapes"], "done") for end in ("", PART))]
             ):
                 with contextlib.suppress(FileNotFoundError):
                     os.remove(path)
-            found = []
-        if found:
-            differs = difference(self.meta, read_json(found[0]))
+            present = []
+        if present:
+            differs = difference(self.meta, read_json(present[0]))
             if differs:
                 raise UserError(
                     f"{self.folder} holds other embeddings ({differs}): --overwrite replaces them, --output names "
                     "another folder"
                 )
             self._check_ids()
-            self.complete = not found[0].endswith(PART)
+            self.complete = not present[0].endswith(PART)
             if self.complete or os.path.exists(self.path("done") + PART):
                 return
         write_array(os.path.join(self.folder, "ids.npy"), self.ids)
@@ -153,7 +153,7 @@ class Writer:
 
     def write(self, rows, values):
         """values {name: (B, ...) array} of these rows of the split; a row counts as done when all of it is written."""
-        own = np.asarray(rows) - self.start
+        places = np.asarray(rows) - self.start
         for name, value in values.items():
             value = np.asarray(value)
             with np.errstate(over="ignore"):
@@ -162,8 +162,8 @@ class Writer:
                 bad = self.ids[np.asarray(rows)[~np.isfinite(small).reshape(len(small), -1).all(1)][0]]
                 why = "does not fit float16: --dtype float32 holds it" if np.isfinite(value).all() else "is not finite"
                 raise UserError(f"the teacher's {name} of {bad} {why}")
-            self.arrays[name][own] = small
-        self.done[own] = 1
+            self.arrays[name][places] = small
+        self.done[places] = 1
 
     def flush(self):
         """To the disk: values before the marks that they are there."""
@@ -280,7 +280,7 @@ class Store:
             state = (
                 "is not finished: the same command of extract_embeddings.py goes on"
                 if names
-                else "is no folder of stored embeddings"
+                else "is not a folder of stored embeddings"
             )
             raise UserError(f"{folder} {state}")
         self.meta = read_json(os.path.join(folder, "meta.json"))
@@ -377,7 +377,7 @@ SAME = 0.01  # of its norm: how far an image may lie from itself, extracted in a
 def model_of(meta):
     """What the embeddings of two stores must share to be compared."""
     teacher = meta["teacher"]
-    own = {
+    shared = {
         "name": teacher["name"],
         "weights": teacher["weights"],
         "sha256": teacher["sha256"],
@@ -387,8 +387,8 @@ def model_of(meta):
     if teacher["weights"].startswith(
         "random"
     ):  # these depend on the size of the head, whose weights are drawn among them
-        own["parameters"] = teacher["parameters"]
-    return own
+        shared["parameters"] = teacher["parameters"]
+    return shared
 
 
 def nearest(store, reference, device="cpu", chunk=4096):
@@ -406,22 +406,24 @@ def nearest(store, reference, device="cpu", chunk=4096):
     centre = plain(reference, np.arange(min(chunk, count))).mean(0)  # near the origin float32 is more exact
     distances, rows = [], []
     for start in range(0, len(store), chunk):
-        own = plain(store, np.arange(start, min(start + chunk, len(store))))
+        queries = plain(store, np.arange(start, min(start + chunk, len(store))))
         twins = torch.from_numpy(ids[start : start + chunk]).to(device)
         there = plain(reference, ids[start : start + chunk].clip(0))
-        twins[(own - there).norm(dim=1) > SAME * own.norm(dim=1)] = -1
-        values = own.new_full((len(own), CANDIDATES), torch.inf)
+        twins[(queries - there).norm(dim=1) > SAME * queries.norm(dim=1)] = -1
+        values = queries.new_full((len(queries), CANDIDATES), torch.inf)
         places = torch.zeros_like(values, dtype=torch.int64)
         for first in range(0, count, chunk):
             others = plain(reference, np.arange(first, min(first + chunk, count))) - centre
-            squared = others.square().sum(1) - 2 * (own - centre) @ others.T  # (B, R), less what a row has in common
+            squared = (
+                others.square().sum(1) - 2 * (queries - centre) @ others.T
+            )  # (B, R), less what a row has in common
             here = torch.nonzero((twins >= first) & (twins < first + len(others)))[:, 0]
             squared[here, twins[here] - first] = torch.inf
             best, order = squared.topk(min(CANDIDATES, len(others)), largest=False)
             values, places = torch.cat([values, best], 1), torch.cat([places, order + first], 1)
             values, order = values.topk(CANDIDATES, largest=False)
             places = places.gather(1, order)
-        exact = torch.stack([(own - plain(reference, column)).norm(dim=1) for column in places.T.cpu().numpy()], 1)
+        exact = torch.stack([(queries - plain(reference, column)).norm(dim=1) for column in places.T.cpu().numpy()], 1)
         best, order = exact.masked_fill(values.isinf(), torch.inf).min(1)
         if best.isinf().any():
             raise UserError(

@@ -1,7 +1,7 @@
 """Images with texts and labels for several tasks: MedPix 2.0, and any folder with JSONL files; tokens, batch by batch.
 
-Needs images.py, splitting.py and tables.py of `common` (and what these need), torch and numpy; `tokenize` is given a
-tokenizer of transformers.
+Needs data.py, groups.py, medical.py and what these need of `common`, torch and numpy; `tokenize` is given a tokenizer
+of transformers.
 
     parts, classes = read_medpix("MedPix-2-0", text_fields=["Caption", "History"])
     tokens = tokenize(parts["train"].texts, model.tokenizer, 128)    # once, ahead of training
@@ -15,14 +15,16 @@ import hashlib
 import json
 import os
 import re
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from common.images import MISSING, DataError, ImageDataset
-from common.splitting import check_groups
-from common.tables import SPLITS, check_folder, counted, images_by_name, label_numbers, match_images, sorted_classes
+from common.data import MISSING, SPLITS, DataError, ImageDataset, check_folder, counted, sorted_classes
+from common.groups import check_groups
+from common.medical import images_by_name, label_numbers, match_images
+from common.run import UserError
 
 MEDPIX_CLASSES = {
     "modality": ["CT", "MR"],
@@ -40,7 +42,9 @@ class ImageTextDataset(ImageDataset):
     the tasks' joint class (N,), of which splits and --limit-train keep the proportions.  The rest as in ImageDataset.
     """
 
-    def __init__(self, ids, targets, classes, texts, paths, **options):
+    PER_SAMPLE = (*ImageDataset.PER_SAMPLE, "texts")
+
+    def __init__(self, ids: list, targets: dict, classes: dict, texts: list, paths: list, **options):
         self.task_labels = {task: np.asarray(labels, np.int64) for task, labels in targets.items()}
         self.classes, self.texts = {task: list(names) for task, names in classes.items()}, list(texts)
         joint = np.zeros(len(ids), np.int64)
@@ -49,66 +53,41 @@ class ImageTextDataset(ImageDataset):
         super().__init__(ids, joint, paths=paths, **options)
 
     @property
-    def targets(self):
+    def targets(self) -> dict[str, np.ndarray]:
         return self.task_labels
 
-    def __getitem__(self, i):
+    def __getitem__(self, i: int) -> dict:
         targets = {task: int(labels[i]) for task, labels in self.targets.items()}
         return {**super().__getitem__(i), "text": self.texts[i], "targets": targets}
 
-    def _options(self, groups):
-        return {
-            "groups": groups,
-            "decode_size": self.decode_size,
-            "window": self.window,
-            "hair_removal": self.hair_removal,
-        }
-
-    def subset(self, rows):
+    def subset(self, rows: np.ndarray) -> "ImageTextDataset":
         """The samples of these rows, in their order."""
-        ids, texts, paths = ([values[i] for i in rows] for values in (self.ids, self.texts, self.paths))
-        targets = {task: labels[rows] for task, labels in self.targets.items()}
-        return ImageTextDataset(
-            ids,
-            targets,
-            self.classes,
-            texts,
-            paths,
-            **self._options(None if self.groups is None else self.groups[rows]),
-        )
+        chosen = super().subset(rows)
+        chosen.task_labels = {task: labels[rows] for task, labels in self.targets.items()}
+        return chosen
 
-    def joined(self, other):
+    def joined(self, other: "ImageTextDataset") -> "ImageTextDataset":
         """These samples, then those of another dataset with the same tasks."""
-        targets = {task: np.concatenate([labels, other.targets[task]]) for task, labels in self.targets.items()}
-        groups = None if self.groups is None else np.concatenate([self.groups, other.groups])
-        return ImageTextDataset(
-            self.ids + other.ids,
-            targets,
-            self.classes,
-            self.texts + other.texts,
-            [*self.paths, *other.paths],
-            **self._options(groups),
-        )
+        both = super().joined(other)
+        both.task_labels = {
+            task: np.concatenate([labels, other.targets[task]]) for task, labels in self.targets.items()
+        }
+        return both
 
-    def fingerprint(self, classes=None):
+    def fingerprint(self, classes: dict | None = None) -> str:
         """SHA-256 over ids, texts and class names of each task, in order of ids; `classes` is its own."""
-        lines = [
-            [
-                i,
-                text,
-                *(self.classes[task][labels[row]] if labels[row] >= 0 else "" for task, labels in self.targets.items()),
-            ]
-            for row, (i, text) in enumerate(zip(self.ids, self.texts))
-        ]
-        return hashlib.sha256(json.dumps([list(self.targets), *sorted(lines)]).encode()).hexdigest()
+        names = {
+            task: [self.classes[task][n] if n >= 0 else "" for n in labels] for task, labels in self.targets.items()
+        }
+        lines = sorted(map(list, zip(self.ids, self.texts, *names.values())))
+        return hashlib.sha256(json.dumps([list(self.targets), *lines]).encode()).hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
-def read_jsonl(path, required=()):
-    """[(line number, dict)] of a file with a JSON object a line; required: keys that each must have.  Raises
-    DataError."""
+def read_jsonl(path: str, required: list = ()) -> list[tuple[int, dict]]:
+    """[(line number, dict)] of a file with a JSON object a line; required: keys of each.  Raises DataError."""
     rows = []
     try:
         with open(path, "rb") as file:  # lines end at a newline alone: a text may hold other separators
@@ -122,9 +101,9 @@ def read_jsonl(path, required=()):
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             why = error.msg if isinstance(error, json.JSONDecodeError) else type(error).__name__
-            raise DataError(f"{path} line {number} is no JSON ({why})") from None
+            raise DataError(f"{path} line {number} is not valid JSON ({why})") from None
         if not isinstance(row, dict):
-            raise DataError(f"{path} line {number} is no JSON object: {line[:40].decode(errors='replace')}")
+            raise DataError(f"{path} line {number} is not a JSON object: {line[:40].decode(errors='replace')}")
         for key in required:
             if key not in row:
                 raise DataError(f"{path} line {number} has no {key!r}: it has {', '.join(list(row)[:12]) or 'nothing'}")
@@ -134,7 +113,7 @@ def read_jsonl(path, required=()):
     return rows
 
 
-def as_text(value):
+def as_text(value: Any) -> str:
     """A JSON value as one text: null is "", of lists and objects the values that are not empty."""
     if value is None:
         return ""
@@ -170,10 +149,18 @@ def _check_tasks(classes, tasks, name):
 # -------------------------------------------------------------------------------------------------------------- MedPix
 
 
-def read_medpix(root, *, splits=SPLITS, text_fields=("Caption",), classes=None, on_bad_image="error", **decoding):
-    """MedPix 2.0 as published (Siragusa et al. 2025, doi 10.1007/s41019-025-00297-8); its dev is val, a group is a
-    case.
+def read_medpix(
+    root: str | None,
+    *,
+    splits: list = SPLITS,
+    text_fields: list = ("Caption",),
+    classes: dict | None = None,
+    on_bad_image: str = "error",
+    **decoding,
+) -> tuple[dict, dict]:
+    """MedPix 2.0 as published (Siragusa et al. 2025, doi 10.1007/s41019-025-00297-8).
 
+    Its dev is val; a group is a case.
     text_fields: the description's fields, the case's and the topic's; where two of them have a name, as Title, it is
     Case.Title or Topic.Title.  classes: {task: names} in a checkpoint's order.
     """
@@ -188,8 +175,8 @@ def read_medpix(root, *, splits=SPLITS, text_fields=("Caption",), classes=None, 
         path = os.path.join(root, "splitted_dataset", f"descriptions_{MEDPIX_SPLITS[split]}.jsonl")
         rows = read_jsonl(path, ["image", "U_id", "Description", *MEDPIX_COLUMNS.values()])
         ids = _names(path, rows, "image")
-        own = {i: images[i] for i in ids if i in images}
-        matched, files = match_images(path, ids, own, folder, on_bad_image)
+        named = {i: images[i] for i in ids if i in images}
+        matched, files = match_images(path, ids, named, folder, on_bad_image)
         rows, ids = [rows[row] for row in matched], [ids[row] for row in matched]
         targets = {
             task: label_numbers(path, _names(path, rows, column), classes[task], column)
@@ -209,17 +196,17 @@ def _medpix_texts(path, rows, cases_path, text_fields):
     records = []
     for number, row in rows:
         if not isinstance(row["Description"], dict):
-            raise DataError(f"{path} line {number}: 'Description' is no JSON object")
+            raise DataError(f"{path} line {number}: 'Description' is not a JSON object")
         records.append({"Location": row.get("Location"), **row["Description"]})
-    own = list(dict.fromkeys(key for record in records for key in record))
-    if all(field in own for field in text_fields):
+    described = list(dict.fromkeys(key for record in records for key in record))
+    if all(field in described for field in text_fields):
         return _joined_texts(records, text_fields)
     cases = {}
     for number, case in read_jsonl(cases_path, ["U_id", "Case", "Topic"]):
         flat = cases[as_text(case["U_id"])] = {}
         for part in ("Case", "Topic"):
             if not isinstance(case[part], (dict, type(None))):
-                raise DataError(f"{cases_path} line {number}: {part!r} is no JSON object")
+                raise DataError(f"{cases_path} line {number}: {part!r} is not a JSON object")
             flat.update({f"{part}.{key}": value for key, value in (case[part] or {}).items()})
     joined = list(dict.fromkeys(key for case in cases.values() for key in case))
     lacking = list(dict.fromkeys(case for case in _names(path, rows, "U_id") if case not in cases))
@@ -227,41 +214,38 @@ def _medpix_texts(path, rows, cases_path, text_fields):
         raise DataError(counted(lacking, f"cases (U_id) of {path} are not in {cases_path}"))
     for record, (_, row) in zip(records, rows):
         record.update(cases[as_text(row["U_id"])])
-    return _joined_texts(records, [_full_name(field, own, joined) for field in text_fields])
+    return _joined_texts(records, [_full_name(field, described, joined) for field in text_fields])
 
 
-def _full_name(field, own, joined):
-    """The key of a field: the description's own names, else Case.NAME or Topic.NAME, of which NAME does if it is
-    one's."""
-    if field in own or field in joined:
+def _full_name(field, described, joined):
+    """The key of a field: one of the description, else Case.NAME or Topic.NAME, or NAME where one of them has it."""
+    if field in described or field in joined:
         return field
-    found = [key for key in joined if key.split(".", 1)[1] == field]
-    if len(found) > 1:
-        raise DataError(f"--text-fields {field!r}: which one, {' or '.join(map(repr, found))}?")
-    if not found:
+    keys = [key for key in joined if key.split(".", 1)[1] == field]
+    if len(keys) > 1:
+        raise DataError(f"--text-fields {field!r}: which one, {' or '.join(map(repr, keys))}?")
+    if not keys:
         names = [key.split(".", 1)[1] for key in joined]
         short = [key if names.count(name) > 1 else name for key, name in zip(joined, names)]
-        raise DataError(
-            f"--text-fields {field!r} is no field of MedPix: choose of {', '.join(map(repr, [*own, *short]))}"
-        )
-    return found[0]
+        known = ", ".join(map(repr, [*described, *short]))
+        raise DataError(f"--text-fields {field!r} is not a field of MedPix: choose from {known}")
+    return keys[0]
 
 
-# ---------------------------------------------------------------------------------------------------- any folder of
-# ours
+# ------------------------------------------------------------------------------------------------------- any JSON Lines
 
 
 def read_image_text(
-    root,
+    root: str | None,
     *,
-    tasks=None,
-    splits=SPLITS,
-    text_fields=("text",),
-    group_field="group",
-    classes=None,
-    on_bad_image="error",
+    tasks: list | None = None,
+    splits: list = SPLITS,
+    text_fields: list = ("text",),
+    group_field: str = "group",
+    classes: dict | None = None,
+    on_bad_image: str = "error",
     **decoding,
-):
+) -> tuple[dict, dict]:
     """A folder with train.jsonl, test.jsonl (val.jsonl, if there is one) and images, a line an image:
 
         {"image": "scans/17.png", "text": "...", "organ": "liver", "group": "patient 4"}
@@ -272,16 +256,7 @@ def read_image_text(
     """
     check_folder("image_text", root, "train.jsonl, test.jsonl and the images that they name")
     tasks = list(tasks or classes or [])
-    if not tasks:
-        raise DataError("--dataset image_text needs --tasks NAME ...: the keys of the labels in its JSONL files")
-    for task in tasks:
-        if (
-            not re.fullmatch(r"[\w-]+", task) or tasks.count(task) > 1 or task in ("balanced", "top5")
-        ):  # it names columns; balanced_accuracy is a metric
-            raise DataError(
-                f"--tasks {task!r}: a task's name is of letters, digits, - and _, not balanced or top5, and each "
-                "is named once"
-            )
+    _check_task_names(tasks)
     _check_tasks(classes, tasks, "image_text")
     paths = {split: os.path.join(root, f"{split}.jsonl") for split in SPLITS}
     if not os.path.exists(paths["val"]):  # it is split off train then, which is the caller's to do
@@ -298,15 +273,7 @@ def read_image_text(
         rows, ids, files = content[split]
         targets = {task: label_numbers(paths[split], names[split][task], classes[task], task) for task in tasks}
         records = [row for _, row in rows]
-        fields = list(
-            dict.fromkeys(key for record in records for key in record if key not in ("image", group_field, *tasks))
-        )
-        for field in text_fields:
-            if field not in fields:
-                raise DataError(
-                    f"--text-fields {field!r} is no key of a text in {paths[split]}: choose of "
-                    f"{', '.join(map(repr, fields)) or 'none'}"
-                )
+        _check_text_fields(paths[split], records, text_fields, ("image", group_field, *tasks))
         groups = [as_text(record.get(group_field)) for record in records]
         texts, groups = _joined_texts(records, text_fields), groups if any(groups) else None
         parts[split] = ImageTextDataset(ids, targets, classes, texts, files, groups=groups, **decoding)
@@ -314,16 +281,37 @@ def read_image_text(
     return parts, classes
 
 
+def _check_task_names(tasks):
+    """Refuse what cannot be part of a column's name; balanced_accuracy and top5_accuracy are metrics."""
+    if not tasks:
+        raise DataError("--dataset image_text needs --tasks NAME ...: the keys of the labels in its JSONL files")
+    for task in tasks:
+        if not re.fullmatch(r"[\w-]+", task) or tasks.count(task) > 1 or task in ("balanced", "top5"):
+            raise DataError(
+                f"--tasks {task!r}: a task's name is of letters, digits, - and _, not balanced or top5, and each "
+                "is named once"
+            )
+
+
+def _check_text_fields(path, records, text_fields, others):
+    """Refuse a field that no record has; others: keys that are not texts."""
+    fields = list(dict.fromkeys(key for record in records for key in record if key not in others))
+    for field in text_fields:
+        if field not in fields:
+            known = ", ".join(map(repr, fields)) or "none"
+            raise DataError(f"--text-fields {field!r} is not a key of a text in {path}: choose from {known}")
+
+
 def _with_images(path, rows, root, on_bad_image):
     """(rows, ids, paths of their images) of those that have one; see `match_images`."""
-    ids, found = _names(path, rows, "image"), {}
+    ids, path_of = _names(path, rows, "image"), {}
     for i in ids:
         inside = os.path.normpath(i.replace("\\", "/"))
         places = [os.path.join(root, inside), os.path.join(root, "images", inside)]
         place = next(filter(os.path.isfile, places), None)
         if place:
-            found[i] = place
-    matched, files = match_images(path, ids, found, root, on_bad_image)
+            path_of[i] = place
+    matched, files = match_images(path, ids, path_of, root, on_bad_image)
     return [rows[row] for row in matched], [ids[row] for row in matched], files
 
 
@@ -337,15 +325,14 @@ class Tokens(NamedTuple):
     lengths: torch.Tensor
 
 
-def tokenize(texts, tokenizer, max_length):
+def tokenize(texts: list[str], tokenizer: Callable, max_length: int) -> Tokens:
     """Tokens of N texts, each cut to max_length; an empty one has its special tokens only, if there are such."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # else it prints a warning when a loader's workers fork
     rows = []
     for start in range(0, len(texts), TOKENIZED_AT_ONCE):
         part = list(texts[start : start + TOKENIZED_AT_ONCE])
-        rows += [
-            np.array(row, np.int32) for row in tokenizer(part, truncation=True, max_length=max_length)["input_ids"]
-        ]
+        ids = tokenizer(part, truncation=True, max_length=max_length)["input_ids"]
+        rows += [np.array(row, np.int32) for row in ids]
     lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64)
     ids = np.full((len(rows), max(1, int(lengths.max()) if rows else 1)), tokenizer.pad_token_id or 0, np.int32)
     for line, row in zip(ids, rows):
@@ -353,7 +340,7 @@ def tokenize(texts, tokenizer, max_length):
     return Tokens(torch.from_numpy(ids), lengths)
 
 
-def token_batch(tokens, rows, device="cpu"):
+def token_batch(tokens: Tokens, rows: torch.Tensor, device: str | torch.device = "cpu") -> dict[str, torch.Tensor]:
     """`input_ids` and `attention_mask` (B, L) int64 of rows (B,), padded to the longest of them."""
     lengths = tokens.lengths[rows]  # on the CPU, as rows: nothing waits for the device
     longest = max(1, int(lengths.max()))
@@ -364,3 +351,23 @@ def token_batch(tokens, rows, device="cpu"):
     if torch.device(device).type == "cuda":
         batch = {name: value.pin_memory() for name, value in batch.items()}
     return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+
+
+class TokenBatches:
+    """The tokens of a batch's texts; those of a dataset are made once."""
+
+    def __init__(self, tokenizer, max_length: int):
+        self.tokenizer, self.max_length, self.tokens = tokenizer, max_length, {}  # {id of a dataset: (dataset, Tokens)}
+
+    def prepare(self, dataset) -> Tokens:
+        """The tokens of a dataset's texts.  Raises UserError where it has none."""
+        if not hasattr(dataset, "texts"):
+            raise UserError(
+                "a model of images and texts was given images without texts: its datasets are medpix and image_text"
+            )
+        if id(dataset) not in self.tokens:
+            self.tokens[id(dataset)] = dataset, tokenize(dataset.texts, self.tokenizer, self.max_length)
+        return self.tokens[id(dataset)][1]
+
+    def __call__(self, batch: dict, device) -> dict:
+        return token_batch(self.prepare(batch["dataset"]), batch["index"], device)

@@ -1,6 +1,6 @@
 """Batches: caching of decoded images, order, transfer.
 
-Needs augment.py, distributed.py, images.py of `common`, torch, numpy, pillow.
+Needs augment.py, data.py and run.py of `common`, torch, numpy and pillow (torchvision for sample grids).
 
     loader = Loader(splits.train, batch_size=128, device=device, shuffle=True)
     for batch in loader.batches(epoch=1):                            # image (B, 3, H, W) uint8 on the device, ...
@@ -12,20 +12,21 @@ import multiprocessing
 import multiprocessing.util
 import os
 import signal
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
-from PIL import Image
+import torch.nn.functional as F
 
-from common import distributed
 from common.augment import uniform
-from common.images import DataError, available_cpus
+from common.data import DataError, ImageDataset, available_cpus, note
+from common.run import launched_processes, rank, world_size
 
 REPEAT_STRIDE = 1_000_003  # views between an image's repeats in an epoch: a prime, so that stored views differ too
 
 
-def pad_images(images):
+def pad_images(images: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """List of (3, H, W) uint8 -> (B, 3, H_max, W_max), each in the top left corner, and their sizes (B, 2)."""
     sizes = torch.tensor([image.shape[1:] for image in images])
     if (sizes == sizes[0]).all():
@@ -39,7 +40,7 @@ def pad_images(images):
 class ImageCache:
     """Decoded images of a dataset, in memory once: one tensor where all are of one size, else a flat one."""
 
-    def __init__(self, dataset, device):
+    def __init__(self, dataset: ImageDataset, device: torch.device | str):
         if dataset.images is not None:
             images = torch.from_numpy(dataset.images)  # (N, H, W) or (N, H, W, 3)
             images = images[:, None].expand(-1, 3, -1, -1) if images.dim() == 3 else images.permute(0, 3, 1, 2)
@@ -54,7 +55,7 @@ class ImageCache:
             self.offsets = [0, *(3 * self.sizes.prod(1)).cumsum(0).tolist()]
             self.flat = torch.cat([image.flatten() for image in images]).to(device)
 
-    def batch(self, rows):
+    def batch(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """rows (B,) int64 on the CPU -> images (B, 3, H, W) uint8 where the cache lies, sizes (B, 2)."""
         if self.uniform is not None:
             return self.uniform[rows.to(self.uniform.device)], self.sizes[rows]
@@ -62,7 +63,7 @@ class ImageCache:
         return pad_images(parts)
 
 
-def choose_cache(dataset, cache, device):
+def choose_cache(dataset: ImageDataset, cache: str, device: torch.device) -> str:
     """Where decoded images go: "off", "ram" or "device".  auto: the device, else memory, if a quarter of it is free."""
     if cache == "device" and device.type == "cpu":
         return "ram"
@@ -72,11 +73,11 @@ def choose_cache(dataset, cache, device):
     needed = len(dataset) * np.mean([dataset.read(i).size for i in probe])
     if device.type == "cuda" and needed < torch.cuda.mem_get_info(device)[0] / 4:
         return "device"
-    needed *= distributed.environment().local_size  # each process of this node keeps its own
+    needed *= launched_processes().local_size  # each process of this node keeps its own
     return "ram" if needed < available_memory() / 4 else "off"
 
 
-def available_memory():
+def available_memory() -> int:
     """Free memory in bytes: the machine's or, if that is less, what the limits of the job's cgroups leave."""
     try:
         with open("/proc/meminfo") as file:  # counts what caches would give back
@@ -102,32 +103,6 @@ def available_memory():
     return max(free, 0)
 
 
-def several_views(batch, count):
-    """A training batch `count` times over, crop after crop: of view v the views count * (v - 1) + 1 to count * v."""
-    if count == 1:
-        return batch
-    views = torch.cat([count * (batch["view"] - 1) + 1 + g for g in range(count)])
-    repeated = {key: torch.cat([batch[key]] * count) for key in ("index", "key", "size", "image")}
-    targets = {
-        key: {task: torch.cat([labels] * count) for task, labels in batch[key].items()}
-        for key in ("targets", "batch_targets")
-    }
-    return {**batch, **repeated, **targets, "view": views}
-
-
-class EpochOrder(torch.utils.data.Sampler):
-    """Batches of rows for one epoch; what a DataLoader that keeps its workers iterates over again and again."""
-
-    def __init__(self):
-        self.batches = []
-
-    def __iter__(self):
-        return iter(self.batches)
-
-    def __len__(self):
-        return len(self.batches)
-
-
 def _collate(samples):
     """Runs in a worker: what is wrong comes back as its message, for a traceback would not be one line."""
     errors = [s for s in samples if isinstance(s, str)]
@@ -140,8 +115,7 @@ def _collate(samples):
         except RuntimeError:
             return (
                 f"/dev/shm is too small for batches of {images.nbytes / 1e6:,.0f} MB from several workers: take "
-                "--workers 0, a smaller "
-                "--decode-size or --batch-size, or a larger /dev/shm (docker run --shm-size)"
+                "--workers 0, a smaller --decode-size or --batch-size, or a larger /dev/shm (docker run --shm-size)"
             )
     return images, sizes
 
@@ -180,7 +154,7 @@ def _advice():
         raise DataError(f"{error} (--on-bad-image skip leaves such images out)") from None
 
 
-def balanced_order(labels, num_classes, generator):
+def balanced_order(labels: torch.Tensor, num_classes: int, generator: torch.Generator) -> torch.Tensor:
     """As many rows as there are labels (N,), each class equally often, in random order.
 
     A class is gone through in random order before an image of it comes again.  Raises DataError for an empty class.
@@ -191,15 +165,14 @@ def balanced_order(labels, num_classes, generator):
         if not len(members):
             raise DataError(f"--sampler balanced: class number {c} has no image in train")
         wanted = count * (c + 1) // num_classes - count * c // num_classes
-        rounds = -(-wanted // len(members))
-        classes.append(
-            torch.cat([members[torch.randperm(len(members), generator=generator)] for _ in range(rounds)])[:wanted]
-        )
+        rounds = range(-(-wanted // len(members)))
+        shuffled = [members[torch.randperm(len(members), generator=generator)] for _ in rounds]
+        classes.append(torch.cat(shuffled)[:wanted])
     order = torch.cat(classes)
     return order[torch.randperm(count, generator=generator)]
 
 
-def repeats(order):
+def repeats(order: torch.Tensor) -> torch.Tensor:
     """How often each row of `order` (N,) stood in it before: (N,) int64."""
     by_row = order.argsort(stable=True)
     first = torch.searchsorted(order[by_row], order[by_row])
@@ -208,11 +181,11 @@ def repeats(order):
 
 def _train_batch(wanted, count, accumulate):
     """The batch size in training, over all processes: `wanted`, or what `count` images give if they are fewer."""
-    parts = distributed.size() * accumulate
+    parts = world_size() * accumulate
     batch_size = min(wanted, count - count % parts)
     if wanted % parts or not batch_size:
         raise DataError(
-            f"--batch-size {wanted} of {count} images cannot be cut into {distributed.size()} processes x "
+            f"--batch-size {wanted} of {count} images cannot be cut into {world_size()} processes x "
             f"{accumulate} accumulation steps of the same size: take a multiple of {parts}"
         )
     return batch_size
@@ -231,39 +204,42 @@ class Loader:
     """
 
     def __init__(
-        self, dataset, batch_size, device, shuffle=False, seed=0, cache="auto", workers=None, accumulate=1, balanced=0
+        self,
+        dataset: ImageDataset,
+        batch_size: int,
+        device: torch.device | str,
+        shuffle: bool = False,
+        seed: int = 0,
+        cache: str = "auto",
+        workers: int | None = None,
+        accumulate: int = 1,
+        balanced: int = 0,
     ):
         self.dataset, self.device, self.shuffle, self.seed = dataset, torch.device(device), shuffle, seed
         self.accumulate, self.balanced = accumulate, balanced
         self.batch_size = _train_batch(batch_size, len(dataset), accumulate) if shuffle else batch_size
         self.keys = torch.from_numpy(dataset.keys)
         self.targets = {task: torch.from_numpy(labels).to(self.device) for task, labels in dataset.targets.items()}
-        spare = available_cpus() // int(
-            os.environ.get("LOCAL_WORLD_SIZE", 1)
-        )  # torchrun's share the cores, srun's have own
-        self.workers = max(1, min(8, spare)) if workers is None else workers
+        sharing = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's processes share the cores, srun's do not
+        self.workers = max(1, min(8, available_cpus() // sharing)) if workers is None else workers
         self.cache = self._workers = None
         with _advice():
             self.cache_kind = choose_cache(dataset, cache, self.device)
-            if self.cache_kind == "off" and shuffle and dataset.hair_removal and not distributed.rank():
-                print(
-                    "note: images are not cached, so --hair-removal is done again in each epoch: --cache ram does "
-                    "it once",
-                    flush=True,
-                )
+            if self.cache_kind == "off" and shuffle and dataset.hair_removal:
+                note("images are not cached, so --hair-removal is done again in each epoch: --cache ram does it once")
             if self.cache_kind != "off":
                 self.cache = ImageCache(dataset, self.device if self.cache_kind == "device" else "cpu")
 
     @property
-    def rows_at_once(self):
+    def rows_at_once(self) -> int:
         """Images of a training batch that go through the model together in this process."""
-        return self.batch_size // (distributed.size() * self.accumulate)
+        return self.batch_size // (world_size() * self.accumulate)
 
     def __len__(self):
         """Batches an epoch."""
         return len(self.dataset) // self.batch_size if self.shuffle else -(-len(self.dataset) // self.batch_size)
 
-    def rows(self, epoch):
+    def rows(self, epoch: int) -> list[torch.Tensor]:
         """Lists of rows, a batch of all processes each."""
         if self.shuffle:
             seed = int(uniform(self.seed, epoch, 0, torch.zeros(1, dtype=torch.int64))[0, 0] * 2**53)
@@ -276,47 +252,44 @@ class Loader:
             order = torch.arange(len(self) * self.batch_size).clamp(max=len(self.dataset) - 1)
         return [order[i * self.batch_size : (i + 1) * self.batch_size] for i in range(len(self))]
 
-    def batches(self, epoch=0, start=0):
+    def batches(self, epoch: int = 0, start: int = 0) -> Iterator[dict]:
         """Yield batches from number `start` on.  In training the view is the epoch (from 1), else 0, the plain image;
         an image that comes again in an epoch gets another view.
 
         A batch: `dataset`, whose texts `index` finds; `index`, `key`, `view` (B,) and `size` (B, 2) on the CPU; `image`
-        (B, 3, H, W) uint8 and `targets`
-        {task: (B,)} on the device; `valid`, the rows that count; `batch_targets`, as targets, of the whole batch where
-        this is a process's share or a part of it; `last_part`, whether it completes the batch.
+        (B, 3, H, W) uint8 and `targets` {task: (B,)} on the device; `valid`, the rows that count; `batch_targets`, as
+        targets, of the whole batch where this is a process's share or a part of it; `last_part`, whether it completes
+        the batch.
         """
-        rank, size = distributed.rank(), distributed.size()
         batches = self.rows(epoch)
-        again = (
-            repeats(torch.cat(batches)).split(self.batch_size)
-            if self.balanced
-            else [torch.zeros_like(rows) for rows in batches]
-        )
-        batches = list(zip(range(len(batches)), batches, again))[start:]
+        earlier = [torch.zeros_like(rows) for rows in batches]  # times that an image came before in this epoch
+        if self.balanced:
+            earlier = repeats(torch.cat(batches)).split(self.batch_size)
+        steps = list(zip(range(len(batches)), batches, earlier))
         if self.shuffle:
-            count = size * self.accumulate
-            own = slice(rank * self.accumulate, (rank + 1) * self.accumulate)
+            count = world_size() * self.accumulate
+            share = slice(rank() * self.accumulate, (rank() + 1) * self.accumulate)
             parts = [
-                (step, rows, *part)
-                for step, rows, again in batches
-                for part in (list(zip(rows.chunk(count), again.chunk(count))) if count > 1 else [(rows, again)])[own]
+                (step, whole, *part)
+                for step, whole, earlier in steps[start:]
+                for part in list(zip(whole.chunk(count), earlier.chunk(count)))[share]
             ]
         else:
-            parts = [(step, rows, rows, again) for step, rows, again in batches[rank::size]]
+            parts = [(step, rows, rows, earlier) for step, rows, earlier in steps[start:][rank() :: world_size()]]
         rows = [part[2] for part in parts]
         images = self._cached(rows) if self.cache else self._loaded(rows)
-        for number, ((step, whole, index, again), (image, size)) in enumerate(zip(parts, images), 1):
+        for number, ((step, whole, index, earlier), (image, size)) in enumerate(zip(parts, images), 1):
             targets = self._targets(index)
             pinned = image.pin_memory() if self.device.type == "cuda" and not image.is_cuda else image
             yield {
                 "dataset": self.dataset,
                 "index": index,
                 "key": self.keys[index],
-                "view": again * REPEAT_STRIDE + (epoch if self.shuffle else 0),
+                "view": earlier * REPEAT_STRIDE + (epoch if self.shuffle else 0),
                 "size": size,
                 "image": pinned.to(self.device, non_blocking=True),
                 "targets": targets,
-                "batch_targets": targets if index is whole else self._targets(whole),
+                "batch_targets": targets if len(index) == len(whole) else self._targets(whole),
                 "valid": min(len(index), len(self.dataset) - step * self.batch_size),
                 "last_part": not self.shuffle or number % self.accumulate == 0,
             }
@@ -330,17 +303,14 @@ class Loader:
             yield self.cache.batch(index)
 
     def _worker_init(self):
-        ending = multiprocessing.RawValue(
-            "b", 0
-        )  # no Event: a second signal inside the handler would wait for its lock
-        multiprocessing.util.Finalize(
-            self, setattr, (ending, "value", 1), exitpriority=0
-        )  # at exit before workers are ended
+        ending = multiprocessing.RawValue("b", 0)  # no Event: a second signal in the handler would wait for its lock
+        # at exit, before workers are ended
+        multiprocessing.util.Finalize(self, setattr, (ending, "value", 1), exitpriority=0)
         return functools.partial(_leave_signals, ending)
 
     def _loaded(self, rows):
         if self._workers is None:
-            self._order, own = EpochOrder(), torch.Generator()  # its seeds shall not come from the model's generator
+            self._order = []  # batches of rows: what a DataLoader that keeps its workers goes through again and again
             self._workers = torch.utils.data.DataLoader(
                 _Readable(self.dataset),
                 batch_sampler=self._order,
@@ -349,9 +319,9 @@ class Loader:
                 pin_memory=self.device.type == "cuda",
                 persistent_workers=self.workers > 0,
                 worker_init_fn=self._worker_init() if self.workers else None,
-                generator=own,
+                generator=torch.Generator(),  # its seeds shall not come from the model's generator
             )
-        self._order.batches = [index.tolist() for index in rows]
+        self._order[:] = [index.tolist() for index in rows]
         for item in self._workers:
             if isinstance(item, str):
                 self._workers = None  # ends them now, not when the traceback is gone
@@ -360,16 +330,14 @@ class Loader:
             yield item
 
 
-def save_sample_grid(path, rows, columns=16):
+def save_sample_grid(path: str, rows: list[torch.Tensor], columns: int = 16) -> None:
     """Draw what the models see: rows of (B, 3, R, R) images in 0..1, one row of tiles each, at one size."""
-    side = max(64, max(r.shape[-1] for r in rows))
+    from torchvision.utils import save_image
+
+    side = max(64, *(row.shape[-1] for row in rows))
     columns = min(columns, len(rows[0]))
-    sheet = Image.new("RGB", (columns * (side + 2), len(rows) * (side + 2)), "white")
-    for y, row in enumerate(rows):
-        for x, image in enumerate(row[:columns].float().cpu().clamp(0, 1)):
-            tile = Image.fromarray((image.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8))
-            sheet.paste(tile.resize((side, side), Image.Resampling.NEAREST), (x * (side + 2), y * (side + 2)))
+    tiles = [F.interpolate(row[:columns].float().cpu(), (side, side), mode="nearest-exact") for row in rows]
     try:
-        sheet.save(path)
-    except ValueError as error:  # the ending names no format
+        save_image(torch.cat(tiles).clamp(0, 1), path, nrow=columns, pad_value=1)
+    except ValueError as error:  # the extension names no format
         raise DataError(f"cannot draw samples to {path}: {error}") from None

@@ -1,107 +1,68 @@
-"""Losses of knowledge distillation.  Needs torch alone and no other file of `common`.
+"""Losses of knowledge distillation: one function a term, the tables of terms and methods, and their weighted sum.
 
-Every function returns one scalar in float32, whatever the autocast, and takes (B, ...) tensors.  `DistillationLoss`
-is the weighted sum of them that a method names.
+Needs torch and no other file of `common`, so it can be copied alone.  In a training loop of your own:
+
+    criterion = DistillationLoss({"ce": 0.5, "kl": 0.5, "embedding": 1.0}, {"kl.temperature": 2.0})
+    with torch.no_grad():
+        criterion.build(student(images), teacher(images))  # outputs {"logits": (B, C), "embedding": (B, D)}
+    optimizer = torch.optim.AdamW([*student.parameters(), *criterion.parameters()])
+    for images, labels in batches:
+        with torch.no_grad():
+            targets = teacher(images)
+        loss = criterion(student(images), targets, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+Every loss returns one scalar, in float32 also under autocast.
 """
 
+import functools
+import inspect
 import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-TERMS = (
-    "ce",
-    "kl",
-    "feature",
-    "embedding",
-    "cls",
-    "patch",
-    "projection",
-    "contrastive",
-    "rkd_distance",
-    "rkd_angle",
-    "mmd",
-    "dkd",
-    "dist",
-    "standardized_kl",
-    "attention",
-)
-# Weights a published combination sets, others are 0; --ce-weight, --kl-weight, ... override one by one, 0 leaves a term
-# out.
-METHODS = {
-    "response": {"ce": 0.5, "kl": 0.5},  # Hinton et al. 2015, arXiv:1503.02531
-    "feature": {"ce": 0.5, "kl": 0.5, "feature": 1.0},  # the same and a hint, Romero et al. 2015, arXiv:1412.6550
-    "feature_matching": {
-        "ce": 0.5,
-        "feature": 0.5,
-    },  # with labels, intermediate maps of Swins and ViTs in place of logits
-    "embedding": {
-        "ce": 1.0,
-        "embedding": 1.0,
-    },  # stored or live embeddings in a shared space, with labels; --ce-weight 0 without
-    "tokens": {"cls": 1.0, "patch": 0.5},  # without labels: class token and patch tokens
-    "vanilla": {"ce": 1.0, "kl": 1.0, "projection": 100.0},  # logits and projected sides of image + text models
-    "combined": {"ce": 1.0, "kl": 1.0, "projection": 100.0, "contrastive": 1.0},
-    "crd": {"ce": 1.0, "contrastive": 1.0},  # Tian et al. 2020, arXiv:1910.10699, with the batch's negatives
-    "rkd": {"ce": 1.0, "rkd_distance": 25.0, "rkd_angle": 50.0},  # Park et al. 2019, arXiv:1904.05068
-    "mmd": {"ce": 1.0, "mmd": 1.0},  # Huang and Wang 2017, arXiv:1707.01219, on embeddings
-    "dkd": {
-        "ce": 1.0,
-        "dkd": 1.0,
-    },  # Zhao et al. 2022, arXiv:2203.08679; their code warms it up over 20 of 240 epochs: `warm_up`
-    "dist": {
-        "ce": 1.0,
-        "dist": 2.0,
-    },  # Huang et al. 2022, arXiv:2205.10536: both relations weigh 2 there, 1 each within our term
-    "logit_standardization": {
-        "ce": 0.1,
-        "standardized_kl": 9.0,
-    },  # Sun et al. 2024, arXiv:2403.01427, their code's weights
-    "attention": {
-        "ce": 1.0,
-        "attention": 1000.0,
-    },  # Zagoruyko and Komodakis 2017, arXiv:1612.03928; theirs sums over layers, ours is the mean
-}
-TEMPERATURES = {
-    "vanilla": 2.0,
-    "combined": 2.0,
-    "dist": 1.0,
-    "logit_standardization": 2.0,
-}  # of methods, by default; others: 4
-LOGIT_TERMS = ("kl", "dkd", "dist", "standardized_kl")  # terms that need the teacher's logits, of the student's classes
-FEATURE_TERMS = ("feature", "attention")  # terms that need feature maps of both
-RELATIONS = ("contrastive", "rkd_distance", "rkd_angle", "mmd", "dist")  # terms that compare the images of a batch
-ALPHA = {
-    "response": ("ce", "kl"),
-    "feature": ("ce", "kl"),
-    "feature_matching": ("feature", "ce"),
-}  # alpha weighs the first, 1 - alpha the second
-FEATURE_LOSSES = ("mse", "cosine")
-# Smallest deviation of a student's logits, or (as a share) probabilities, that `standardized_kl` and `dist` divide by:
-# with
-# 0.01 a head of zeros overshoots, as measured.
+# The smallest standard deviation of a student's logits (`standardized_kl`), or spread of its probabilities as a share
+# of them (`dist`), that is divided by: with 0.01 a head of zeros overshoots, as measured.
 FLAT = 0.1
-ROUNDING = 1e-5  # share of the largest logit that counts as float32's rounding, which is 6e-8 a step
+ROUNDING = 1e-5  # share of the largest logit that may be float32's rounding error, which is 6e-8 an operation
 COLLAPSED = 0.1  # share of its first variance below which the shared space counts as collapsed (0.014 measured)
-TEACHER_PROJECTORS = ("identity", "frozen-orthogonal", "learned")
 
 
 class LossError(ValueError):
-    """Loss settings, or outputs of teacher and student, that do not fit each other (a user's mistake)."""
+    """Loss settings, or outputs of teacher and student, that do not fit each other: the user's mistake."""
 
     exit_code = 2
+
+
+# ------------------------------------------------------------------------------------------------------- cross-entropy
 
 
 def _float32(*tensors):
     return [t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in tensors]
 
 
-def class_weights(spec, labels, num_classes):
-    """Weights of the classes (C,) float32 or None: spec is "none", "balanced" or numbers with commas, one a class.
+def in_float32(loss: Callable) -> Callable:
+    """Decorator of a loss(student, teacher, ...): without autocast, and half-precision tensors in float32."""
+
+    @functools.wraps(loss)
+    def wrapped(student, teacher, *args, **options):
+        with torch.autocast(student.device.type, enabled=False):
+            return loss(*_float32(student, teacher), *args, **options)
+
+    return wrapped
+
+
+def class_weights(spec: str, labels: Any, num_classes: int) -> Tensor | None:
+    """Class weights (C,) float32, or None: spec is "none", "balanced" or one number a class, separated by commas.
 
     balanced: N / (C * n_c), so that each class has the same sum and the mean over samples is 1 (King and Zeng 2001).
-    labels: (N,) of train; those of -1 do not count.
+    labels: (N,) of the training images; -1 is no label.
     """
     if spec == "none":
         return None
@@ -110,41 +71,46 @@ def class_weights(spec, labels, num_classes):
         labels = labels[labels >= 0]
         counts = torch.bincount(labels, minlength=num_classes)
         if not counts.all():
-            raise LossError(
-                f"--class-weights balanced: class number {int((counts == 0).nonzero()[0])} has no image in train"
-            )
+            empty = int((counts == 0).nonzero()[0])
+            raise LossError(f"--class-weights balanced: class number {empty} has no training image")
         return len(labels) / (num_classes * counts.float())
     try:
         weights = torch.tensor([float(word) for word in spec.split(",")])
     except ValueError:
         raise LossError(f"--class-weights {spec}: give none, balanced or numbers with commas, as 1,4.5") from None
     if len(weights) != num_classes or not (weights.isfinite() & (weights >= 0)).all() or not weights.any():
-        raise LossError(f"--class-weights {spec}: {num_classes} numbers from 0 on are needed, one a class")
+        raise LossError(
+            f"--class-weights {spec}: give {num_classes} numbers, one a class, that are at least 0 and not all 0"
+        )
     return weights
 
 
-def cross_entropy(logits, labels, label_smoothing=0.0, weights=None, batch_labels=None):
+@in_float32
+def cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    label_smoothing: float = 0.0,
+    weights: Tensor | None = None,
+    batch_labels: Tensor | None = None,
+) -> Tensor:
     """Mean cross-entropy in nats.  logits (B, C); labels (B,) int64; weights (C,) of the classes: a weighted mean.
 
-    An image whose label is -1 has none and does not count; without any label the loss is 0.
-    batch_labels: those of the whole batch where `labels` are one process's or one step's part of it.  Its mean weight
-    is the divisor, so that the mean over equal parts is the weighted mean of the whole.
+    A label of -1 is no label: the image does not count.  Without any label the loss is 0.
+    batch_labels: those of the whole batch where `labels` are one process's or one accumulation step's part of it.  Its
+    mean weight is the divisor, so that the mean over equal parts is the weighted mean of the whole batch.
     """
-    with torch.autocast(logits.device.type, enabled=False):
-        (logits,) = _float32(logits)
-        losses = F.cross_entropy(
-            logits,
-            labels,
-            None if weights is None else weights.to(logits),
-            ignore_index=-1,
-            label_smoothing=label_smoothing,
-            reduction="none",
-        )  # (B,), 0 without a label
-        labels = labels if batch_labels is None else batch_labels
-        counted = (labels >= 0).to(logits)
-        if weights is not None:
-            counted = counted * weights.to(logits)[labels.clamp(min=0)]
-        return losses.mean() / counted.mean().clamp(min=torch.finfo(logits.dtype).tiny)
+    weights = None if weights is None else weights.to(logits)
+    losses = F.cross_entropy(
+        logits, labels, weights, ignore_index=-1, label_smoothing=label_smoothing, reduction="none"
+    )  # (B,), 0 without a label
+    labels = labels if batch_labels is None else batch_labels
+    counted = (labels >= 0).to(logits)
+    if weights is not None:
+        counted = counted * weights[labels.clamp(min=0)]
+    return losses.mean() / counted.mean().clamp(min=torch.finfo(logits.dtype).tiny)
+
+
+# ------------------------------------------------------------------------------------------------------ terms on logits
 
 
 def _kl(student, teacher):
@@ -157,61 +123,65 @@ def _kl(student, teacher):
     return (teacher.exp() * (teacher - student).masked_fill(absent, 0.0)).sum(1).mean()
 
 
-def temperature_kl(student_logits, teacher_logits, temperature=4.0):
+@in_float32
+def temperature_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0) -> Tensor:
     """T^2 * KL(softmax(teacher / T) || softmax(student / T)), summed over classes, averaged over the batch.
 
     `batchmean`, not `mean`: the latter is C times smaller.  T^2 always, so that the gradient does not shrink with T.
     Both logits (B, C).  Hinton et al. 2015, arXiv:1503.02531, section 2.
     """
-    with torch.autocast(student_logits.device.type, enabled=False):
-        return temperature**2 * _kl(*(x / temperature for x in _float32(student_logits, teacher_logits)))
+    return temperature**2 * _kl(student_logits / temperature, teacher_logits / temperature)
 
 
-def decoupled_kl(student_logits, teacher_logits, labels, temperature=4.0, alpha=1.0, beta=8.0):
-    """DKD: T^2 * (alpha * KL of (target, all others) + beta * KL among the others alone), teacher || student,
-    batchmean.
+@in_float32
+def decoupled_kl(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    temperature: float = 4.0,
+    alpha: float = 1.0,
+    beta: float = 8.0,
+) -> Tensor:
+    """DKD: T^2 * (alpha * KL of (target, all others) + beta * KL among the others), teacher || student, batchmean.
 
     Logits (B, C), C of at least 2 (the second KL is 0 at 2); labels (B,) int64, where one is -1 the teacher's class
     stands in its place.  Zhao et al. 2022, arXiv:2203.08679.
     """
-    with torch.autocast(student_logits.device.type, enabled=False):
-        labels = torch.where(labels < 0, teacher_logits.argmax(1), labels)
-        columns = torch.arange(student_logits.shape[1] - 1, device=labels.device).expand(len(labels), -1)
-        columns = columns + (columns >= labels[:, None])  # (B, C - 1), the target is left out
-        sides = []
-        for logits in _float32(student_logits, teacher_logits):
-            own, others = ((logits / temperature).gather(1, i) for i in (labels[:, None], columns))
-            sides.append([torch.cat([own, others.logsumexp(1, keepdim=True)], 1), others])
-        target, rest = (_kl(student, teacher) for student, teacher in zip(*sides))
-        return temperature**2 * (alpha * target + beta * rest)
+    labels = torch.where(labels < 0, teacher_logits.argmax(1), labels)
+    columns = torch.arange(student_logits.shape[1] - 1, device=labels.device).expand(len(labels), -1)
+    columns = columns + (columns >= labels[:, None])  # (B, C - 1), the target is left out
+    binary, others = [], []
+    for logits in (student_logits, teacher_logits):
+        logits = logits / temperature
+        others.append(logits.gather(1, columns))
+        binary.append(torch.cat([logits.gather(1, labels[:, None]), others[-1].logsumexp(1, keepdim=True)], 1))
+    return temperature**2 * (alpha * _kl(*binary) + beta * _kl(*others))
 
 
-def dist(student_logits, teacher_logits, temperature=1.0, beta=1.0, gamma=1.0):
-    """T^2 * (beta * inter + gamma * intra), each 1 - Pearson correlation of softmax(logits / T), student's and
-    teacher's.
+@in_float32
+def dist(
+    student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, beta: float = 1.0, gamma: float = 1.0
+) -> Tensor:
+    """T^2 * (beta * inter + gamma * intra), each 1 - Pearson correlation of both models' softmax(logits / T).
 
     inter: over the classes, mean over images; intra: over the images of the batch, mean over classes.  Logits (B, C), B
     of at least 2.  Huang et al. 2022, arXiv:2205.10536; T^2 and the eps of 1e-8, which quiets classes that no image of
-    the
-    batch is given, are their code's.  Student probabilities that differ by less than FLAT of their size count as that
-    far
-    apart, so that equal ones have a gradient, and a bounded one.
+    the batch is given, are their code's.  Student probabilities that differ by less than FLAT of their size count as
+    that far apart, so that equal ones have a gradient, and a bounded one.
     """
-    _several(student_logits)
-    with torch.autocast(student_logits.device.type, enabled=False):
-        pair = [x / temperature for x in _float32(student_logits, teacher_logits)]
-        floors = [x.softmax(1) * _rounding(x).clamp(min=least) for x, least in zip(pair, (FLAT, ROUNDING))]  # (B, C)
-        losses = []
-        for dim in (1, 0):
-            centred = [x - x.mean(dim, keepdim=True) for x in (x.softmax(1) for x in pair)]
-            norms = [torch.maximum(x.norm(dim=dim), floor.detach().norm(dim=dim)) for x, floor in zip(centred, floors)]
-            losses.append(1 - ((centred[0] * centred[1]).sum(dim) / (norms[0] * norms[1] + 1e-8)).mean())
-        return temperature**2 * (beta * losses[0] + gamma * losses[1])
+    _need_two(student_logits)
+    pair = [student_logits / temperature, teacher_logits / temperature]
+    floors = [x.softmax(1) * _rounding(x).clamp(min=least) for x, least in zip(pair, (FLAT, ROUNDING))]  # (B, C)
+    losses = []
+    for dim in (1, 0):
+        centred = [x - x.mean(dim, keepdim=True) for x in (x.softmax(1) for x in pair)]
+        norms = [torch.maximum(x.norm(dim=dim), floor.detach().norm(dim=dim)) for x, floor in zip(centred, floors)]
+        losses.append(1 - ((centred[0] * centred[1]).sum(dim) / (norms[0] * norms[1] + 1e-8)).mean())
+    return temperature**2 * (beta * losses[0] + gamma * losses[1])
 
 
 def _rounding(logits):
-    """(B, 1), what float32 may have lost of each row of logits (B, C), generously; a logit of minus infinity is
-    exact."""
+    """(B, 1): a generous bound of float32's rounding error in each row of logits (B, C); minus infinity is exact."""
     return ROUNDING * logits.detach().masked_fill(logits == -math.inf, 0.0).abs().amax(1, keepdim=True)
 
 
@@ -224,19 +194,20 @@ def _standardized(logits, least):
     return centred / torch.maximum(deviation, _rounding(logits).clamp(min=least))
 
 
-def standardized_kl(student_logits, teacher_logits, temperature=2.0):
+@in_float32
+def standardized_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 2.0) -> Tensor:
     """`temperature_kl` of logits (B, C) with mean 0 and (unbiased) deviation 1 over the classes, C of at least 2.
 
     The student need not match the teacher's scale then.  Sun et al. 2024, arXiv:2403.01427.  A student's deviation
-    below
-    FLAT counts as FLAT, where their code's eps of 1e-7 gives equal logits a gradient of 1e7.
+    below FLAT counts as FLAT, where their code's eps of 1e-7 gives equal logits a gradient of 1e7.
     """
-    with torch.autocast(student_logits.device.type, enabled=False):
-        pair = zip(_float32(student_logits, teacher_logits), (FLAT, 1e-7))
-        return temperature_kl(*(_standardized(x, least) for x, least in pair), temperature)
+    return temperature_kl(_standardized(student_logits, FLAT), _standardized(teacher_logits, 1e-7), temperature)
 
 
-def task_logits(out):
+# -------------------------------------------------------------------------------------------------------- several tasks
+
+
+def task_logits(out: dict) -> dict[str, Tensor]:
     """{task: (B, C)} of a model's output: `logits` are those of the task "label", `logits_<task>` of another."""
     return {
         name.removeprefix("logits_") if name != "logits" else "label": value
@@ -245,16 +216,15 @@ def task_logits(out):
     }
 
 
-def task_class_weights(spec, targets, sizes):
+def task_class_weights(spec: str, targets: dict, sizes: dict[str, int]) -> dict[str, Tensor | None]:
     """{task: class_weights} of labels {task: (N,)} with {task: number of classes}."""
     return {task: class_weights(spec, labels, sizes[task]) for task, labels in targets.items()}
 
 
-def task_accuracy(out, targets):
-    """Share of right answers among a batch's labelled images, mean over tasks; a tensor on the device, NaN where none
-    is.
+def task_accuracy(out: dict, targets: dict[str, Tensor]) -> Tensor:
+    """Accuracy on a batch's labelled images, mean over tasks: a scalar on the device, NaN without any label.
 
-    out: a model's output; targets: {task: (B,)}, -1 without a label.
+    out: a model's output; targets: {task: (B,)}, -1 is no label.
     """
     shares = [
         (logits.argmax(1) == targets[task]).sum() / (targets[task] >= 0).sum()
@@ -263,100 +233,125 @@ def task_accuracy(out, targets):
     return torch.stack(shares).mean()
 
 
-def task_mean(losses, task_weights=None):
+def task_mean(losses: dict[str, Tensor], task_weights: dict[str, float] | None = None) -> Tensor:
     """Mean over tasks of {task: loss}, weighted by {task: weight} where they are given."""
+    if len(losses) == 1:
+        return next(iter(losses.values()))
     weights = {task: (task_weights or {}).get(task, 1.0) for task in losses}
-    return sum(weights[task] * loss for task, loss in losses.items()) / sum(weights.values())
+    total = sum((weights[task] * loss for task, loss in losses.items()), torch.zeros(()))
+    return total / sum(weights.values())
 
 
-def task_cross_entropy(out, targets, label_smoothing=0.0, weights=None, batch_targets=None, task_weights=None):
-    """Mean over tasks of `cross_entropy`.  out: a model's output; targets, batch_targets: {task: labels}; weights:
-    {task: (C,) or None}."""
+def task_cross_entropy(
+    out: dict,
+    targets: dict[str, Tensor],
+    label_smoothing: float = 0.0,
+    weights: dict[str, Tensor | None] | None = None,
+    batch_targets: dict[str, Tensor] | None = None,
+    task_weights: dict[str, float] | None = None,
+) -> Tensor:
+    """Mean over tasks of `cross_entropy`.  out: a model's output; the other arguments are {task: that of the task}."""
+    weights, batch_targets = weights or {}, batch_targets or targets
     losses = {
-        task: cross_entropy(
-            logits, targets[task], label_smoothing, (weights or {}).get(task), (batch_targets or targets)[task]
-        )
+        task: cross_entropy(logits, targets[task], label_smoothing, weights.get(task), batch_targets[task])
         for task, logits in task_logits(out).items()
     }
     return task_mean(losses, task_weights)
 
 
-def same_size(student, teacher):
+# ----------------------------------------------------------------------------------------------- terms on feature maps
+
+
+def same_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """Average-pool the larger of two maps (B, C, H, W) to the smaller one's height and width."""
-    size = [min(s, t) for s, t in zip(student.shape[-2:], teacher.shape[-2:])]
+    size = min(student.shape[-2], teacher.shape[-2]), min(student.shape[-1], teacher.shape[-1])
     return F.adaptive_avg_pool2d(student, size), F.adaptive_avg_pool2d(teacher, size)
 
 
-def feature_mse(student, teacher):
-    """Mean squared error over all elements of two maps (B, C, H, W) of equal width; sizes are pooled to the smaller.
+@in_float32
+def feature_loss(student: Tensor, teacher: Tensor, distance: Literal["mse", "cosine"] = "mse") -> Tensor:
+    """Distance of two maps (B, C, H, W) of equal width; the larger is pooled to the smaller.
 
-    The hint loss of FitNets, Romero et al. 2015, arXiv:1412.6550, equation 3, as a mean.
+    mse: mean squared error over all elements, the hint loss of FitNets, Romero et al. 2015, arXiv:1412.6550,
+    equation 3, as a mean.  cosine: 1 - cosine over channels, averaged over positions and batch.
     """
-    with torch.autocast(student.device.type, enabled=False):
-        return F.mse_loss(*same_size(*_float32(student, teacher)))
-
-
-def feature_cosine(student, teacher):
-    """1 - cosine over channels, averaged over positions and batch; maps (B, C, H, W), sizes pooled to the smaller."""
-    with torch.autocast(student.device.type, enabled=False):
-        student, teacher = same_size(*_float32(student, teacher))
+    student, teacher = same_size(student, teacher)
+    if distance == "cosine":
         return (1 - F.cosine_similarity(student, teacher, dim=1)).mean()
+    return F.mse_loss(student, teacher)
 
 
-def attention_transfer(student, teacher):
-    """Mean squared difference of attention maps: squares of (B, C, H, W) averaged over channels, flattened, at unit
-    length.
+@in_float32
+def attention_transfer(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean squared difference of attention maps: squares averaged over channels, flattened, scaled to unit length.
 
-    Widths may differ, sizes are pooled to the smaller.  Zagoruyko and Komodakis 2017, arXiv:1612.03928, equation 2 with
-    p 2;
-    the mean over batch and positions, as in their code, is what the weight of 1000 belongs to.
+    Maps (B, C, H, W) of any width, the larger pooled to the smaller, of more than one position.  Zagoruyko and
+    Komodakis 2017, arXiv:1612.03928, equation 2 with p 2; the mean over batch and positions, as in their code, is what
+    the weight of 1000 belongs to.
     """
-    with torch.autocast(student.device.type, enabled=False):
-        maps = (F.normalize(x.square().mean(1).flatten(1), dim=1) for x in same_size(*_float32(student, teacher)))
-        return F.mse_loss(*maps)
+    sizes = [list(x.shape[-2:]) for x in (student, teacher)]
+    maps = [F.normalize(x.square().mean(1).flatten(1), dim=1) for x in same_size(student, teacher)]  # (B, H * W)
+    if maps[0].shape[1] == 1:
+        raise LossError(
+            f"the term attention compares positions, but maps of {sizes[0]} and {sizes[1]} share only one: "
+            "choose earlier layers"
+        )
+    return F.mse_loss(maps[0], maps[1])
 
 
-def embedding_loss(student, teacher, lambda_feat=1.0, lambda_cos=1.0):
+# ------------------------------------------------------------------------------------------ terms on embeddings, tokens
+
+
+@in_float32
+def embedding_loss(student: Tensor, teacher: Tensor, lambda_feat: float = 1.0, lambda_cos: float = 1.0) -> Tensor:
     """lambda_feat * ||t - s||^2 / D + lambda_cos * (1 - cos(t, s)) of embeddings (B, D), mean over the batch.
 
     Summed over dimensions, as lambda_feat = D makes it, the squared error of wide teachers drowns a cross-entropy.
     """
-    with torch.autocast(student.device.type, enabled=False):
-        student, teacher = _float32(student, teacher)
-        cosine = F.cosine_similarity(student, teacher, dim=1)
-        return lambda_feat * F.mse_loss(student, teacher) + lambda_cos * (1 - cosine).mean()
+    cosine = F.cosine_similarity(student, teacher, dim=1)
+    return lambda_feat * F.mse_loss(student, teacher) + lambda_cos * (1 - cosine).mean()
 
 
-def normalized_mse(student, teacher):
-    """Squared distance of vectors (..., D) scaled to unit length, 2 - 2 cosine: summed over D, averaged over the
-    vectors.
+@in_float32
+def embedding_mse(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean squared error over all elements of embeddings (B, D) of equal width."""
+    return F.mse_loss(student, teacher)
 
-    Not over D too: values and gradients some hundred times smaller would drown in AdamW's eps and the log's digits.
+
+@in_float32
+def normalized_mse(student: Tensor, teacher: Tensor) -> Tensor:
+    """Squared distance of vectors (..., D) scaled to unit length, 2 - 2 cosine: summed over D, averaged over vectors.
+
+    Not averaged over D: values and gradients some hundred times smaller would drown in AdamW's eps and the log's
+    digits.
     """
-    with torch.autocast(student.device.type, enabled=False):
-        student, teacher = (F.normalize(x, dim=-1) for x in _float32(student, teacher))
-        return (student - teacher).square().sum(-1).mean()
+    return (F.normalize(student, dim=-1) - F.normalize(teacher, dim=-1)).square().sum(-1).mean()
 
 
-def resize_grid(tokens, count):
-    """Tokens (B, N, D) of a square grid, row by row, as `count` tokens: bilinear, antialiased where it shrinks.  Raises
-    LossError."""
+def patch_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """`normalized_mse` of patch tokens (B, N, D), the teacher's grid resized to the student's."""
+    return normalized_mse(student, resize_grid(teacher, student.shape[1]))
+
+
+def resize_grid(tokens: Tensor, count: int) -> Tensor:
+    """Tokens (B, N, D) of a square grid, row by row, as `count` tokens: bilinear, antialiased where it shrinks."""
     if tokens.shape[1] == count:
         return tokens
-    sides = [math.isqrt(n) for n in (tokens.shape[1], count)]
-    if [side * side for side in sides] != [tokens.shape[1], count]:
+    before, after = (math.isqrt(n) for n in (tokens.shape[1], count))
+    if [before**2, after**2] != [tokens.shape[1], count]:
         raise LossError(
-            f"the teacher's {tokens.shape[1]} patch tokens and the student's {count} are no two square grids: "
+            f"the teacher's {tokens.shape[1]} patch tokens and the student's {count} are not two square grids: "
             "change a resolution"
         )
-    grid = _float32(tokens)[0].transpose(1, 2).unflatten(2, (sides[0], sides[0]))
-    grid = F.interpolate(
-        grid, (sides[1], sides[1]), mode="bilinear", align_corners=False, antialias=sides[1] < sides[0]
-    )
+    grid = _float32(tokens)[0].transpose(1, 2).unflatten(2, (before, before))
+    grid = F.interpolate(grid, (after, after), mode="bilinear", align_corners=False, antialias=after < before)
     return grid.flatten(2).transpose(1, 2)
 
 
-def pairwise_distances(x):
+# ---------------------------------------------------------------------------------- terms that compare a batch's images
+
+
+def pairwise_distances(x: Tensor) -> Tensor:
     """Euclidean distances (B, B) of rows (B, D), from differences: products would cost the digits of close rows.
 
     The gradient between equal rows is 0, where a root's is infinite.
@@ -364,401 +359,474 @@ def pairwise_distances(x):
     return torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")
 
 
-def rkd_distance(student, teacher):
+@in_float32
+def rkd_distance(student: Tensor, teacher: Tensor) -> Tensor:
     """Huber loss between the distances of all pairs, each side's divided by its mean over the pairs i != j.
 
     Embeddings (B, D_s), (B, D_t), B of at least 2.  Park et al. 2019, arXiv:1904.05068, equations 3 and 4.
     """
-    _several(student)
-    with torch.autocast(student.device.type, enabled=False):
-        distances = [pairwise_distances(x) for x in _float32(student, teacher)]
-        pairs = len(student) * (len(student) - 1)
-        return F.smooth_l1_loss(*(d / (d.sum() / pairs).clamp(min=1e-12) for d in distances))  # equal rows alone: zeros
+    _need_two(student)
+    pairs, relative = len(student) * (len(student) - 1), []
+    for x in (student, teacher):
+        distances = pairwise_distances(x)
+        relative.append(distances / (distances.sum() / pairs).clamp(min=1e-12))  # equal rows alone: zeros
+    return F.smooth_l1_loss(relative[0], relative[1])
 
 
-def rkd_angle(student, teacher):
+@in_float32
+def rkd_angle(student: Tensor, teacher: Tensor) -> Tensor:
     """Huber loss between the cosines of the angles of all triples; embeddings as in `rkd_distance`, equation 6 there.
 
-    Rows equal up to rounding have no direction: their cosines are 0, without a gradient, which would be of 1 /
-    distance.
+    Rows equal up to rounding have no direction: their cosines are 0 without a gradient, which would be 1 / distance.
     """
-    _several(student)
-    with torch.autocast(student.device.type, enabled=False):
-        cosines = []
-        for x in _float32(student, teacher):
-            lengths = pairwise_distances(x)
-            lengths = lengths.masked_fill(lengths <= 1e-5 * lengths.mean(), math.inf)
-            edges = (x[None] - x[:, None]) / lengths[:, :, None]  # (B, B, D)
-            cosines.append(edges @ edges.transpose(1, 2))  # (B, B, B)
-        return F.smooth_l1_loss(*cosines)
+    _need_two(student)
+    cosines = []
+    for x in (student, teacher):
+        lengths = pairwise_distances(x)
+        lengths = lengths.masked_fill(lengths <= 1e-5 * lengths.mean(), math.inf)
+        edges = (x[None] - x[:, None]) / lengths[:, :, None]  # (B, B, D)
+        cosines.append(edges @ edges.transpose(1, 2))  # (B, B, B)
+    return F.smooth_l1_loss(cosines[0], cosines[1])
 
 
-def contrastive(student, teacher, temperature=0.07, base_temperature=0.07):
+@in_float32
+def contrastive(student: Tensor, teacher: Tensor, temperature: float = 0.07, base_temperature: float = 0.07) -> Tensor:
     """Each student embedding must find its own image's teacher embedding among the batch's, and the other way round.
 
     Embeddings (B, D) of equal width, scaled to unit length; temperature / base_temperature weighs the sum (as in
     supervised contrastive learning).  InfoNCE with in-batch negatives in place of the memory bank of CRD, Tian et al.
     2020, arXiv:1910.10699.
     """
-    _several(student)
-    with torch.autocast(student.device.type, enabled=False):
-        student, teacher = (F.normalize(x, dim=1) for x in _float32(student, teacher))
-        logits, own = student @ teacher.T / temperature, torch.arange(len(student), device=student.device)
-        return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2 * (temperature / base_temperature)
+    _need_two(student)
+    logits = F.normalize(student, dim=1) @ F.normalize(teacher, dim=1).T / temperature
+    same = torch.arange(len(student), device=student.device)
+    return (F.cross_entropy(logits, same) + F.cross_entropy(logits.T, same)) / 2 * (temperature / base_temperature)
 
 
-def mmd(student, teacher, scales=(0.25, 0.5, 1.0, 2.0, 4.0)):
-    """Squared maximum mean discrepancy of two samples (B, D) of equal width, biased estimate, mean over Gaussian
-    kernels.
+@in_float32
+def mmd(student: Tensor, teacher: Tensor, scales: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0, 4.0)) -> Tensor:
+    """Squared maximum mean discrepancy of two samples (B, D), biased estimate, mean over Gaussian kernels.
 
     Bandwidths are multiples of the mean distance between all rows, which gets no gradient: a fixed one tells nothing
     apart at hundreds of dimensions.  Gretton et al. 2012, JMLR 13.
     """
-    _several(student)
-    with torch.autocast(student.device.type, enabled=False):
-        both = torch.cat(_float32(student, teacher))
-        both, count = both - both.mean(0).detach(), len(student)
-        norms = both.square().sum(1)
-        squared = (norms[:, None] + norms[None] - 2 * both @ both.T).clamp(min=0)  # products: no (2B, 2B, D) in memory
-        mean = (pairwise_distances(both.detach()).sum() / (2 * count * (2 * count - 1))).clamp(min=1e-12)
-        kernel = sum(torch.exp(-squared / (2 * (scale * mean) ** 2)) for scale in scales) / len(scales)
-        return kernel[:count, :count].mean() + kernel[count:, count:].mean() - 2 * kernel[:count, count:].mean()
+    _need_two(student)
+    both, count = torch.cat([student, teacher]), len(student)
+    both = both - both.mean(0).detach()
+    norms = both.square().sum(1)
+    squared = (norms[:, None] + norms[None] - 2 * both @ both.T).clamp(min=0)  # products: no (2B, 2B, D) in memory
+    mean = (pairwise_distances(both.detach()).sum() / (2 * count * (2 * count - 1))).clamp(min=1e-12)
+    kernel = sum(torch.exp(-squared / (2 * (scale * mean) ** 2)) for scale in scales) / len(scales)
+    return kernel[:count, :count].mean() + kernel[count:, count:].mean() - 2 * kernel[:count, count:].mean()
 
 
-def _several(student):
-    if len(student) < 2:
+def _need_two(rows):
+    if len(rows) < 2:
         raise LossError(
-            "this method compares the images of a batch: --batch-size (of each step's part) must be at least 2"
+            "the loss compares the images of a batch: --batch-size (of each step's part) must be at least 2"
         )
 
 
-def orthogonal(rows, columns, seed=0):
-    """(rows, columns) with orthonormal rows, or columns where there are fewer of them; the same for a seed
-    everywhere."""
-    values = torch.randn(
-        max(rows, columns), min(rows, columns), generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-    )
+# ----------------------------------------------------------------------------------------------------------- projectors
+
+
+def map_projector(student_width: int, teacher_width: int) -> nn.Module:
+    """A 1x1 convolution of the student's feature maps (B, C, H, W) to the teacher's width."""
+    return nn.Conv2d(student_width, teacher_width, 1)
+
+
+def orthogonal(rows: int, columns: int, seed: int = 0) -> Tensor:
+    """(rows, columns) with orthonormal rows, or columns where there are fewer of them; a function of the seed alone."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(max(rows, columns), min(rows, columns), generator=generator, dtype=torch.float64)
     q = torch.linalg.qr(values)[0].float()
     return q if rows >= columns else q.T
 
 
-def feature_error(student, teacher):
-    """Mean squared error over all elements of embeddings (B, D) of equal width."""
-    with torch.autocast(student.device.type, enabled=False):
-        return F.mse_loss(*_float32(student, teacher))
-
-
-def _by_task(value):
-    """A tensor of the one task "label" as {task: tensor}; a dict and None are left as they are."""
-    return {"label": value} if isinstance(value, torch.Tensor) else value
-
-
-def _classes(counts):
-    return (
-        ", ".join(f"{count} classes" + ("" if task == "label" else f" of {task}") for task, count in counts.items())
-        or "none"
-    )
-
-
-def uses(weights, terms):
-    """Whether any of these terms weighs something; weights: {term: float}."""
-    return any(weights.get(term) for term in terms)
-
-
 class EmbeddingProjectors(nn.Module):
-    """Linear maps of student (B, D_s) and teacher (B, D_t) into a space of shared_dim.
+    """Linear maps of student (B, D_s) and teacher (B, D_t) into a space of shared_dim; watches the variance there.
 
-    teacher: identity, shared_dim is D_t then; frozen-orthogonal, a fixed random projection; learned.  A learned one can
-    fall to a constant together with the student's, which costs nothing: watch the variance.
-    """
-
-    def __init__(self, student_dim, teacher_dim, shared_dim=None, teacher="identity"):
-        super().__init__()
-        if teacher == "identity" and shared_dim not in (None, teacher_dim):
-            raise LossError(
-                f"--shared-dim {shared_dim} with --teacher-projector identity: the teacher's width is {teacher_dim}"
-            )
-        shared_dim = shared_dim or teacher_dim
-        self.student = nn.Linear(student_dim, shared_dim)
-        self.teacher = (
-            nn.Identity() if teacher == "identity" else nn.Linear(teacher_dim, shared_dim, bias=teacher == "learned")
-        )
-        if teacher == "frozen-orthogonal":
-            self.teacher.weight = nn.Parameter(orthogonal(shared_dim, teacher_dim), requires_grad=False)
-
-    def forward(self, student, teacher):
-        student = self.student(student.to(self.student.weight.dtype))
-        return student, self.teacher(teacher.to(student.dtype))
-
-
-def method_weights(method, alpha=None, **overrides):
-    """Weights {term: float} of a method.
-
-    alpha: weighs cross-entropy, 1 - alpha the KL (response, feature), or the features, 1 - alpha cross-entropy
-    (feature_matching); 0.5 where it is None.
-    overrides: of TERMS, a number each, or None for the method's own.  Raises LossError.
-    """
-    weights = {**dict.fromkeys(TERMS, 0.0), **METHODS[method]}
-    given = {name: value for name, value in overrides.items() if value is not None}
-    if alpha is not None:
-        if method not in ALPHA:
-            raise LossError(f"--alpha with --method {method}: it has no such weight, give --ce-weight and the others")
-        clash = [name for name in ALPHA[method] if name in given]
-        if clash:
-            raise LossError(f"--alpha and --{clash[0]}-weight both set the weight of {clash[0]}: give one of them")
-        if not 0 <= alpha <= 1:
-            raise LossError(f"--alpha {alpha} is not in 0 to 1")
-        weights.update(zip(ALPHA[method], (alpha, 1 - alpha)))
-    weights.update(given)
-    wrong = [name for name, value in weights.items() if not 0 <= value < math.inf]
-    if wrong:
-        raise LossError(f"--{wrong[0]}-weight {weights[wrong[0]]} is no number from 0 on")
-    if not any(weights.values()):
-        raise LossError("every weight of the loss is 0: nothing to train on")
-    return weights
-
-
-class DistillationLoss(nn.Module):
-    """Sum of the terms whose weight is not 0; owns the projectors.
-
-    weights: {of TERMS: float}; embedding: settings of that term, {"shared_dim", "teacher",
-    "lambda_feat", "lambda_cos"}, see EmbeddingProjectors and embedding_loss; temperature: of all LOGIT_TERMS;
-    feature_loss: "mse" or "cosine"; dkd, dist: {"alpha", "beta"} and {"beta", "gamma"} of decoupled_kl and dist.
-
-    `build(student, teacher)` once, on outputs of a dry batch and before optimizer, EMA and DDP see the parameters,
-    makes a 1x1 projector from the student's width to the teacher's for each pair of features.
-    `loss(student, teacher, labels)` (labels None or ce False: without cross-entropy): model outputs (`logits` (B, C),
-    `features` {layer: (B, C_l, H_l, W_l)}, paired in order) and (B,) int64 labels -> scalar; `loss.terms` holds each
-    term's value, unweighted and detached.
-    local: class tokens (N, B, D) of N local crops of each image, for the term cls, where the others' rows are G global
-    crops of B images, crop after crop.
-    The mean over equal parts of a batch (processes, accumulation) is the loss of the batch; `batch_labels`, those of
-    the whole batch, make it so for class weights, and gather for terms that compare images: in training it turns one
-    process's rows (B, D) into all processes'.  Accumulation's parts are compared each on its own.
+    teacher_projector: identity, shared_dim is D_t then; frozen-orthogonal, a fixed random projection; learned, which
+    can collapse to a constant together with the student's, at no cost.  `variances`: mean over dimensions, near 0 all
+    images look alike.
     """
 
     def __init__(
         self,
-        weights,
-        temperature=4.0,
-        feature_loss="mse",
-        label_smoothing=0.0,
-        class_weights=None,
-        embedding=None,
-        task_weights=None,
-        contrastive=None,
-        gather=None,
-        dkd=None,
-        dist=None,
+        student_dim: int,
+        teacher_dim: int,
+        shared_dim: int | None = None,
+        teacher_projector: Literal["identity", "frozen-orthogonal", "learned"] = "identity",
     ):
         super().__init__()
-        if not 0 < temperature < math.inf:
-            raise LossError(f"--temperature {temperature} is no number above 0")
-        self.weights = {name: float(value) for name, value in weights.items() if value}
-        self.temperature, self.label_smoothing, self.class_weights = temperature, label_smoothing, class_weights
-        self.feature_term = {"mse": feature_mse, "cosine": feature_cosine}[feature_loss]
-        self.projectors = nn.ModuleList()
-        self.embedding = {
-            "shared_dim": None,
-            "teacher": "identity",
-            "lambda_feat": 1.0,
-            "lambda_cos": 1.0,
-            **(embedding or {}),
-        }
-        self.embedding_projectors = None
-        self.token_projectors, self.side_projectors = nn.ModuleDict(), nn.ModuleDict()
-        self.task_weights, self.contrastive = (
-            task_weights,
-            {"temperature": 0.07, "base_temperature": 0.07, **(contrastive or {})},
-        )
-        self.dkd, self.dist = dkd or {}, dist or {}
-        self.gather = gather or (lambda rows: rows)
-        self.compares = uses(self.weights, RELATIONS)  # a batch of one says nothing then
-        self.share, self.terms = 1.0, {}
-
-    def warm_up(self, epoch, epochs):
-        """In training all terms but the cross-entropy have epoch / epochs of their weights, from epoch 1, until it is 1
-        (0: at once).
-
-        Per epoch, as in the code of DKD (arXiv:2203.08679), whose large weight drowns the labels of an untrained
-        student.
-        """
-        self.share = min(1.0, epoch / epochs) if epochs else 1.0
-
-    def build(self, student, teacher):
-        if uses(self.weights, LOGIT_TERMS):
-            ours, theirs = (
-                {task: logits.shape[1] for task, logits in task_logits(out).items()} for out in (student, teacher)
-            )
-            if ours != theirs:
-                raise LossError(f"the teacher has {_classes(theirs)}, the student {_classes(ours)}")
-        if self.compares:
-            _several(
-                self.gather(
-                    student["embedding"] if "embedding" in student else next(iter(task_logits(student).values()))
-                )
-            )
-        self._build_sides(student, teacher)
-        if "embedding" in self.weights:
-            widths = (out["embedding"].shape[1] for out in (student, teacher))
-            self.embedding_projectors = EmbeddingProjectors(
-                *widths, self.embedding["shared_dim"], self.embedding["teacher"]
-            )
-            self.embedding_projectors.to(student["embedding"].device)
-            self.embedded(student["embedding"], teacher["embedding"])
-            self.first_variance = float(self.terms["teacher_variance"])
-        for term, key in (("cls", "embedding"), ("patch", "tokens")):
-            if term in self.weights:
-                self.token_projectors[term] = nn.Linear(student[key].shape[-1], teacher[key].shape[-1]).to(
-                    student[key].device
-                )
-        if "patch" in self.weights:
-            resize_grid(teacher["tokens"], student["tokens"].shape[1])  # refuses grids that cannot be aligned
-        if uses(self.weights, FEATURE_TERMS):
-            self._build_features(student, teacher)
-
-    def _build_features(self, student, teacher):
-        """Projectors of the term feature, after a look at the pairs of maps."""
-        students, teachers = (list(out.get("features", {}).values()) for out in (student, teacher))
-        if len(students) != len(teachers) or not students:
+        if teacher_projector == "identity" and shared_dim not in (None, teacher_dim):
             raise LossError(
-                f"--student-layer names {len(students)} layers and --teacher-layer {len(teachers)}: "
-                "they are paired in order, give the same number (at least 1)"
+                f"the option embedding.shared_dim={shared_dim} cannot be combined with teacher_projector=identity: "
+                f"the teacher's width is {teacher_dim}"
             )
-        for s, t in zip(students, teachers):
-            if "attention" in self.weights and same_size(s, t)[0][0, 0].numel() == 1:
-                raise LossError(
-                    f"the term attention compares positions, maps of {[*s.shape[-2:]]} and {[*t.shape[-2:]]} "
-                    "share but one: take earlier layers"
-                )
-            if "feature" in self.weights:
-                self.projectors.append(nn.Conv2d(s.shape[1], t.shape[1], 1).to(s.device))
+        shared_dim = shared_dim or teacher_dim
+        self.student, self.teacher = nn.Linear(student_dim, shared_dim), nn.Identity()
+        if teacher_projector != "identity":
+            self.teacher = nn.Linear(teacher_dim, shared_dim, bias=teacher_projector == "learned")
+        if teacher_projector == "frozen-orthogonal":
+            self.teacher.weight = nn.Parameter(orthogonal(shared_dim, teacher_dim), requires_grad=False)
+        self.variances, self.first_variance = {}, None
 
-    def forward(self, student, teacher, labels, batch_labels=None, local=None, ce=True):
-        loss, share, self.terms = 0.0, self.share if self.training else 1.0, {}
-        for name, weight in self.weights.items():
-            if name == "ce" and (labels is None or not ce):
-                continue
-            if name == "ce":
-                term = task_cross_entropy(
-                    student,
-                    _by_task(labels),
-                    self.label_smoothing,
-                    _by_task(self.class_weights),
-                    _by_task(batch_labels),
-                    self.task_weights,
-                )
-            elif name in LOGIT_TERMS:
-                term = self.on_logits(name, task_logits(student), task_logits(teacher), _by_task(labels))
-            elif name == "projection":
-                term = torch.stack(
-                    [feature_error(self.side(key, student[key]), teacher[key]) for key in self.sides]
-                ).mean()
-            elif name in RELATIONS:
-                term = self.relation(name, student["embedding"], teacher["embedding"])
-            elif name == "feature":
-                term = self.feature(student["features"], teacher["features"])
-            elif name == "attention":
-                pairs = zip(*(out["features"].values() for out in (student, teacher)), strict=True)
-                term = torch.stack([attention_transfer(*pair) for pair in pairs]).mean()
-            elif name == "embedding":
-                term = self.embedded(student["embedding"], teacher["embedding"])
-            elif name == "cls":
-                term = normalized_mse(self.projected("cls", student["embedding"]), teacher["embedding"])
-            elif name == "patch":
-                tokens = self.projected("patch", student["tokens"])
-                term = normalized_mse(tokens, resize_grid(teacher["tokens"], tokens.shape[1]))
-            loss = loss + (weight if name == "ce" else share * weight) * term
-            self.terms[name] = term.detach()
-        if local is not None:
-            term = self.local(local, teacher["embedding"])
-            loss = loss + share * self.weights["cls"] * term
-            self.terms["local"] = term.detach()
-        return loss
+    def forward(self, student, teacher):
+        student, teacher = self.student(student), self.teacher(teacher.to(student.dtype))
+        for name, values in (("student", student), ("teacher", teacher)):
+            self.variances[f"{name}_variance"] = values.detach().var(0, correction=0).mean()
+        if self.first_variance is None:
+            self.first_variance = float(self.variances["teacher_variance"])
+        return student, teacher
 
-    def on_logits(self, name, student, teacher, labels):
-        """A term on logits {task: (B, C)}, mean over tasks; labels: {task: (B,)}, for dkd."""
-
-        def of_task(task):
-            pair = student[task], teacher[task]
-            if name == "dkd":
-                return decoupled_kl(*pair, labels[task], self.temperature, **self.dkd)
-            if name == "dist":  # over all processes in training, as in `relation`
-                return dist(*(map(self.gather, pair) if self.training else pair), self.temperature, **self.dist)
-            return {"kl": temperature_kl, "standardized_kl": standardized_kl}[name](*pair, self.temperature)
-
-        return task_mean({task: of_task(task) for task in student}, self.task_weights)
-
-    def _build_sides(self, student, teacher):
-        """Linear maps from the student's width to the teacher's: of both models' sides, else of their embeddings."""
-        self.sides = [key for key in ("img_proj", "txt_proj") if key in student and key in teacher] or ["embedding"]
-        keys = [
-            *(self.sides if "projection" in self.weights else []),
-            *(["embedding"] if {"contrastive", "mmd"} & self.weights.keys() else []),
-        ]
-        for key in dict.fromkeys(keys):
-            self.side_projectors[key] = nn.Linear(student[key].shape[1], teacher[key].shape[1]).to(student[key].device)
-
-    def side(self, key, student):
-        """A student's embedding (B, D_s) in the teacher's width, in float32."""
-        with torch.autocast(student.device.type, enabled=False):
-            return self.side_projectors[key](student.to(self.side_projectors[key].weight.dtype))
-
-    def relation(self, name, student, teacher):
-        """A term that compares images, in training of all processes' parts of the batch: each has its gradient, see
-        `gather`."""
-        if name in ("contrastive", "mmd"):
-            student = self.side("embedding", student)
-        if self.training:
-            student, teacher = self.gather(student), self.gather(teacher)
-        if name == "contrastive":
-            return contrastive(student, teacher, **self.contrastive)
-        return {"rkd_distance": rkd_distance, "rkd_angle": rkd_angle, "mmd": mmd}[name](student, teacher)
-
-    def local(self, student, teacher):
-        """Class tokens (N, B, D_s) of N local crops against the teacher's (G * B, D_t) of G global ones: mean over all
-        pairs of an image."""
-        student, teacher = self.projected("cls", student), teacher.unflatten(0, (-1, student.shape[1]))
-        return normalized_mse(*torch.broadcast_tensors(student[:, None], teacher[None]))  # (N, G, B, D_t)
-
-    def projected(self, term, student):
-        """The student's class token or patch tokens (..., D_s) in the teacher's width, in float32."""
-        with torch.autocast(student.device.type, enabled=False):
-            return self.token_projectors[term](student.to(self.token_projectors[term].weight.dtype))
-
-    def embedded(self, student, teacher):
-        """The loss in the shared space; notes the variance there, mean over dimensions: near 0 all images look
-        alike."""
-        with torch.autocast(student.device.type, enabled=False):
-            student, teacher = self.embedding_projectors(student, teacher)
-        for who, values in (("student", student), ("teacher", teacher)):
-            self.terms[f"{who}_variance"] = values.detach().var(0, correction=0).mean()
-        return embedding_loss(student, teacher, self.embedding["lambda_feat"], self.embedding["lambda_cos"])
-
-    def collapsed(self, means):
-        """A warning where the shared space has lost its variance, else None; means: {term: its mean over an epoch}."""
-        if self.embedding_projectors is None or not self.first_variance:
-            return None
+    def collapsed(self, means: dict) -> str | None:
+        """A warning where the shared space has lost its variance; means: {name of `variances`: mean of an epoch}."""
         teacher, student = means["teacher_variance"], means["student_variance"]
         if teacher < COLLAPSED * self.first_variance:
             return (
                 "the learned projectors collapse: the teacher's variance in the shared space fell from "
-                f"{self.first_variance:.3g} to "
-                f"{teacher:.3g}, so all images look alike there; --teacher-projector identity or "
-                "frozen-orthogonal cannot"
+                f"{self.first_variance:.3g} to {teacher:.3g}, so all images look alike there; "
+                "embedding.teacher_projector=identity or frozen-orthogonal in --loss-options cannot collapse"
             )
         if student < 0.1 * COLLAPSED * teacher:
             return (
                 f"the student's embedding hardly differs between images (variance {student:.3g}, the teacher's "
-                f"{teacher:.3g}): it follows nothing yet"
+                f"{teacher:.3g}): it does not follow the teacher yet"
             )
         return None
 
-    def feature(self, student, teacher):
-        """Mean of the feature loss over the pairs of layers, the student's maps projected to the teacher's width."""
-        with torch.autocast(self.projectors[0].weight.device.type, enabled=False):
-            terms = [
-                self.feature_term(projector(s.to(projector.weight.dtype)), t)
-                for projector, s, t in zip(self.projectors, student.values(), teacher.values(), strict=True)
-            ]
-        return torch.stack(terms).mean()
+
+# ---------------------------------------------------------------------------------------------------- terms and methods
+
+
+class Term(NamedTuple):
+    """A row of TERMS.  Its options are the arguments of `loss` and `projector` that have a default and are annotated as
+    float, int or Literal."""
+
+    loss: Callable  # (student's, teacher's tensor, **options) -> scalar; of several tasks or layers the mean is taken
+    output: str  # the model output that is compared: logits, features, embedding or tokens; ce alone compares labels
+    help: str
+    projector: Callable | None = None  # (student's, teacher's width, **options) -> module of the student's tensor
+    uses_labels: bool = False  # the loss has an argument `labels` (B,), after student and teacher
+    compares_images: bool = False  # of a batch: needs at least two, and those of all processes in training
+    both_sides: bool = False  # of image + text models compares img_proj and txt_proj, where both models have them
+
+
+TERMS = {
+    "ce": Term(cross_entropy, "labels", "cross-entropy with the labels"),
+    "kl": Term(temperature_kl, "logits", "T^2 KL(teacher || student)"),
+    "dkd": Term(decoupled_kl, "logits", "decoupled KL, T^2 (alpha target + beta others)", uses_labels=True),
+    "dist": Term(dist, "logits", "1 - correlation, T^2 (beta classes + gamma images)", compares_images=True),
+    "standardized_kl": Term(standardized_kl, "logits", "T^2 KL of logits with mean 0 and deviation 1"),
+    "feature": Term(feature_loss, "features", "distance of feature maps", map_projector),
+    "attention": Term(attention_transfer, "features", "MSE of attention maps"),
+    "embedding": Term(embedding_loss, "embedding", "lambda_feat MSE + lambda_cos (1 - cosine)", EmbeddingProjectors),
+    "cls": Term(normalized_mse, "embedding", "2 - 2 cosine of class tokens", nn.Linear),
+    "patch": Term(patch_loss, "tokens", "2 - 2 cosine of patch tokens", nn.Linear),
+    "projection": Term(embedding_mse, "embedding", "MSE of projected images and texts", nn.Linear, both_sides=True),
+    "crd": Term(contrastive, "embedding", "InfoNCE of a batch", nn.Linear, compares_images=True),
+    "rkd_distance": Term(rkd_distance, "embedding", "distances in a batch", compares_images=True),
+    "rkd_angle": Term(rkd_angle, "embedding", "angles in a batch", compares_images=True),
+    "mmd": Term(mmd, "embedding", "maximum mean discrepancy", nn.Linear, compares_images=True),
+}
+# --method NAME stands for these words after --loss
+METHODS = {
+    "response": "ce=0.5 kl=0.5",  # Hinton et al. 2015, arXiv:1503.02531
+    "feature": "ce=0.5 kl=0.5 feature=1",  # the same and a hint, Romero et al. 2015, arXiv:1412.6550
+    "feature_matching": "ce=0.5 feature=0.5",  # intermediate maps of Swins and ViTs in place of logits
+    "embedding": "ce=1 embedding=1",  # stored or live embeddings in a shared space
+    "tokens": "cls=1 patch=0.5",  # class token and patch tokens, without labels
+    "projection": "ce=1 kl=1 projection=100 kl.temperature=2",  # logits, and what image + text models project
+    "combined": "ce=1 kl=1 projection=100 crd=1 kl.temperature=2",  # projection and crd
+    "crd": "ce=1 crd=1",  # Tian et al. 2020, arXiv:1910.10699, with the batch in place of their memory bank
+    "rkd": "ce=1 rkd_distance=25 rkd_angle=50",  # Park et al. 2019, arXiv:1904.05068
+    "mmd": "ce=1 mmd=1",  # Huang and Wang 2017, arXiv:1707.01219, on embeddings
+    "dkd": "ce=1 dkd=1",  # Zhao et al. 2022, arXiv:2203.08679; their code warms it up over 20 of 240 epochs: `warm_up`
+    "dist": "ce=1 dist=2",  # Huang et al. 2022, arXiv:2205.10536: both relations weigh 2 there, 1 each within our term
+    "logit_standardization": "ce=0.1 standardized_kl=9",  # Sun et al. 2024, arXiv:2403.01427, their code's weights
+    # Zagoruyko and Komodakis 2017, arXiv:1612.03928; theirs sums over layers, ours is the mean
+    "attention": "ce=1 attention=1000",
+}
+# methods that have --alpha: it weighs the first of these terms, 1 - alpha the second
+ALPHA = {"response": ("ce", "kl"), "feature": ("ce", "kl"), "feature_matching": ("feature", "ce")}
+
+
+def terms_on(terms: Iterable[str], *outputs: str) -> list[str]:
+    """Those of these terms that compare one of these model outputs, or "labels"."""
+    return [term for term in terms if TERMS[term].output in outputs]
+
+
+def term_options(term: str) -> dict[str, inspect.Parameter]:
+    """{"TERM.OPTION": parameter of the term's loss or projector}; those of ce are flags that all scripts share."""
+    functions = (TERMS[term].loss, TERMS[term].projector)
+    parameters = [p for f in functions if f and term != "ce" for p in inspect.signature(f).parameters.values()]
+    return {
+        f"{term}.{p.name}": p
+        for p in parameters
+        if p.default is not p.empty
+        and (p.annotation in (float, int, int | None) or get_origin(p.annotation) is Literal)
+    }
+
+
+def loss_words(values: dict) -> str:
+    """Weights or options as --loss and --loss-options take them: "ce=0.5 kl=0.5"."""
+    return " ".join(f"{key}={f'{value:.12g}' if isinstance(value, float) else value}" for key, value in values.items())
+
+
+def loss_settings(
+    method: str = "response",
+    loss: Sequence[str] | None = None,
+    loss_options: Sequence[str] = (),
+    temperature: float | None = None,
+    alpha: float | None = None,
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """({term: weight above 0}, {"TERM.OPTION": value}) for `DistillationLoss`: of a method, or of the words of --loss.
+
+    loss: words TERM=WEIGHT or TERM.OPTION=VALUE; loss_options: words TERM.OPTION=VALUE; temperature: of all terms on
+    logits; alpha: see ALPHA, 0.5 where it is None.  The later of these wins: an option's default, the one of METHODS or
+    --loss, temperature, loss_options.  Raises LossError.
+    """
+    weights, special = {}, []
+    for word in METHODS[method].split() if loss is None else loss:
+        term = word.partition("=")[0]
+        if "." in term:
+            special.append(word)
+            continue
+        _check_term(term)
+        if term in weights:
+            raise LossError(f"--loss {word}: the term {term} is given twice")
+        weights[term] = _parse("--loss", word, float)
+    if alpha is not None:
+        if loss is not None or method not in ALPHA:
+            name = f"--method {method}" if loss is None else "--loss"
+            raise LossError(
+                f"--alpha {alpha} cannot be combined with {name}: give the weights, as --loss ce=0.3 kl=0.7"
+            )
+        if not 0 <= alpha <= 1:
+            raise LossError(f"--alpha {alpha} is not in 0 to 1")
+        weights.update(zip(ALPHA[method], (alpha, 1 - alpha)))
+    weights = {term: weight for term, weight in weights.items() if weight}
+    if not weights:
+        raise LossError("--loss: no term has a weight above 0, so there is nothing to train on")
+    valid = {key: option for term in weights for key, option in term_options(term).items()}
+    options = {key: option.default for key, option in valid.items() if option.default is not None}
+    if temperature is not None:
+        keys = [f"{term}.temperature" for term in terms_on(weights, "logits")]
+        special += [f"{key}={temperature}" for key in keys if key in valid]
+    for word in [*special, *loss_options]:
+        key = word.partition("=")[0]
+        _check_option(key, weights, valid)
+        kind = valid[key].annotation
+        options[key] = _parse("--loss-options", word, kind, kind is not float or key.endswith("temperature"))
+    return weights, options
+
+
+def _parse(flag, word, kind, positive=False):
+    """The value of a word KEY=VALUE: one of a Literal's choices, or a number of at least 0, above 0 if positive."""
+    key, _, text = word.partition("=")
+    if get_origin(kind) is Literal:
+        value, needed = text, f"one of {', '.join(get_args(kind))}"
+        fits = text in get_args(kind)
+    else:
+        needed = ("a number " if kind is float else "a whole number ") + ("above 0" if positive else "of at least 0")
+        try:
+            value = float(text) if kind is float else int(text)
+            fits = 0 <= value < math.inf and (value > 0 or not positive)
+        except ValueError:
+            fits = False
+    if not fits:
+        raise LossError(f"{flag} {word}: write {key}=VALUE with {needed}")
+    return value
+
+
+def _check_term(term):
+    if term not in TERMS:
+        raise LossError(f"--loss: there is no term {term!r}, choose from {', '.join(TERMS)}")
+
+
+def _check_option(key, weights, valid):
+    if key not in valid:
+        choice = ", ".join(valid) or "none"
+        raise LossError(f"--loss-options: the loss {loss_words(weights)} has no option {key!r}, choose from {choice}")
+
+
+# ----------------------------------------------------------------------------------------------------- the weighted sum
+
+
+def _by_task(value: Tensor | dict | None) -> dict | None:
+    """A tensor of the one task "label" as {task: tensor}; a dict and None are left as they are."""
+    return {"label": value} if isinstance(value, Tensor) else value
+
+
+def _pairs(term, student, teacher):
+    """{task, layer or output: (student's, teacher's tensor)} that a term compares in two model outputs."""
+    output = TERMS[term].output
+    if output == "logits":
+        ours, theirs = task_logits(student), task_logits(teacher)
+        classes = [{task: logits.shape[1] for task, logits in side.items()} for side in (ours, theirs)]
+        if classes[0] != classes[1] or not ours:
+            raise LossError(f"the teacher has {_count(classes[1])}, the student {_count(classes[0])}")
+        return {task: (ours[task], theirs[task]) for task in ours}
+    if output == "features":
+        ours, theirs = (out.get("features", {}) for out in (student, teacher))
+        if len(ours) != len(theirs) or not ours:
+            raise LossError(
+                f"--student-layer names {len(ours)} layers and --teacher-layer {len(theirs)}: "
+                "they are paired in order, give the same number (at least 1)"
+            )
+        return dict(zip(ours, zip(ours.values(), theirs.values())))
+    sides = [name for name in ("img_proj", "txt_proj") if name in student and name in teacher]
+    names = TERMS[term].both_sides and sides or [output]
+    for model, out in (("student", student), ("teacher", teacher)):
+        if names[0] not in out:
+            raise LossError(f"the {model} gives no {output}, which the term {term} compares: leave it out of --loss")
+    return {name: (student[name], teacher[name]) for name in names}
+
+
+def _count(classes):
+    """{task: number of classes} in words."""
+    words = [f"{count} classes" + ("" if task == "label" else f" of {task}") for task, count in classes.items()]
+    return ", ".join(words) or "none"
+
+
+class DistillationLoss(nn.Module):
+    """The weighted sum of terms, with the projectors that they need.
+
+    weights: {term: float}, 0 leaves a term out; options: {"TERM.OPTION": value}, see `term_options`.
+    label_smoothing, class_weights ((C,), or {task: (C,) or None}): of the term ce.  task_weights: {task: float}.
+    gather: turns one process's rows (B, D) into those of all processes, for terms that compare images, in training.
+
+    `build(student, teacher)` once, on the outputs of a dry batch, before optimizer, EMA and DDP see the parameters.
+    `loss(student, teacher, labels)` then takes model outputs: `logits` (B, C) or `logits_<task>`, `embedding` (B, D),
+    `tokens` (B, N, D), `features` {layer: (B, C_l, H_l, W_l)}, paired in order.  Labels are (B,) int64 or {task: (B,)};
+    without them the term ce is left out.  `loss.terms` holds each term's value, unweighted and detached.
+    The mean over equal parts of a batch (processes, accumulation) is the loss of the batch: `batch_labels`, those of
+    the whole batch, make it so for class weights.  Accumulation's parts are compared each on its own.
+    """
+
+    def __init__(
+        self,
+        weights: dict[str, float],
+        options: dict[str, Any] | None = None,
+        *,
+        label_smoothing: float = 0.0,
+        class_weights: Tensor | dict | None = None,
+        task_weights: dict[str, float] | None = None,
+        gather: Callable[[Tensor], Tensor] = lambda rows: rows,
+    ):
+        super().__init__()
+        for term in weights:
+            _check_term(term)
+        self.weights = {term: float(weight) for term, weight in weights.items() if weight}
+        self.options = options or {}
+        valid = {key for term in weights for key in term_options(term)}
+        for key in self.options:
+            _check_option(key, weights, valid)
+        self.label_smoothing, self.class_weights, self.task_weights = (
+            label_smoothing,
+            _by_task(class_weights),
+            task_weights,
+        )
+        self.gather = gather
+        self.compares = any(TERMS[term].compares_images for term in self.weights)  # a batch of one says nothing then
+        self.losses = {term: self.with_options(term, TERMS[term].loss) for term in self.weights}
+        self.projectors = nn.ModuleDict()  # {term: one for each pair}
+        self.share, self.terms = 1.0, {}
+
+    def with_options(self, term: str, function: Callable) -> Callable:
+        """The term's loss or projector with those of the options that it takes."""
+        names = [name for name in inspect.signature(function).parameters if f"{term}.{name}" in self.options]
+        return functools.partial(function, **{name: self.options[f"{term}.{name}"] for name in names})
+
+    def warm_up(self, epoch: int, epochs: float) -> None:
+        """From now on all terms but the cross-entropy have min(1, epoch / epochs) of their weights; epochs 0: all.
+
+        In training alone, per epoch from 1 on, as in the code of DKD (arXiv:2203.08679), whose large weight drowns the
+        labels of an untrained student.
+        """
+        self.share = min(1.0, epoch / epochs) if epochs else 1.0
+
+    @torch.no_grad()
+    def build(self, student: dict, teacher: dict) -> None:
+        """Make the projectors and compute each term once, so that outputs which do not fit are a LossError now."""
+        for term in self.weights:
+            row = TERMS[term]
+            if row.projector:
+                projector, axis = self.with_options(term, row.projector), 1 if row.output == "features" else -1
+                self.projectors[term] = nn.ModuleList(
+                    projector(s.shape[axis], t.shape[axis]).to(_float32(s)[0])  # its device, and float64 where it is
+                    for s, t in _pairs(term, student, teacher).values()
+                )
+            if row.output != "labels":
+                self.term(term, student, teacher)
+
+    def forward(
+        self,
+        student: dict,
+        teacher: dict,
+        labels: Tensor | dict | None = None,
+        batch_labels: Tensor | dict | None = None,
+        local_crops: Tensor | None = None,
+        ce: bool = True,
+    ) -> Tensor:
+        """ce False: without the cross-entropy.  local_crops: the student's class tokens (N, B, D) of N local crops of
+        each image, for the term cls; the rows of the other outputs are G global crops of B images, crop after crop."""
+        total, share, self.terms = torch.zeros(()), self.share if self.training else 1.0, {}
+        targets = _by_task(labels)
+        for term, weight in self.weights.items():
+            if term != "ce":
+                value, weight = self.term(term, student, teacher, targets), share * weight
+            elif ce and targets is not None:
+                value = task_cross_entropy(
+                    student,
+                    targets,
+                    self.label_smoothing,
+                    self.class_weights,
+                    _by_task(batch_labels),
+                    self.task_weights,
+                )
+            else:
+                continue
+            total = total + weight * value
+            self.terms[term] = value.detach()
+        if local_crops is not None:
+            value = self.local(local_crops, teacher["embedding"])
+            total = total + share * self.weights["cls"] * value
+            self.terms["local"] = value.detach()
+        return total
+
+    def term(self, term: str, student: dict, teacher: dict, labels: dict | None = None) -> Tensor:
+        """The value of a term, without its weight; labels: {task: (B,)}, by default none are known."""
+        row, values = TERMS[term], {}
+        for number, (name, (s, t)) in enumerate(_pairs(term, student, teacher).items()):
+            if row.projector:
+                s, t = self.project(term, s, t, number)
+            if row.compares_images and self.training:  # each image has its gradient, see the gather of distributed.py
+                s, t = self.gather(s), self.gather(t)
+            pair = [s, t]
+            if row.uses_labels:
+                pair.append(torch.full((len(s),), -1, device=s.device) if labels is None else labels[name])
+            values[name] = self.losses[term](*pair)
+        return task_mean(values, self.task_weights if row.output == "logits" else None)
+
+    def project(self, term: str, student: Tensor, teacher: Tensor, number: int = 0) -> tuple[Tensor, Tensor]:
+        """A pair of tensors behind the term's projector, in float32."""
+        projector = self.projectors[term][number]
+        with torch.autocast(student.device.type, enabled=False):
+            student = student.to(next(projector.parameters()).dtype)
+            if not isinstance(projector, EmbeddingProjectors):
+                return projector(student), teacher
+            pair = projector(student, teacher)
+            self.terms.update(projector.variances)
+            return pair
+
+    def local(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Class tokens (N, B, D_s) of N local crops against the teacher's (G * B, D_t) of G global ones: mean over all
+        pairs of an image."""
+        student, teacher = self.project("cls", student, teacher.unflatten(0, (-1, student.shape[1])))
+        return normalized_mse(*torch.broadcast_tensors(student[:, None], teacher[None]))  # (N, G, B, D_t)
+
+    def collapsed(self, means: dict) -> str | None:
+        """The warning of `EmbeddingProjectors`, or None; means: {term: its mean over an epoch}."""
+        return self.projectors["embedding"][0].collapsed(means) if "embedding" in self.projectors else None

@@ -22,7 +22,6 @@ CLASSIFICATION = (
     "ece",
 )
 FIDELITY = ("agreement", "teacher_right_kept", "teacher_kl")
-LOWER_IS_BETTER = {"loss", "ece", "teacher_kl", "distillation_loss"}
 RESAMPLED = ("accuracy", "balanced_accuracy", "auc", "average_precision", "pauc")  # metrics that get intervals
 
 
@@ -188,11 +187,13 @@ def weighing(logits, labels, names, positive=1):
                 "accuracy": correct.sum(0) / there.sum(0),
                 "balanced_accuracy": np.nanmean(correct / there, axis=0),
             }
-            of_classes = [curve_metrics(*(above(matrix @ weights) for matrix in pair), curves) for pair in thresholds]
+            by_class = [curve_metrics(*(above(matrix @ weights) for matrix in pair), curves) for pair in thresholds]
             for name in curves:
-                found = [of[name] for of in of_classes]
+                values = [scores[name] for scores in by_class]
                 mean = (
-                    np.nansum(found, axis=0) / np.isfinite(found).sum(0) if found else np.full(weights.shape[1], np.nan)
+                    np.nansum(values, axis=0) / np.isfinite(values).sum(0)
+                    if values
+                    else np.full(weights.shape[1], np.nan)
                 )
                 result[name] = np.where(weights[broken].any(0), np.nan, mean)
         return {name: result[name] for name in names}
@@ -296,17 +297,3 @@ def fidelity(student_logits, teacher_logits, labels=None):
         right = np.asarray(teacher_logits).argmax(1) == labels
         result["teacher_right_kept"] = float(np.mean(same[right])) if right.any() else None
     return finite_or_none(result)
-
-
-def lower_is_better(name):
-    """Of a metric, or a <task>_<metric>."""
-    return name in LOWER_IS_BETTER or name.endswith(tuple(f"_{metric}" for metric in LOWER_IS_BETTER))
-
-
-def better(name, value, best):
-    """Whether `value` of metric `name` beats `best`; an undefined or non-finite value never does and always loses."""
-    if value is None or not np.isfinite(value):
-        return False
-    if best is None or not np.isfinite(best):
-        return True
-    return value < best if lower_is_better(name) else value > best

@@ -1,4 +1,4 @@
-"""Models that read an image and a text.  Needs images.py and models.py of `common`, torch, timm and transformers.
+"""Models that read an image and a text.  Needs data.py and models.py of `common`, torch, timm and transformers.
 
     model = build_image_text_model("timm:resnet18", "bert-mini-scratch", {"modality": 2, "location": 5}, 96,
     texts=train_texts)
@@ -25,8 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.images import logits_name
-from common.models import ModelError, build_model
+from common.data import logits_name
+from common.models import ModelError, build_model, one_line
+from common.run import UserError
 
 IMAGE_MODELS = {
     "vit-large": "hf:google/vit-large-patch16-224",
@@ -146,7 +147,7 @@ class TextModel(nn.Module):
                 return self.eval()(ids, torch.ones_like(ids)).shape[-1]
         except Exception as error:  # each model complains in its own way
             raise ModelError(
-                f"{self.name} cannot take texts of {self.max_length} tokens (--max-length): {_one_line(error)}"
+                f"{self.name} cannot take texts of {self.max_length} tokens (--max-length): {one_line(error)}"
             ) from None
         finally:
             self.train()
@@ -200,7 +201,7 @@ def _load(source, name, pretrained):
             )
     except Exception as error:  # the hub's and the models' errors are of many kinds
         raise ModelError(
-            f"cannot load the text model {source} ({_one_line(error)}): download its config.json, "
+            f"cannot load the text model {source} ({one_line(error)}): download its config.json, "
             "model.safetensors and "
             "tokenizer files into a folder by hand and name the folder, hf:FOLDER"
         ) from None
@@ -209,13 +210,13 @@ def _load(source, name, pretrained):
         or getattr(config, "is_encoder_decoder", False)
         or hasattr(config, "vision_config")
     ):
-        raise ModelError(f"{name} is no text encoder that this project knows ({config.model_type})")
+        raise ModelError(f"{name} is not a text encoder that this project knows ({config.model_type})")
     missing = f"{name} has no tokenizer: its folder needs tokenizer.json, or vocab.txt, beside config.json"
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         known = len(tokenizer)
     except Exception as error:
-        raise ModelError(f"{missing} ({_one_line(error)})") from None
+        raise ModelError(f"{missing} ({one_line(error)})") from None
     if known <= len(tokenizer.all_special_ids):  # what transformers makes of a folder without one
         raise ModelError(missing)
     if known > config.vocab_size:
@@ -269,11 +270,6 @@ def _scratch_files(layers, width, vocabulary):
         "tokenizer_config.json": json.dumps(tokenizer),
         "vocab.txt": "".join(f"{piece}\n" for piece in vocabulary),
     }
-
-
-def _one_line(error):
-    text = " ".join(str(error).split())
-    return text[:200] or type(error).__name__
 
 
 # ------------------------------------------------------------------------------------------------------------- fusions
@@ -604,29 +600,29 @@ def build_image_text_model(
     `ImageTextModel`; image_args, text_files: set when it is rebuilt from a checkpoint.  Raises ModelError.
     """
     if fusion not in FUSIONS:
-        raise ModelError(f"--fusion {fusion} is none of {', '.join(FUSIONS)}")
+        raise ModelError(f"--fusion {fusion} is not one of {', '.join(FUSIONS)}")
     if inputs not in INPUTS:
-        raise ModelError(f"--inputs {inputs} is none of {', '.join(INPUTS)}")
+        raise ModelError(f"--inputs {inputs} is not one of {', '.join(INPUTS)}")
     if text_pooling not in ("mean", "cls"):
-        raise ModelError(f"--text-pooling {text_pooling} is none of mean, cls")
+        raise ModelError(f"--text-pooling {text_pooling} is not one of mean, cls")
     if fusion_layers < 1 or fusion_dim < 1:
         raise ModelError(f"--fusion-layers {fusion_layers} --fusion-dim {fusion_dim}: both must be positive")
     if FUSIONS[fusion].uses_tokens and fusion_dim % HEAD_WIDTH:
         raise ModelError(
-            f"--fusion-dim {fusion_dim} is no multiple of {HEAD_WIDTH}, the width of a head in --fusion {fusion}"
+            f"--fusion-dim {fusion_dim} is not a multiple of {HEAD_WIDTH}, the width of a head in --fusion {fusion}"
         )
     for task in tasks:
         if not task or "." in task:
             raise ModelError(f"a task cannot be named {task!r}")
     image = text = None
     if inputs != "text":
-        own = {
+        new_args = {
             "name": IMAGE_MODELS.get(image_name, image_name),
             "num_classes": 0,
             "img_size": img_size,
             "pretrained": pretrained,
         }
-        image = build_model(**(image_args or own))
+        image = build_model(**(image_args or new_args))
         _drop_pooler(getattr(image.backbone, "body", nn.Identity()))
     if inputs != "image":
         text = build_text_model(text_name, max_length, pretrained, texts, text_files)
@@ -647,3 +643,54 @@ def build_image_text_model(
         "text_files": None if text is None else text.files,
     }
     return ImageTextModel(image, text, build_args)
+
+
+def start_model(
+    classes: dict,
+    resolution: int,
+    texts: list,
+    *,
+    model: str,
+    seed: int,
+    patch_size: int | None = None,
+    pretrained: bool = False,
+    weights: str | None = None,
+    init_checkpoint: str | None = None,
+    freeze_backbone: bool = False,
+    dropout: float = 0.0,
+    freeze: list | None = None,
+    image_model: str | None = None,
+    text_model: str = "bert-tiny-scratch",
+    fusion: str = "simple",
+    fusion_layers: int = 1,
+    fusion_dim: int = 512,
+    inputs: str = "both",
+    max_length: int = 128,
+    text_pooling: str = "mean",
+) -> tuple[ImageTextModel, None]:
+    """(new model on the CPU, None: no line for the log), as training.start_model; keywords are the flags.
+
+    classes: {task: names}; texts: those of train, for a new vocabulary.  Raises UserError, ModelError.
+    """
+    torch.manual_seed(seed)
+    refused = {"--weights": weights, "--init-checkpoint": init_checkpoint, "--patch-size": patch_size}
+    for flag in (flag for flag, value in refused.items() if value):
+        raise UserError(f"{flag} is for image models alone, not for images with texts")
+    new = build_image_text_model(
+        image_model or model,
+        text_model,
+        {task: len(names) for task, names in classes.items()},
+        resolution,
+        fusion,
+        fusion_layers,
+        fusion_dim,
+        pretrained,
+        inputs=inputs,
+        texts=texts,
+        max_length=max_length,
+        text_pooling=text_pooling,
+    )
+    new.set_dropout(dropout)
+    if freeze_backbone or freeze:
+        new.freeze_backbone(("image", "text") if freeze_backbone else freeze)
+    return new, None

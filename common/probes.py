@@ -58,14 +58,16 @@ def knn(
     if weights not in ("distance", "uniform"):
         raise ValueError(f"weights={weights!r} is neither 'distance' nor 'uniform'")
     cut = sorted({min(one, len(train_features)) for one in k})
-    found = {one: [] for one in cut}
+    shares = {neighbours: [] for neighbours in cut}
     for queries in features.split(chunk):
         similar, labels = nearest(unit(queries), train_features, train_labels, cut[-1], 8 * chunk)  # (B, K)
-        for one in cut:
-            near = similar[:, :one]
-            share = (near / temperature).softmax(1) if weights == "distance" else torch.full_like(near, 1 / one)
-            found[one].append(near.new_zeros(len(near), num_classes).scatter_add_(1, labels[:, :one], share))
-    return {one: torch.cat(parts) for one, parts in found.items()}
+        for neighbours in cut:
+            near = similar[:, :neighbours]
+            share = (near / temperature).softmax(1) if weights == "distance" else torch.full_like(near, 1 / neighbours)
+            shares[neighbours].append(
+                near.new_zeros(len(near), num_classes).scatter_add_(1, labels[:, :neighbours], share)
+            )
+    return {neighbours: torch.cat(parts) for neighbours, parts in shares.items()}
 
 
 def nearest(queries, train_features, train_labels, count, chunk):

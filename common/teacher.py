@@ -1,257 +1,342 @@
 """What teaches a student: a frozen model that is run, or what one has left in a store; and what it is worth.
 
-Needs from common: augment.py, cli.py, data.py, embeddings.py, evaluation.py, images.py, loader.py, losses.py,
-metrics.py, models.py, probes.py,
-training.py (and what these need) and torch.
+Needs data.py, loader.py, losses.py, metrics.py, models.py, run.py and training.py of `common`, torch and numpy
+(embeddings.py for stored embeddings, probes.py for k-NN during training).
 """
 
+import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from torch import nn
 
-from common import cli
-from common.augment import Policy
-from common.data import DATASETS, load_splits
-from common.embeddings import Store, StoredTeacher, difference, split_folder
-from common.evaluation import chance_auc, live_teacher, outputs, predict, task_metrics
-from common.images import TASK, in_words
+from common.augment import Augmenter, Policy
+from common.data import TASK, DatasetInfo, Splits, in_words
 from common.loader import Loader
-from common.losses import FEATURE_TERMS, LOGIT_TERMS, RELATIONS, uses
+from common.losses import DistillationLoss, loss_words, terms_on
 from common.metrics import classification
 from common.models import build_model
-from common.probes import knn
-from common.training import Preprocess, file_sha256, load_model, need_head, start_weights, use_compile
+from common.run import UserError, file_sha256, gather_objects, load_checkpoint, optional, stops, world_size
+from common.training import (
+    Precision,
+    Preprocess,
+    broadcast,
+    live_teacher,
+    load_model,
+    model_outputs,
+    need_head,
+    place,
+    predict_logits,
+    start_weights,
+    task_metrics,
+)
 
 NEIGHBOURS = 20  # of --eval-dataset
+DEFAULT_TEACHER = "runs/teacher/best.pth"
 
 
 class Source(NamedTuple):
-    """What teaches: a frozen model or what one has left in a store.  Nothing that follows asks which."""
+    """A frozen model, or what one has left in a store.  Nothing that follows asks which."""
 
-    # (batch, split) -> {"logits": (B, C), "embedding": (B, D), "tokens": (B, T, D), "features": {layer: (B, C_l, H_l,
-    # W_l)}}
+    # (batch, split) -> {"logits": (B, C), "embedding": (B, D), "tokens": (B, T, D), "features": {layer: (B, C, H, W)}}
     targets: Callable
     choose_view: Callable  # batch -> the batch with the views that are shown
-    # (split, loader) -> {task: (N, C)} of the plain images, or None where no head is trained for these classes
+    # (split, loader) -> {task: (N, C)} of the plain images, made once, or None without a head for these classes
     logits: Callable
-    model: tuple  # (model, Preprocess) of a live one, else None
+    model: tuple | None  # (model, Preprocess) of a live one
     resolution: int  # the teacher's input side in pixels
-    title: str
+    title: str  # for the log
     described: dict  # for results.json
 
 
-def open_stores(args):
-    """{split: Store} of --teacher-embeddings, or None; the run's data are the store's, other flags are refused."""
-    if not args.teacher_embeddings:
-        if args.num_views:
-            raise cli.UserError("--num-views needs --teacher-embeddings DIR")
-        return None
-    for name in (
-        "teacher_checkpoint",
-        "teacher_model",
-        "teacher_resolution",
-        "teacher_pooling",
-        "teacher_pretrained",
-        "teacher_weights",
-        *Policy.__dataclass_fields__,
-        "augment",
-        "no_augment",
-    ):
-        if getattr(args, name) is not None and getattr(args, name) is not False:  # 0 is given
-            flag = "--" + name.replace("_", "-")
-            raise cli.UserError(
-                f"{flag} and --teacher-embeddings contradict each other: teacher and views are the stored ones"
+# --------------------------------------------------------------------------------------------------------------- live
+
+
+def find_checkpoint(
+    *, teacher_checkpoint: str | None, teacher_model: str | None, teacher_pretrained: bool, teacher_weights: str | None
+) -> tuple[str | None, dict | None]:
+    """(path, checkpoint) of the teacher, or (None, None) where it is a --teacher-model.  Raises UserError."""
+    path = teacher_checkpoint
+    if teacher_model:
+        if teacher_pretrained and teacher_weights:
+            raise UserError(
+                "--teacher-pretrained and --teacher-weights cannot be combined: the hub's weights or a file's"
             )
-    stores = {"train": Store(split_folder(args.teacher_embeddings, "train"))}
-    meta = stores["train"].meta
-    for split in ("val",) if meta["dataset"] == "unlabeled" else ("val", "test"):
-        stores[split] = Store(split_folder(args.teacher_embeddings, split))
-    for store in stores.values():
-        differs = difference({**store.meta, **{key: meta[key] for key in ("split", "sha256", "count")}}, meta)
-        if differs:
-            raise cli.UserError(f"{store.folder} and {stores['train'].folder} are of different extractions ({differs})")
-    for name in ("dataset", *cli.STORED_FLAGS):
-        own = getattr(args, name)
-        if own is not None and own is not False and own != meta.get(name):
-            raise cli.UserError(f"--{name.replace('_', '-')} {own}: the embeddings were made with {meta.get(name)}")
-        setattr(args, name, meta.get(name))
-    args.data_root = args.data_root or meta.get("data_root")
-    return stores
+        if path:
+            raise UserError("--teacher-model and --teacher-checkpoint cannot be combined: give one of them")
+        if not teacher_pretrained and not teacher_weights:
+            raise UserError("--teacher-model needs --teacher-pretrained or --teacher-weights FILE")
+        return None, None
+    if teacher_pretrained or teacher_weights:
+        raise UserError("--teacher-pretrained and --teacher-weights need --teacher-model NAME")
+    if path is None:
+        path = DEFAULT_TEACHER
+        try:
+            open(path, "rb").close()
+        except FileNotFoundError:
+            raise UserError(
+                f"no --teacher-checkpoint, and {path} is missing: python train_teacher.py makes it"
+            ) from None
+    return path, load_checkpoint(path)
 
 
-def stored_source(args, stores, splits, weights):
-    """Source of --teacher-embeddings."""
-    of_maps = [f"--{name}-weight 0" for name in FEATURE_TERMS if weights[name]]
-    if of_maps:
-        raise cli.UserError(
-            f"--teacher-embeddings hold no feature maps: --method {args.method} needs a teacher, or {' '.join(of_maps)}"
-        )
-    of_terms = {
-        **dict.fromkeys(("embedding", "cls", "projection", *RELATIONS), "embeddings"),
-        "patch": "tokens",
-        **dict.fromkeys(LOGIT_TERMS, "logits"),
-    }
-    wanted = list(dict.fromkeys(name for term, name in of_terms.items() if weights[term]))
-    datasets = {split: getattr(splits, split) for split in stores}
-    meta = stores["train"].meta
-    kept = {key: meta["teacher"][key] for key in ("name", "family", "parameters", "checkpoint", "sha256")}
-    stored = StoredTeacher(stores, datasets, wanted, args.num_views, args.seed)
-    described = {
-        **kept,
-        "embeddings": args.teacher_embeddings,
-        "num_views": stored.num_views,
-        "resolution": meta["resolution"],
-    }
-    title = (
-        f"teacher {kept['name']}: {kept['parameters']:,} parameters, {meta['resolution']} px, {stored.num_views} "
-        "stored views"
-    )
-    if args.global_crops > stored.num_views:
-        raise cli.UserError(
-            f"--global-crops {args.global_crops}: {args.teacher_embeddings} gives {stored.num_views} views of an image"
-        )
-    judged = splits.classes and (
-        uses(weights, LOGIT_TERMS) or meta["teacher"]["weights"] == "checkpoint"
-    )  # others have no trained head
-    return Source(
-        stored.targets,
-        stored.choose_view,
-        lambda split, loader: by_task(stored.logits(split)) if judged else None,
-        None,
-        meta["resolution"],
-        title,
-        described,
-    )
+def load_teacher(
+    path: str | None,
+    checkpoint: dict | None,
+    classes: list | dict,
+    info: DatasetInfo,
+    crop_mode: str,
+    *,
+    dataset: str,
+    resolution: int,
+    teacher_model: str | None = None,
+    teacher_pretrained: bool = False,
+    teacher_weights: str | None = None,
+    teacher_resolution: int | None = None,
+) -> tuple[nn.Module, Preprocess, dict]:
+    """(model on the CPU, its Preprocess, dict for results.json); keywords are the flags.
 
-
-def by_task(logits):
-    return None if logits is None else {TASK: logits}
-
-
-def load_teacher(args, path, checkpoint, classes, resolution, info):
-    """(model, Preprocess, dict for results.json); the model on the CPU; classes: [] where no logits are needed."""
+    path, checkpoint: as `find_checkpoint` returns them; classes: [] where no logits are needed; resolution: the
+    student's, which a model by name takes too.  Raises UserError.
+    """
     if checkpoint is None:
         if isinstance(classes, dict):
-            raise cli.UserError(
-                f"--teacher-model {args.teacher_model} has no head for each of {', '.join(classes)}: give "
-                "--teacher-checkpoint, "
-                "or a method without the teacher's logits"
+            raise UserError(
+                f"--teacher-model {teacher_model} has no head for each of {', '.join(classes)}: give "
+                "--teacher-checkpoint, or a method without the teacher's logits"
             )
-        side = args.teacher_resolution or resolution
-        teacher = build_model(args.teacher_model, len(classes), side, pretrained=args.teacher_pretrained)
-        weights = start_weights(teacher, args.teacher_weights, flag="--teacher-weights")
+        side = teacher_resolution or resolution
+        teacher = build_model(teacher_model, len(classes), side, pretrained=teacher_pretrained)
+        weights = start_weights(teacher, teacher_weights, flag="--teacher-weights")
         if classes:
-            need_head(teacher, classes, args.teacher_weights)
-        preprocess = Preprocess.of_new(teacher, side, args.dataset, info)
-        sha = file_sha256(args.teacher_weights) if args.teacher_weights else None
+            need_head(teacher, classes, teacher_weights)
+        preprocess = Preprocess.for_model(teacher, side, dataset, info, crop_mode)
     else:
         if classes and checkpoint["classes"] != classes:
-            raise cli.UserError(
+            raise UserError(
                 f"teacher and data have different classes: {path} knows {in_words(checkpoint['classes'])}, "
-                f"{args.dataset} has {in_words(classes)}"
+                f"{dataset} has {in_words(classes)}"
             )
-        teacher, preprocess = load_model(checkpoint, resolution=args.teacher_resolution, path=path)
-        sha = file_sha256(path)
+        teacher, preprocess = load_model(checkpoint, resolution=teacher_resolution, path=path)
         weights = f"weights of {path}"
-    described = {"name": teacher.name, "family": teacher.family, "parameters": teacher.num_parameters}
-    described.update(checkpoint=path, sha256=sha, weights=weights, normalization=str(preprocess))
+    file = path or teacher_weights
+    described = {
+        "name": teacher.name,
+        "family": teacher.family,
+        "parameters": teacher.num_parameters,
+        "checkpoint": path,
+        "sha256": file_sha256(file) if file else None,
+        "weights": weights,
+        "normalization": str(preprocess),
+    }
     return teacher, preprocess, described
 
 
-def need_image_model(model, flag):
+def need_image_model(model: nn.Module, flag: str) -> None:
     if model.kind != "image":
-        raise cli.UserError(f"{flag} is for image models alone: {model.name} reads texts too, and fuses both")
+        raise UserError(f"{flag} is for image models alone: {model.name} reads texts too, and fuses both")
 
 
-def live_source(args, weights, path, checkpoint, splits, resolution, augment, precision, interrupts):
-    """Source of a teacher that is run."""
-    of_logits = uses(weights, LOGIT_TERMS)
-    teacher, preprocess, described = load_teacher(
-        args, path, checkpoint, splits.classes if of_logits else [], resolution, DATASETS[args.dataset]
-    )
-    teacher.set_feature_layers(args.teacher_layer)
-    if args.teacher_pooling:
+def live_source(
+    teacher: nn.Module,
+    preprocess: Preprocess,
+    described: dict,
+    loss_weights: dict,
+    splits: Splits,
+    augment: Augmenter,
+    precision: Precision,
+    has_head: bool,
+    *,
+    teacher_pooling: str | None = None,
+    teacher_layer: list = (),
+    compile: str = "auto",
+) -> Source:
+    """Source of a teacher that is run, as `load_teacher` returns it; keywords are the flags.
+
+    has_head: whether its logits are those of the data's classes.  Raises UserError.
+    """
+    teacher.set_feature_layers(teacher_layer)
+    if teacher_pooling:
         need_image_model(teacher, "--teacher-pooling")
-        teacher.set_pooling(args.teacher_pooling)
+        teacher.set_pooling(teacher_pooling)
     preprocess.prepare(splits.train, splits.val)
-    teacher.with_tokens = bool(weights["patch"])
-    teacher.to(precision.device).to(memory_format=torch.channels_last)
+    teacher.with_tokens = bool(terms_on(loss_weights, "tokens"))
     targets = live_teacher(teacher, preprocess, augment, precision)
-    if use_compile(args.compile, precision.device):
-        teacher.compile()
-    title = f"teacher {described['name']}: {described['parameters']:,} parameters, {preprocess.resolution} px"
-    judged = splits.classes and (of_logits or checkpoint and checkpoint["classes"] == splits.classes)
+    place(teacher, precision.device, compile)
+
+    @functools.cache
+    def logits(split, loader):
+        return predict_logits(teacher, loader, preprocess, precision) if has_head else None
+
+    start = f"teacher: {described['weights']}; normalization: {preprocess}"
+    size = f"{described['parameters']:,} parameters, {preprocess.resolution} px"
     return Source(
         lambda batch, split="train": targets(batch),
         lambda batch: batch,
-        lambda split, loader: predict(teacher, loader, preprocess, precision, interrupts) if judged else None,
+        logits,
         (teacher, preprocess),
         preprocess.resolution,
-        title,
+        f"{start}\nteacher {described['name']}: {size}",
         described,
     )
+
+
+# -------------------------------------------------------------------------------------------------------------- stored
+
+
+def open_stores(folder: str) -> dict:
+    """{split: Store} of what extract_embeddings.py wrote to a folder, all of one extraction.  Raises UserError."""
+    embeddings = optional("common.embeddings", "--teacher-embeddings")
+    stores = {"train": embeddings.Store(embeddings.split_folder(folder, "train"))}
+    meta = stores["train"].meta
+    for split in ("val",) if meta["dataset"] == "unlabeled" else ("val", "test"):
+        stores[split] = embeddings.Store(embeddings.split_folder(folder, split))
+    for store in stores.values():
+        theirs = {**store.meta, **{key: meta[key] for key in ("split", "sha256", "count")}}
+        differs = embeddings.difference(theirs, meta)
+        if differs:
+            raise UserError(f"{store.folder} and {stores['train'].folder} are of different extractions ({differs})")
+    return stores
+
+
+def store_flags(stores: dict, flags: dict, stored_flags: tuple) -> dict:
+    """{flag: value} of the data that the stores were made of; flags that say otherwise are refused.
+
+    stored_flags: names of the flags that say what the samples are (data.STORED_FLAGS).  Raises UserError.
+    """
+    given = {name: value for name, value in flags.items() if value is not None and value is not False}  # 0 is given
+    teachers = ("checkpoint", "model", "resolution", "pooling", "pretrained", "weights")
+    for name in (*(f"teacher_{name}" for name in teachers), *Policy.__dataclass_fields__, "augment"):
+        if name in given:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(
+                f"{flag} and --teacher-embeddings cannot be combined: teacher and views are the stored ones"
+            )
+    meta = stores["train"].meta
+    stored = {name: meta.get(name) for name in ("dataset", *stored_flags)}
+    for name, value in stored.items():
+        if given.get(name, value) != value:
+            flag = f"--{name.replace('_', '-')} {given[name]}"
+            raise UserError(f"{flag}: the embeddings were made with {value}")
+    return {**stored, "data_root": flags["data_root"] or meta.get("data_root")}
+
+
+def stored_source(
+    stores: dict,
+    loss_weights: dict,
+    splits: Splits,
+    *,
+    seed: int,
+    teacher_embeddings: str,
+    num_views: int | None = None,
+    global_crops: int = 1,
+) -> Source:
+    """Source of stored embeddings; keywords are the flags.  Raises UserError."""
+    on_maps = terms_on(loss_weights, "features")
+    if on_maps:
+        raise UserError(
+            f"--teacher-embeddings {teacher_embeddings}: a store holds no feature maps, which the loss "
+            f"{loss_words(loss_weights)} compares: use a live teacher, or a --loss without {' and '.join(on_maps)}"
+        )
+    arrays = {"embeddings": "embedding", "tokens": "tokens", "logits": "logits"}
+    wanted = [array for array, output in arrays.items() if terms_on(loss_weights, output)]
+    meta = stores["train"].meta
+    teacher = meta["teacher"]
+    stored = optional("common.embeddings", "--teacher-embeddings").StoredTeacher(
+        stores, {split: getattr(splits, split) for split in stores}, wanted, num_views, seed
+    )
+    described = {
+        **{key: teacher[key] for key in ("name", "family", "parameters", "checkpoint", "sha256")},
+        "embeddings": teacher_embeddings,
+        "num_views": stored.num_views,
+        "resolution": meta["resolution"],
+    }
+    if global_crops > stored.num_views:
+        raise UserError(
+            f"--global-crops {global_crops}: {teacher_embeddings} gives {stored.num_views} views of an image"
+        )
+    # others have no trained head
+    has_head = splits.classes and (terms_on(loss_weights, "logits") or teacher["weights"] == "checkpoint")
+
+    @functools.cache
+    def logits(split, loader):
+        values = stored.logits(split) if has_head else None
+        return None if values is None else {TASK: values}
+
+    size = f"{teacher['parameters']:,} parameters, {meta['resolution']} px"
+    title = f"teacher {teacher['name']}: {size}, {stored.num_views} stored views"
+    return Source(stored.targets, stored.choose_view, logits, None, meta["resolution"], title, described)
+
+
+# ------------------------------------------------------------------------------------------------------------ judgement
 
 
 class Neighbours:
     """--eval-dataset: accuracy of the nearest images of its train on its val, by a model's embeddings."""
 
-    def __init__(self, args, device, precision, interrupts):
-        same = args.eval_dataset == args.dataset and args.eval_data_root in (None, args.data_root)
-        options = (
-            cli.split_flags(vars(args))
-            if same
-            else {name: getattr(args, name) for name in ("split_seed", "decode_size", "on_bad_image")}
-        )
-        options = {name: value for name, value in options.items() if name not in ("limit_train", "limit_labels")}
-        root = args.eval_data_root or (args.data_root if same else None)
-        self.splits = load_splits(args.eval_dataset, cli.data_root(root), splits=("train", "val"), **options)
+    def __init__(
+        self,
+        splits: Splits,
+        precision: Precision,
+        *,
+        epochs: int,
+        eval_every: int,
+        batch_size: int,
+        cache: str = "auto",
+        workers: int | None = None,
+    ):
+        self.knn = optional("common.probes", "--eval-dataset").knn
+        self.splits, self.precision, self.epochs, self.every = splits, precision, epochs, eval_every
         self.loaders = [
-            Loader(part, args.batch_size, device, cache=args.cache, workers=args.workers)
-            for part in (self.splits.train, self.splits.val)
+            Loader(part, batch_size, precision.device, cache=cache, workers=workers)
+            for part in (splits.train, splits.val)
         ]
-        self.precision, self.interrupts = precision, interrupts
 
-    def __call__(self, model, preprocess):
+    def __call__(self, model: nn.Module, preprocess: Preprocess) -> dict:
         """{"accuracy", "balanced_accuracy", "auc"}"""
-        found = [
-            outputs(model, loader, preprocess, self.precision, ("embedding",), self.interrupts)["embedding"]
+        train, val = (
+            model_outputs(model, loader, preprocess, self.precision, ("embedding",))["embedding"]
             for loader in self.loaders
-        ]
-        train, labels, val = (
-            torch.from_numpy(v).to(self.precision.device) for v in (found[0], self.splits.train.labels, found[1])
         )
-        votes = knn(train, labels, val, len(self.splits.classes), k=(NEIGHBOURS,))
-        found = classification(next(iter(votes.values())).cpu().numpy(), self.splits.val.labels)
-        return {name: found[name] for name in ("accuracy", "balanced_accuracy", "auc")}
+        tensors = (torch.from_numpy(v).to(self.precision.device) for v in (train, self.splits.train.labels, val))
+        votes = self.knn(*tensors, len(self.splits.classes), k=(NEIGHBOURS,))
+        scores = classification(next(iter(votes.values())).cpu().numpy(), self.splits.val.labels)
+        return {name: scores[name] for name in ("accuracy", "balanced_accuracy", "auc")}
+
+    def after_epoch(self, epoch: int, model: nn.Module, preprocess: Preprocess) -> dict:
+        """{"knn": accuracy} of the student every --eval-every epochs and after the last, None in between."""
+        due = epoch % self.every == 0 or epoch == self.epochs
+        return {"knn": self(model, preprocess)["accuracy"] if due else None}
 
 
-def judge_teacher(source, logits, splits, neighbours, args):
-    """Note the teacher's val metrics and refuse one at chance level; returns a line for the log."""
+def judge_teacher(
+    source: Source, logits: dict | None, splits: Splits, neighbours: Neighbours | None, allow_weak: bool
+) -> str:
+    """Note the teacher's val metrics and refuse one at chance level; returns what the log says.  Raises UserError."""
     text = source.title
     if logits is not None:
-        source.described["val"] = task_metrics(logits, splits.val.targets, positive=splits.positive)
-        text += f", val accuracy {source.described['val']['accuracy']:.4f}"
+        scores = source.described["val"] = task_metrics(logits, splits.val.targets, positive=splits.positive)
+        text += f", val accuracy {scores['accuracy']:.4f}"
         for task in logits:
-            auc, how = source.described["val"]["auc" if len(logits) == 1 else f"{task}_auc"], f"in {task} "
-            text += check_teacher(auc, splits.val.targets[task], args.allow_weak_teacher, "" if task == TASK else how)
+            auc = scores["auc" if len(logits) == 1 else f"{task}_auc"]
+            text += check_teacher(auc, splits.val.targets[task], allow_weak, "" if task == TASK else f"in {task} ")
     if neighbours and source.model:
-        source.described["knn"] = neighbours(*source.model)
-        found, eval_set = source.described["knn"], neighbours.splits
-        text += f", k-NN accuracy {found['accuracy']:.4f} on val of {eval_set.name}"
-        text += check_teacher(found["auc"], eval_set.val.labels, args.allow_weak_teacher, "by k-NN ")
+        scores = source.described["knn"] = neighbours(*source.model)
+        text += f", k-NN accuracy {scores['accuracy']:.4f} on val of {neighbours.splits.name}"
+        text += check_teacher(scores["auc"], neighbours.splits.val.labels, allow_weak, "by k-NN ")
     if "val" in source.described or "knn" in source.described:
         return text
-    why = (
-        "logits of a trained head are not stored"
-        if source.model is None
-        else "it has no head for these classes, --eval-dataset judges it by k-NN"
-    )
+    why = "it has no head for these classes, --eval-dataset judges it by k-NN"
+    if source.model is None:
+        why = "logits of a trained head are not stored"
     return f"{text}; it is not judged: {why}"
 
 
-def check_teacher(auc, labels, allow_weak, how=""):
-    """Refuse a teacher whose AUC on val is that of guessing; returns words for the log.
+def check_teacher(auc: float | None, labels: np.ndarray, allow_weak: bool, how: str = "") -> str:
+    """Refuse a teacher whose AUC on val is that of guessing; returns words for the log.  Raises UserError.
 
     Not by accuracy: under imbalance a teacher that ranks well may name one class alone.
     """
@@ -261,8 +346,70 @@ def check_teacher(auc, labels, allow_weak, how=""):
     figure = f"guessing gives up to {chance:.4f}"
     figure = "no AUC, its outputs are not finite" if auc is None else f"AUC {auc:.4f}, {figure}"
     if (auc is None or auc < chance) and not allow_weak:
-        raise cli.UserError(
+        raise UserError(
             f"the teacher is {how}no better than chance on val ({figure}): wrong checkpoint, "
             "classes or preprocessing? --allow-weak-teacher goes on"
         )
     return f", {how}{figure}"
+
+
+def chance_auc(labels: np.ndarray) -> float:
+    """The AUC that guesses on `labels` (N,) stay below: 0.5 and two standard deviations; infinity for one class alone.
+
+    Of guesses the AUC of n1 against n0 has the variance (n1 + n0 + 1) / (12 n1 n0), Mann and Whitney 1947.  The mean
+    over classes deviates by the mean of their deviations at most, however their scores depend on each other.
+    """
+    counts = np.unique(labels, return_counts=True)[1].astype(float)
+    others = len(labels) - counts
+    return math.inf if len(counts) < 2 else 0.5 + 2 * float(np.sqrt((len(labels) + 1) / (12 * counts * others)).mean())
+
+
+@torch.no_grad()
+def distillation_loss(
+    model: nn.Module,
+    criterion: DistillationLoss,
+    targets: Callable,
+    loader: Loader,
+    preprocess: Preprocess,
+    precision: Precision,
+) -> float:
+    """Mean loss of a split's plain images without its cross-entropy: what a run without labels is judged by.
+
+    A last batch of one image is left out where the loss compares images.  criterion: its projectors have no average
+    under --ema; targets: of the teacher, for batches of this split.
+    """
+    was_training, total, count = model.training, 0.0, 0
+    model.eval(), criterion.eval()
+    broadcast(model.buffers())
+    for number, batch in enumerate(loader.batches(), 1):
+        if number <= len(loader) // world_size():  # as many in each process
+            stops.check()
+        with precision.autocast():
+            out = model(preprocess.plain(batch))
+        valid = batch["valid"]
+        if valid == 1 and criterion.compares:
+            continue
+        loss = criterion(*(_first(side, valid) for side in (out, targets(batch), batch["targets"])), ce=False)
+        total, count = total + loss * valid, count + valid
+    model.train(was_training), criterion.train()
+    parts = gather_objects((float(total), count))
+    stops.check()
+    return sum(part[0] for part in parts) / sum(part[1] for part in parts)
+
+
+def _first(outputs: dict, count: int) -> dict:
+    """The first `count` samples of a model's output."""
+    return {k: _first(v, count) if isinstance(v, dict) else v[:count] for k, v in outputs.items()}
+
+
+def several_views(batch: dict, count: int) -> dict:
+    """A training batch `count` times over, crop after crop: of view v the views count * (v - 1) + 1 to count * v."""
+    if count == 1:
+        return batch
+    views = torch.cat([count * (batch["view"] - 1) + 1 + g for g in range(count)])
+    repeated = {key: torch.cat([batch[key]] * count) for key in ("index", "key", "size", "image")}
+    targets = {
+        key: {task: torch.cat([labels] * count) for task, labels in batch[key].items()}
+        for key in ("targets", "batch_targets")
+    }
+    return {**batch, **repeated, **targets, "view": views}

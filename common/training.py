@@ -1,95 +1,59 @@
-"""What the training scripts call beside the optimizer: interrupts, device, precision, checkpoints, the run's record.
+"""What trains and judges a model: device, precision, input, optimizer and schedule, predictions, the results of a run.
 
-Needs augment.py, cli.py, distributed.py, images.py, metrics.py and models.py of `common` (image_text.py and
-multimodal.py too for models
-of images and texts) and torch.  The epoch loop itself stands in each script.
+Needs augment.py, data.py, loader.py, metrics.py, models.py and run.py of `common`, torch and numpy (image_text.py and
+multimodal.py for models of images and texts, distributed.py for several processes).  The epoch loop itself stands in
+each script.
 """
 
-import argparse
 import contextlib
 import copy
-import hashlib
+import math
 import os
-import re
 import resource
-import shlex
-import shutil
-import signal
 import sys
-import threading
 import time
-import warnings
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
-from tqdm import tqdm
+import torch.distributed as dist
+from torch import nn
 
-from common import distributed
-from common.augment import normalize
-from common.cli import UserError, atomic_write, environment, stops
-from common.images import TASK, tasks_of
-from common.metrics import better
-from common.models import build_model, load_weights
+from common import metrics
+from common.augment import Augmenter, Policy, normalize
+from common.data import TASK, DatasetInfo, Splits, logits_name, tasks_of
+from common.loader import Loader
+from common.models import build_model, multiply_adds
+from common.run import (
+    CHECKPOINT,
+    Recorder,
+    UserError,
+    atomic_write,
+    distributed,
+    file_sha256,
+    gather_objects,
+    launched_processes,
+    load_checkpoint,
+    load_tensors,
+    optional,
+    read_json,
+    stops,
+    world_size,
+    write_array,
+    write_json,
+)
 
-# torch's loader says so on stderr before it refuses the file
-warnings.filterwarnings("ignore", message="Detected pickle protocol")
-
-
-class Interrupted(Exception):
-    """Raised between steps after a signal; `exit_code` as in Interrupts."""
-
-    def __init__(self, message, exit_code):
-        super().__init__(message)
-        self.exit_code = exit_code
-
-
-class Interrupts:
-    """Stops in the training loop: a signal is noted, and the loop asks after each step, so that it can save.
-
-    A second Ctrl-C stops at once, as does a step that takes far longer than those before it: another process or a disk
-    does not answer.  Several processes stop at the same step, one step after any of them was told to.
-    """
-
-    def __init__(self):
-        self.requested, self.agreement, self.saving = 0, distributed.Agreement(), False
-        self.checked, self.slowest, stops.defer = time.monotonic(), 0.0, None
-
-    def begin(self):
-        """From here on signals wait for the end of a step."""
-        self.checked, self.slowest = time.monotonic(), 0.0
-        stops.defer = self._note
-
-    def end(self):
-        """All is saved: from here on signals end the script at once."""
-        stops.defer = None
-        if self.requested:
-            stops.end(self.requested)
-
-    def _note(self, number):  # in the thread that hears signals
-        if number == signal.SIGINT == self.requested:
-            stops.end(number)
-        self.requested = number
-        timer = threading.Timer(3 + 2 * self.slowest, lambda: self.saving or stops.end(number))
-        timer.daemon = True
-        timer.start()
-
-    def check(self):
-        """Raise Interrupted where a stop was asked for; called equally often by all processes."""
-        if stops.defer:
-            now = time.monotonic()
-            self.slowest, self.checked = max(0.97 * self.slowest, now - self.checked), now  # forgets a slow start
-        number = self.agreement(int(self.requested))
-        if number:
-            self.saving = True
-            raise Interrupted(f"interrupted by {signal.Signals(number).name}", stops.CODES[number])
+CHECK_EVERY = 50  # steps between looks at the device for a loss that is not finite
 
 
-# ------------------------------------------------------------------------------------------------ device and precision
+# ----------------------------------------------------------------------------------- device, precision and processes
 
 
-def select_device(name):
+def select_device(name: str) -> torch.device:
     """auto, cpu, cuda, cuda:N, mps -> torch.device that is there; joins the other processes.  Raises UserError."""
-    processes = distributed.environment()
+    processes = launched_processes()
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name == "cuda" and processes.size > 1 and torch.cuda.device_count() > 1:  # else srun shows each its own
@@ -102,18 +66,12 @@ def select_device(name):
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
-    try:
-        distributed.start(device)
-    except (RuntimeError, ValueError) as error:
-        raise UserError(str(error)) from None
+    if processes.size > 1:
+        distributed().join_processes(device)
     return device
 
 
-def device_name(device):
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def peak_memory_mb(device):
+def peak_memory_mb(device: torch.device) -> float:
     """Peak memory since the start: the GPU's, else the process's resident set."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
@@ -125,7 +83,7 @@ class Precision:
     """Mixed precision: `with precision.autocast():` around forward passes, `precision.scaler` around fp16's
     gradients."""
 
-    def __init__(self, amp, device):
+    def __init__(self, amp: str, device: torch.device):
         if amp == "auto":
             amp = "off"
             if device.type == "cuda":
@@ -142,13 +100,26 @@ class Precision:
         return torch.autocast(self.device.type, self.dtype)
 
 
-def use_compile(choice, device):
-    return choice == "on" or (choice == "auto" and device.type == "cuda")
+def place(model: nn.Module, device: torch.device, compile: str = "off") -> None:
+    """Move a model to the device, for convolutions over channels-last images, and compile it (auto: on a GPU)."""
+    model.to(device).to(memory_format=torch.channels_last)
+    if compile == "on" or (compile == "auto" and device.type == "cuda"):
+        model.compile()
+
+
+def broadcast(tensors: Iterable[torch.Tensor]) -> None:
+    """Overwrite these tensors with rank 0's."""
+    if world_size() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, 0)
+
+
+# -------------------------------------------------------------------------------------------- a model and its input
 
 
 @dataclass
 class Preprocess:
-    """A model's own input: side in pixels, mean and std, and, of a model that reads texts, its tokenizer.
+    """A model's own input: side in pixels, mean and std, and, of a model that reads texts, its tokens.
 
     `preprocess(pixels)`: (B, 3, R, R) in 0..1 -> normalized; `preprocess.inputs(batch, pixels)` -> what the model
     takes.
@@ -157,18 +128,21 @@ class Preprocess:
     resolution: int
     mean: list
     std: list
-    tokenizer: object = None  # of transformers; the model's own, so it is not kept with the other values
-    max_length: int = None  # tokens to which texts are cut
     source: str = "the checkpoint"  # whose mean and std these are
+    crop_mode: str = "squash"  # of the plain image, see augment.Policy; of checkpoints that do not say it
 
     @classmethod
-    def of_new(cls, model, resolution, dataset, info):
-        """Of a model that is no checkpoint's: what its weights expect, else what suits the dataset (name and info)."""
-        if model.mean:
-            return cls(resolution, model.mean, model.std, source=f"the weights of {model.name}").reads(model)
-        assumed = getattr(model, "known_classes", None) is not None
-        source = dataset + (f", assumed: with the weights of {model.name} come no mean and std" if assumed else "")
-        return cls(resolution, info.mean, info.std, source=source).reads(model)
+    def for_model(cls, model, resolution: int, dataset: str, info: DatasetInfo, crop_mode: str = "center"):
+        """For a model that comes from no checkpoint: what its weights expect, else what suits the dataset."""
+        mean, std, source = model.mean, model.std, f"the weights of {model.name}"
+        if not mean:
+            assumed = f", assumed: the weights of {model.name} come without mean and std"
+            mean, std, source = (
+                info.mean,
+                info.std,
+                dataset + ("" if getattr(model, "known_classes", None) is None else assumed),
+            )
+        return cls(resolution, mean, std, source, crop_mode).reads(model)
 
     def __str__(self):
         mean, std = (" ".join(f"{v:.4g}" for v in values) for values in (self.mean, self.std))
@@ -176,139 +150,47 @@ class Preprocess:
 
     def __post_init__(self):
         self.mean, self.std = [float(v) for v in self.mean], [float(v) for v in self.std]
-        self._tensors, self._tokens = None, {}
+        self._tensors, self.tokens = None, None
 
-    def reads(self, model):
+    def reads(self, model: nn.Module):
         """Take the tokenizer of a model that reads texts."""
-        self.tokenizer, self.max_length = getattr(model, "tokenizer", None), getattr(model, "max_length", None)
+        if getattr(model, "tokenizer", None) is not None:
+            image_text = optional("common.image_text", "a model of images and texts")
+            self.tokens = image_text.TokenBatches(model.tokenizer, model.max_length)
         return self
 
-    def prepare(self, *datasets):
-        """Tokenize the texts of these datasets, once."""
-        if self.tokenizer is None:
-            return
-        from common.image_text import tokenize
+    def prepare(self, *datasets) -> None:
+        """Tokenize the texts of these datasets, once.  Raises UserError where they have none."""
+        for dataset in datasets if self.tokens else ():
+            self.tokens.prepare(dataset)
 
-        for dataset in datasets:
-            if not hasattr(dataset, "texts"):
-                raise UserError(
-                    "a model of images and texts was given images without texts: its datasets are medpix and image_text"
-                )
-            if id(dataset) not in self._tokens:
-                self._tokens[id(dataset)] = dataset, tokenize(dataset.texts, self.tokenizer, self.max_length)
-
-    def inputs(self, batch, pixels):
+    def inputs(self, batch: dict, pixels: torch.Tensor) -> dict:
         """{"image": (B, 3, R, R)}, and {"input_ids", "attention_mask": (B, L)} for a model that reads texts."""
-        if self.tokenizer is None:
-            return {"image": self(pixels)}
-        from common.image_text import token_batch
+        return {"image": self(pixels), **(self.tokens(batch, pixels.device) if self.tokens else {})}
 
-        self.prepare(batch["dataset"])
-        return {
-            "image": self(pixels),
-            **token_batch(self._tokens[id(batch["dataset"])][1], batch["index"], pixels.device),
-        }
-
-    def __call__(self, pixels):
+    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
         if self._tensors is None or self._tensors[0].device != pixels.device:
             self._tensors = [torch.tensor(v, device=pixels.device) for v in (self.mean, self.std)]
         return normalize(pixels, *self._tensors).contiguous(memory_format=torch.channels_last)
 
-    def to_dict(self):
-        return {"resolution": self.resolution, "mean": self.mean, "std": self.std}
+    def plain(self, batch: dict) -> dict:
+        """The model's input from a raw batch without augmentation."""
+        return self.inputs(batch, Augmenter(Policy(crop_mode=self.crop_mode), 0)(batch, self.resolution))
+
+    def to_dict(self) -> dict:
+        """What a checkpoint keeps."""
+        return {"resolution": self.resolution, "mean": self.mean, "std": self.std, "crop_mode": self.crop_mode}
 
 
-# --------------------------------------------------------------------------------------------------------- checkpoints
-
-
-def random_state():
-    """Of torch's generators, which dropout draws from; order and augmentation need none."""
-    state = {"torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state_all()
-    return state
-
-
-def set_random_state(state):
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
-
-
-def save_checkpoint(path, content, also=()):
-    """torch.save to a file beside, then rename; `also`: further paths that get the same file (hard links)."""
-    try:
-        with atomic_write(path) as temporary:
-            with open(temporary, "wb") as file:
-                torch.save(content, file)
-            for other in also:
-                with atomic_write(other) as second:
-                    os.remove(second)
-                    try:
-                        os.link(temporary, second)
-                    except OSError:  # a file system without links
-                        shutil.copyfile(temporary, second)
-    except RuntimeError as error:  # torch's writer hides the disk's error
-        if "DataLoader worker" in str(error):  # raised wherever the main process is when one is killed
-            raise
-        raise UserError(f"cannot write {path}: {error.__cause__ or error.__context__ or error}") from None
-
-
-# what every script needs of one
-CHECKPOINT = {
-    "kind": str,
-    "model": dict,
-    "model_args": dict,
-    "classes": (list, dict),
-    "preprocess": dict,
-    "flags": dict,
-}
-
-
-def load_tensors(path):
-    """What a .pth or .safetensors file holds, on the CPU; nothing in it is run.  Raises UserError."""
-    if not os.path.isfile(path):
-        raise UserError(f"{path}: no such file")
-    with open(path, "rb") as file:
-        start = file.read(24)
-    if start.isascii() and min(start, default=9) >= 9:
-        what = f"begins with the text {start.decode()!r}" if start else "is empty"
-        raise UserError(f"{path} {what}: it is damaged or was not downloaded")
-    torch.serialization.add_safe_globals([argparse.Namespace])  # a plain holder of values that many scripts save
-    try:
-        if start[8:9] == b"{":  # whatever the file's name
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        return torch.load(path, weights_only=True, map_location="cpu")
-    except Exception as error:  # each format has its own kinds
-        text = str(error)
-        refused, reason = re.search(r"GLOBAL (\S+)", text), re.search(r"WeightsUnpickler error:\s*(\S.*)", text)
-        if refused:
-            raise UserError(
-                f"{path} holds a {refused[1]}, and loading that could run code: save its tensors alone, "
-                "torch.save(model.state_dict(), FILE)"
-            ) from None
-        reason = reason[1] if reason else [*text.strip().splitlines(), type(error).__name__][0]
-        raise UserError(f"{path} is damaged: {reason[:160]}") from None
-
-
-def load_checkpoint(path):
-    """A checkpoint of these scripts as a dict, on the CPU, loaded safely.  Raises UserError."""
-    checkpoint = load_tensors(path)
-    known = isinstance(checkpoint, dict) and all(isinstance(checkpoint.get(k), kind) for k, kind in CHECKPOINT.items())
-    if not known or not {"dataset", "data_root"} <= checkpoint["flags"].keys():
-        raise UserError(f"{path} is no checkpoint of these scripts; foreign weights go to --weights FILE")
-    return checkpoint
-
-
-def load_model(checkpoint, device="cpu", resolution=None, path="the checkpoint"):
+def load_model(
+    checkpoint: dict, device="cpu", resolution: int | None = None, path: str = "the checkpoint"
+) -> tuple[nn.Module, Preprocess]:
     """(model in eval mode, Preprocess) from a checkpoint alone; no hub is asked.  Raises UserError, ModelError."""
     if checkpoint["kind"] not in ("image", "image_text"):
         raise UserError(f"{path} is of the unknown kind {checkpoint['kind']!r}")
     build = build_model
     if checkpoint["kind"] == "image_text":
-        from common.multimodal import build_image_text_model as build
+        build = optional("common.multimodal", path).build_image_text_model
     try:
         model, preprocess = build(**checkpoint["model_args"]), Preprocess(**checkpoint["preprocess"])
     except TypeError as error:
@@ -317,7 +199,8 @@ def load_model(checkpoint, device="cpu", resolution=None, path="the checkpoint")
         model.load_state_dict(checkpoint["model"], strict=True)
     except RuntimeError as error:
         raise UserError(
-            f"{path} does not fit its own architecture {model.name}: {str(error).splitlines()[-1].strip()[:160]}"
+            f"{path} does not fit its architecture {model.name}, so it is damaged or an older version of these scripts "
+            f"wrote it: {str(error).splitlines()[-1].strip()[:160]}"
         ) from None
     preprocess.reads(model)
     if resolution and resolution != preprocess.resolution:
@@ -326,71 +209,60 @@ def load_model(checkpoint, device="cpu", resolution=None, path="the checkpoint")
     return model.to(device).to(memory_format=torch.channels_last).eval(), preprocess
 
 
-def start_model(args, classes, resolution, texts=None):
-    """(new model on the CPU, line for the log or None) by --model and the flags beside it, from the weights of --seed.
-
-    classes: a list, or {task: list} for a model of images and texts; texts: those of train.
-    """
-    torch.manual_seed(args.seed)
+def model_starter(classes: list | dict) -> Callable:
+    """What makes the new model for these classes: `start_model`, for images with texts that of multimodal.py."""
     if isinstance(classes, dict):
-        from common.multimodal import build_image_text_model
-
-        for name, given in (
-            ("--weights", args.weights),
-            ("--init-checkpoint", args.init_checkpoint),
-            ("--patch-size", args.patch_size),
-        ):
-            if given:
-                raise UserError(f"{name} is for image models alone, not for images with texts")
-        model = build_image_text_model(
-            args.image_model or args.model,
-            args.text_model,
-            {task: len(names) for task, names in classes.items()},
-            resolution,
-            args.fusion,
-            args.fusion_layers,
-            args.fusion_dim,
-            args.pretrained,
-            inputs=args.inputs,
-            texts=texts,
-            max_length=args.max_length,
-            text_pooling=args.text_pooling,
-        )
-        model.set_dropout(args.dropout)
-        if args.freeze_backbone or args.freeze:
-            model.freeze_backbone(("image", "text") if args.freeze_backbone else args.freeze)
-        return model, None
-    if args.freeze or args.image_model:
-        raise UserError(
-            f"--{'freeze' if args.freeze else 'image-model'} is for images with texts (--dataset medpix, image_text)"
-        )
-    model = build_model(
-        args.model,
-        len(classes),
-        resolution,
-        args.patch_size,
-        args.pretrained,
-        dynamic=bool(getattr(args, "local_crops", 0)),
-    )
-    note = start_weights(model, args.weights, args.init_checkpoint)
-    model.set_dropout(args.dropout)
-    if args.freeze_backbone:
-        model.freeze_backbone()
-    return model, note
+        return optional("common.multimodal", "a model of images and texts").start_model
+    return start_model
 
 
-def start_weights(model, weights=None, init_checkpoint=None, flag="--weights"):
+def start_model(
+    classes: list,
+    resolution: int,
+    texts: list | None = None,
+    *,
+    model: str,
+    seed: int,
+    patch_size: int | None = None,
+    pretrained: bool = False,
+    weights: str | None = None,
+    init_checkpoint: str | None = None,
+    freeze_backbone: bool = False,
+    dropout: float = 0.0,
+    local_crops: int = 0,
+    freeze: list | None = None,
+    image_model: str | None = None,
+) -> tuple[nn.Module, str | None]:
+    """(new model on the CPU, line for the log or None), from the weights of the seed; keywords are the flags.
+
+    texts: for models that read them alone.  Raises UserError, ModelError.
+    """
+    if freeze or image_model:
+        flag = "--freeze" if freeze else "--image-model"
+        raise UserError(f"{flag} is for images with texts (--dataset medpix, image_text)")
+    torch.manual_seed(seed)
+    new = build_model(model, len(classes), resolution, patch_size, pretrained, dynamic=bool(local_crops))
+    note = start_weights(new, weights, init_checkpoint)
+    new.set_dropout(dropout)
+    if freeze_backbone:
+        new.freeze_backbone()
+    return new, note
+
+
+def start_weights(
+    model: nn.Module, weights: str | None = None, init_checkpoint: str | None = None, flag: str = "--weights"
+) -> str | None:
     """Load --weights FILE or --init-checkpoint FILE into a new model; returns a line for the log, or None; flag: for
     messages."""
     if weights and init_checkpoint:
-        raise UserError("--weights and --init-checkpoint contradict each other: give one of them")
+        raise UserError("--weights and --init-checkpoint cannot be combined: give one of them")
     path = weights or init_checkpoint
     if path:
         try:
             state = load_checkpoint(path) if init_checkpoint else load_tensors(path)
         except UserError as error:
             raise UserError(f"{'--init-checkpoint' if init_checkpoint else flag} {error}") from None
-        taken = load_weights(model, state, path)
+        taken = optional("common.weights", flag if weights else "--init-checkpoint").load_weights(model, state, path)
         if CHECKPOINT.keys() <= state.keys():  # of these scripts
             model.mean, model.std = state["preprocess"]["mean"], state["preprocess"]["std"]
     elif model.known_classes is None:
@@ -402,7 +274,7 @@ def start_weights(model, weights=None, init_checkpoint=None, flag="--weights"):
     return f"weights of {taken}" + (new if wanted not in (0, known) else "")
 
 
-def need_head(model, classes, weights):
+def need_head(model: nn.Module, classes: list, weights: str | None) -> None:
     """Refuse a model by name whose logits are those of a new head; weights: the file, or None.  Raises UserError."""
     known = model.known_classes
     if known != len(classes):
@@ -413,7 +285,7 @@ def need_head(model, classes, weights):
         )
 
 
-def check_normalization(model, resolution, rows):
+def check_normalization(model: nn.Module, resolution: int, rows: int) -> None:
     """Refuse one image a step where a layer normalizes over the batch and would have one value.  Raises UserError.
 
     model: on the CPU; resolution: its input side in pixels; rows: images that go through it together.
@@ -428,256 +300,533 @@ def check_normalization(model, resolution, rows):
             raise
         raise UserError(
             f"BatchNorm of {model.name} needs two images at once at {resolution} px and gets one: take a larger "
-            "--batch-size, "
-            "fewer --accumulation-steps or fewer processes"
+            "--batch-size, fewer "
+            " --accumulation-steps or fewer processes"
         ) from None
 
 
-def file_sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.sha256(file.read()).hexdigest()
+# --------------------------------------------------------------------------------------------- optimizer and schedule
 
 
-def class_difference(before, now):
-    """How the data's classes (lists, or {task: list}) differ from a checkpoint's, in words, or None."""
-    old, new = (
-        [c if t == TASK else f"{c} ({t})" for t, names in tasks_of(of).items() for c in names] for of in (before, now)
-    )
-    changes = ("lack", [c for c in old if c not in new]), ("also have", [c for c in new if c not in old])
-    parts = [f"{verb} {', '.join(map(repr, names[:5]))}" for verb, names in changes if names]
-    if old != new:
-        return "the classes " + (" and ".join(parts) or f"are in the order {new[:10]}, not {old[:10]}")
+class NonFiniteLoss(Exception):
+    """The loss overflowed or became NaN: a fault of the run, not of the command line."""
+
+    exit_code = 1
 
 
-# ---------------------------------------------------------------------------------------------------- the run's record
+def make_optimizer(
+    model: nn.Module,
+    projectors: nn.Module | None = None,
+    *,
+    optimizer: str,
+    lr: float | None = None,
+    weight_decay: float | None = None,
+    momentum: float = 0.9,
+    nesterov: bool = False,
+    projector_weight_decay: float = 0.0,
+    backbone_lr: float | None = None,
+) -> torch.optim.Optimizer:
+    """Optimizer of the parameters, without decay on norms, biases, class tokens and positions; keywords are the flags.
+
+    projectors: of the loss, with a decay of their own; lr: None is 0.02 for sgd, 0.001 for adam and adamw;
+    weight_decay: None is 5e-4 for sgd, 0.05 for adamw, 0 for adam; backbone_lr: for the model's `backbones()`.  Raises
+    UserError.
+    """
+    if nesterov and (optimizer != "sgd" or momentum == 0):
+        other = f"--optimizer {optimizer}" if optimizer != "sgd" else "--momentum 0"
+        raise UserError(f"--nesterov and {other} cannot be combined: it is a kind of momentum of sgd")
+    if backbone_lr is not None and not hasattr(model, "backbones"):
+        raise UserError("--backbone-lr is for image + text models")
+    if lr is None:
+        lr = 0.02 if optimizer == "sgd" else 1e-3
+    if weight_decay is None:
+        weight_decay = {"sgd": 5e-4, "adamw": 0.05, "adam": 0.0}[optimizer]
+    scales = {}  # parameter of a backbone: its share of the rate
+    if backbone_lr is not None:
+        scales = {p: backbone_lr / lr for side in model.backbones().values() for p in side.parameters()}
+    groups = {}  # (decay, share of the rate): parameters
+    for module, decay in ((model, weight_decay), (projectors or nn.Module(), projector_weight_decay)):
+        undecayed = set()
+        for prefix, child in module.named_modules():
+            if hasattr(child, "no_weight_decay"):
+                undecayed |= {f"{prefix}.{name}" if prefix else name for name in child.no_weight_decay()}
+        for name, p in module.named_parameters():
+            if p.requires_grad:
+                kind = (0.0 if p.ndim <= 1 or name in undecayed else decay, scales.get(p, 1.0))
+                groups.setdefault(kind, []).append(p)
+    groups = [{"params": params, "weight_decay": decay, "scale": scale} for (decay, scale), params in groups.items()]
+    fused = groups[0]["params"][0].device.type in ("cuda", "cpu")
+    if optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov, fused=fused)
+    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[optimizer](groups, lr=lr, fused=fused)
 
 
-class Meter:
-    """Sums of an epoch's batch means in this process, kept on the device until they are read.
+class Schedule:
+    """Learning rate by step: linear warm-up, then cosine to 0, multistep, plateau or constant; keywords are the flags.
 
-    A mean of nothing (NaN: the accuracy of a batch without labels) is left out.
+    peak: the optimizer's learning rate.  Raises UserError.
     """
 
-    def __init__(self):
-        self.names, self.total = [], torch.zeros(())  # (2, K): sums and counts
+    def __init__(
+        self,
+        peak: float,
+        steps_per_epoch: int,
+        *,
+        schedule: str,
+        epochs: int,
+        warmup_epochs: float = 0.0,
+        milestones: list | None = None,
+        gamma: float = 0.1,
+        plateau_patience: int = 5,
+    ):
+        if warmup_epochs > epochs:
+            raise UserError(f"--warmup-epochs {warmup_epochs} is longer than --epochs {epochs}")
+        if milestones and schedule != "multistep":
+            raise UserError(f"--milestones and --schedule {schedule} cannot be combined")
+        if schedule == "multistep" and not milestones:
+            raise UserError("--schedule multistep needs --milestones EPOCH ...")
+        self.kind, self.peak, self.gamma, self.patience = schedule, peak, gamma, plateau_patience
+        self.total, self.warmup = epochs * steps_per_epoch, warmup_epochs * steps_per_epoch
+        self.milestones = [m * steps_per_epoch for m in milestones or []]
+        self.factor, self.waited = 1.0, 0  # of plateau
 
-    def add(self, **values):
-        """Scalars on the device, the same names each time."""
-        self.names = list(values)
-        values = torch.stack([value.detach().float() for value in values.values()])
-        there = ~values.isnan()
-        self.total = self.total + torch.stack([torch.where(there, values, 0.0), there.float()])
+    def __call__(self, step: int) -> float:
+        """The rate of step number `step`, from 0."""
+        if step < self.warmup:
+            return self.peak * (step + 1) / (self.warmup + 1)
+        if self.kind == "cosine":
+            return self.peak * 0.5 * (1 + math.cos(math.pi * (step - self.warmup) / max(1, self.total - self.warmup)))
+        if self.kind == "multistep":
+            return self.peak * self.gamma ** sum(step >= m for m in self.milestones)
+        return self.peak * self.factor
 
-    def means(self):
-        return dict(zip(self.names, (self.total[0] / self.total[1]).tolist())) if self.names else {}
+    def end_epoch(self, gain: bool) -> None:
+        """plateau: lower the rate after `patience` epochs without gain on val."""
+        self.waited = 0 if gain else self.waited + 1
+        if self.kind == "plateau" and self.waited >= self.patience:
+            self.factor, self.waited = self.factor * self.gamma, 0
 
-    def state_dict(self):
-        return {"names": self.names, "total": self.total.cpu()}
+    def state_dict(self) -> dict:
+        return {"factor": self.factor, "waited": self.waited}
 
-    def load_state_dict(self, state, device):
-        self.names, self.total = state["names"], state["total"].to(device)
+    def load_state_dict(self, state: dict) -> None:
+        self.factor, self.waited = state["factor"], state["waited"]
 
 
-class Recorder:
-    """Where a run stands and what it leaves: position, best epoch, rows, checkpoints, the way back.
+class Updater:
+    """One optimizer step: rate, backward, clipping, step, average of the weights, and an eye on the loss.
 
-    run: cli.RunFolder; updater: optimizer.Updater; content: the checkpoint's constant part (role, classes, preprocess,
-    augment, flags, metadata of the teacher); loss: a module with projectors, or None; patience: epochs without gain
-    in `metric` on val after which it stops, 0 is off.
+    module: what the forward pass goes through, as `parallel`, if it is not the model; among several processes under
+    DDP, which averages the gradients in a step's last call; unused: whether some parameters get no gradient.  Keywords
+    are the flags; accumulation_steps: calls that make one step, each with a part of the batch.
+
+    The number of the first step whose loss was not finite stays on the device and is read every 50 steps and before
+    anything is saved, so that no step waits for the device.
     """
 
-    def __init__(self, run, updater, interrupts, *, epochs, metric, patience, save_every, content, loss=None):
-        self.run, self.updater, self.interrupts, self.loss = run, updater, interrupts, loss
-        self.epochs_wanted, self.metric, self.patience, self.save_every = epochs, metric, patience, save_every
-        self.content, self.meter = content, Meter()
-        self.epoch, self.step = 1, 0  # `step` batches of `epoch` are done
-        self.best, self.best_epoch, self.last_gain, self.stopped_early = None, 0, 0, False
-        self.started, self.seconds_before = time.time(), 0.0
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        schedule: Schedule,
+        precision: Precision,
+        module: nn.Module | None = None,
+        unused: bool = False,
+        *,
+        clip_grad: float = 0.0,
+        ema: float = 0.0,
+        accumulation_steps: int = 1,
+    ):
+        self.model, self.optimizer, self.schedule, self.precision = model, optimizer, schedule, precision
+        self.clip_grad, self.accumulate, self.calls = clip_grad, accumulation_steps, 0
+        self.steps, self.lr = 0, schedule(0)
+        self.parallel = module or model
+        if world_size() > 1:
+            self.parallel = distributed().data_parallel(self.parallel, precision.device, unused)
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.first_bad = torch.full((), 2**31 - 1, dtype=torch.int32, device=self.parameters[0].device)
+        self.average = None
+        if ema:
+            from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-    def open(self, args):
-        """Lock the run folder and make it, or go on with what --resume names.  Raises UserError."""
-        self.run.lock()
-        if distributed.rank():
-            torch.manual_seed(args.seed + 1_000_003 * distributed.rank())  # of dropout's masks: others than rank 0's
-        saved = {"rows": 0, "log_bytes": 0}
-        if args.resume:
-            saved = load_checkpoint(self.run.path("latest.pth"))
-            self.check_resumed(saved)
-            self.restore(saved)
-            stops.hint = f": {self.again} continues"
-        self.interrupts.begin()
-        self.run.open(
-            vars(args), environment(device_name(self.updater.precision.device)), saved["rows"], saved["log_bytes"]
-        )
-
-    @property
-    def again(self):
-        """The command that resumes this run."""
-        return f"python {os.path.basename(sys.argv[0])} --resume {shlex.quote(self.run.folder)}"
-
-    def check_resumed(self, saved):
-        """Refuse to go on with other data than the checkpoint's, or to fewer epochs.  Raises UserError."""
-        if "data" not in saved:
-            raise UserError(
-                f"--resume {self.run.folder}: an earlier version of these scripts wrote it, start a new run"
-            )
-        begun = saved["epoch"] if saved["step"] else saved["epoch"] - 1
-        if self.epochs_wanted < begun:
-            raise UserError(
-                f"--epochs {self.epochs_wanted} beside --resume: {begun} epochs of {self.run.folder} are done or begun"
-            )
-        before, now = saved["data"], self.content["data"]
-        differ = class_difference(before["classes"], now["classes"])
-        for split, sha in before["sha256"].items() if not differ else ():
-            if sha != now["sha256"].get(split):
-                differ = (
-                    f"{split} had other images or labels ({before['sizes'][split]:,} then, "
-                    f"{now['sizes'].get(split, 0):,} now)"
-                )
-        if differ:
-            raise UserError(
-                f"--resume {self.run.folder} with other data: {differ}: bring them back, or start a new run"
-            )
+            self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema))
+        self._average_gradients()
 
     @property
-    def seconds(self):
-        """Wall time of the run, earlier processes included."""
-        return self.seconds_before + time.time() - self.started
+    def evaluated_model(self) -> nn.Module:
+        """The weights that are judged and kept: the average where there is one."""
+        return self.model if self.average is None else self.average.module
 
-    def epochs(self):
-        """The epochs that are left."""
-        while self.epoch <= self.epochs_wanted and not self.stopped_early:
-            yield self.epoch
-        self.interrupts.end()
+    def _average_gradients(self):
+        """DDP averages in the forward and backward pass that completes a step, and only there."""
+        if hasattr(self.parallel, "require_backward_grad_sync"):
+            self.parallel.require_backward_grad_sync = (self.calls + 1) % self.accumulate == 0
 
-    def batches(self, loader):
-        """The batches that are left of this epoch, with a progress bar on a terminal; stops after a signal."""
-        self.epoch_started, self.images = time.time(), 0
-        bar = tqdm(
-            loader.batches(self.epoch, self.step),
-            total=(len(loader) - self.step) * loader.accumulate,
-            unit="batch",
-            leave=False,
-            desc=f"epoch {self.epoch}/{self.epochs_wanted}",
-            disable=distributed.rank() > 0 or not sys.stderr.isatty(),
-        )
-        for batch in bar:
-            yield batch
-            self.images += batch["valid"] * distributed.size()
-            if not batch["last_part"]:
-                continue
-            self.step += 1
-            if not bar.disable and self.step % 10 == 0:  # reads the device, so only now and then and for a person
-                rate = self.images / (time.time() - self.epoch_started)
-                shown = ", ".join(f"{name} {value:.3f}" for name, value in self.meter.means().items())
-                bar.set_postfix_str(f"{shown}, {rate:.0f} images/s")
-            self.interrupts.check()
-        self.meter.total = sum(distributed.gather(self.meter.total.cpu()))  # waits for the device
-        self.train_means = self.meter.means()
-        self.train_seconds = time.time() - self.epoch_started
+    def __call__(self, loss: torch.Tensor) -> None:
+        """Backward, and after `accumulate` calls the optimizer's step."""
+        step = torch.where(torch.isfinite(loss.detach()), 2**31 - 1, self.steps + 1)
+        self.first_bad = torch.minimum(self.first_bad, step.to(torch.int32))
+        self.precision.scaler.scale(loss / self.accumulate).backward()
+        self.calls += 1
+        self._average_gradients()
+        if self.calls % self.accumulate == 0:
+            self._step()
 
-    def end_epoch(self, values):
-        """Record an epoch: values {metric: number} on val; decides on best, plateau and early stop, and saves."""
-        if self.metric not in values:
-            raise UserError(f"--select-metric {self.metric} is none of {', '.join(values)}")
-        self.updater.check_finite()
-        gain = better(self.metric, values[self.metric], self.best)
-        if gain or not self.best_epoch:
-            self.best, self.last_gain = values[self.metric], self.epoch
-        if (
-            values[self.metric] == self.best or not self.best_epoch
-        ):  # of equal ones the later, which has learned for longer
-            self.best_epoch = self.epoch
-        self.updater.schedule.end_epoch(self.metric, values[self.metric])
-        self.stopped_early = bool(self.patience) and self.epoch - self.last_gain >= self.patience
-        row = {"epoch": self.epoch, "lr": self.updater.lr}
-        row.update({f"train_{name}": value for name, value in self.train_means.items()})
-        row.update({f"val_{name}": value for name, value in values.items()})
-        rate = self.images / max(self.train_seconds, 1e-9)
-        row.update(images_per_second=round(rate, 1), seconds=round(time.time() - self.epoch_started, 2))
-        self.run.add_row(row)
-        shown = dict.fromkeys(
-            [
-                "train_loss",
-                "train_accuracy",
-                "val_loss",
-                "val_accuracy",
-                f"val_{self.metric}",
-                "val_agreement",
-                "val_knn",
-                "val_teacher_knn",
-            ]
-        )
-        parts = [f"{name} {row[name]:.4f}" for name in shown if row.get(name) is not None]
-        mark = " *" if self.best_epoch == self.epoch else ""
-        self.run.log(
-            f"epoch {self.epoch}/{self.epochs_wanted}: lr {row['lr']:.4g}, {', '.join(parts)}, {rate:.0f} "
-            f"images/s{mark}"
-        )
-        if self.stopped_early:
-            self.run.log(f"stopped early: no gain in val {self.metric} for {self.patience} epochs")
-        epoch, self.epoch, self.step, self.meter = self.epoch, self.epoch + 1, 0, Meter()
-        names = ["best.pth"] if self.best_epoch == epoch else []
-        if self.save_every and epoch % self.save_every == 0:
-            names.append(f"epoch_{epoch}.pth")
-        self.save(*names)
+    def _step(self):
+        self.lr = self.schedule(self.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * group.get("scale", 1.0)
+        scaler = self.precision.scaler
+        if self.clip_grad:
+            scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.parameters, self.clip_grad)
+        scaler.step(self.optimizer)
+        scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.update_parameters(self.model)
+        self.steps += 1
+        if self.steps % CHECK_EVERY == 0:
+            self.check_finite()
 
-    def save(self, *names):
-        """Write latest.pth: plain tensors and built-in types, all that rebuilds and resumes. `names`: the same file."""
-        self.updater.check_finite()
-        updater = self.updater
-        processes = distributed.gather({"random": random_state(), "meter": self.meter.state_dict()})
-        if distributed.rank() > 0:
-            return distributed.barrier()  # rank 0 writes; who ends before it has would end it too
-        content = {
-            **self.content,
-            "kind": updater.model.kind,
-            "model": updater.evaluated_model.state_dict(),
-            "model_args": updater.model.build_args,
-            "raw_model": None if updater.average is None else updater.model.state_dict(),
-            "loss": None if self.loss is None else self.loss.state_dict(),
-            "updater": updater.state_dict(),
-            "processes": processes,
-            "epoch": self.epoch,
-            "step": self.step,
-            "metric": self.metric,
-            "best": self.best,
-            "best_epoch": self.best_epoch,
-            "last_gain": self.last_gain,
-            "stopped_early": self.stopped_early,
-            "seconds": self.seconds,
-            "rows": len(self.run.rows),
-            "log_bytes": self.run.log_bytes,
+    def check_finite(self) -> None:
+        """Raise NonFiniteLoss where the loss of a step was not finite."""
+        first = self.first_bad.clone()
+        if world_size() > 1:
+            dist.all_reduce(first, dist.ReduceOp.MIN)
+        first = first.item()
+        if first < 2**31 - 1:
+            lr = self.schedule(first - 1)
+            raise NonFiniteLoss(
+                f"the loss of step {first} is not finite (learning rate {lr:.3g}): lower --lr, or use --warmup-epochs, "
+                "--clip-grad or --amp off"
+            )
+
+    def state_dict(self) -> dict:
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "scaler": self.precision.scaler.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
+            "steps": self.steps,
         }
-        stopping, self.interrupts.saving = self.interrupts.saving, True  # a slow disk may take its time
-        save_checkpoint(self.run.path("latest.pth"), content, [self.run.path(name) for name in names])
-        self.interrupts.saving = stopping
-        stops.hint = f": {self.again} continues"
-        distributed.barrier()
 
-    def restore(self, checkpoint):
-        """Put a latest.pth back into freshly built parts."""
-        device = self.updater.parameters[0].device
-        self.updater.model.load_state_dict(checkpoint["raw_model"] or checkpoint["model"])
-        if self.loss is not None:
-            self.loss.load_state_dict(checkpoint["loss"])
-        self.updater.load_state_dict(checkpoint["updater"])
-        for name in ("epoch", "step", "best", "best_epoch", "last_gain", "stopped_early"):
-            setattr(self, name, checkpoint[name])
-        self.seconds_before = checkpoint["seconds"]
-        processes, rank = checkpoint["processes"], distributed.rank()
-        own = processes[rank if len(processes) == distributed.size() else 0]  # another number: about rank 0's figures
-        self.meter.load_state_dict(own["meter"], device)
-        if rank == 0 or len(processes) == distributed.size():
-            set_random_state(own["random"])
+    def load_state_dict(self, state: dict) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        if state["scaler"]:
+            self.precision.scaler.load_state_dict(state["scaler"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        self.steps = state["steps"]
+        self.lr = self.schedule(max(0, self.steps - 1))  # of the last step: an epoch may have no step left to set it
 
-    @contextlib.contextmanager
-    def saving_when_interrupted(self):
-        """Around the loop: a signal writes latest.pth and ends the script with the signal's exit code."""
-        try:
-            yield
-        except Interrupted as stop:
-            if self.epoch <= self.epochs_wanted and not self.stopped_early:
-                self.save()
-            text = f"{stop} in epoch {self.epoch} after step {self.step}: {self.again} continues"
-            raise Interrupted(text, stop.exit_code) from None
+
+# --------------------------------------------------------------------------------------------------------- predictions
+
+
+def predict_logits(model: nn.Module, loader: Loader, preprocess: Preprocess, precision: Precision) -> dict:
+    """{task: logits (N, C) float32 numpy} of a loader's samples on their plain images, the model in eval mode."""
+    names = {task: logits_name(task) for task in loader.dataset.targets}
+    outputs = model_outputs(model, loader, preprocess, precision, tuple(names.values()))
+    return {task: outputs[name] for task, name in names.items()}
+
+
+def model_outputs(
+    model: nn.Module,
+    loader: Loader,
+    preprocess: Preprocess,
+    precision: Precision,
+    names: tuple = ("logits", "embedding"),
+) -> dict:
+    """{name: (N, ...) float32 numpy}: the model's outputs on a loader's plain images, in eval mode, without
+    augmentation.
+
+    Several processes share the batches; each has the outputs of all.
+    """
+    was_training, parts, rows = model.training, [], []
+    model.eval()
+    broadcast(model.buffers())  # each process's BatchNorm has seen other images
+    with torch.no_grad():
+        for number, batch in enumerate(loader.batches(), 1):
+            with precision.autocast():
+                out = model(preprocess.plain(batch))
+            parts.append([out[name][: batch["valid"]].float() for name in names])
+            rows.append(batch["index"][: batch["valid"]])
+            if number <= len(loader) // world_size():  # as many in each process
+                stops.check()
+    model.train(was_training)
+    values = [torch.cat(part).cpu().numpy() for part in zip(*parts)]  # one array a name
+    gathered = [part for part in gather_objects((torch.cat(rows).numpy(), values) if rows else None) if part]
+    result = {}
+    for number, name in enumerate(names):
+        result[name] = np.empty((len(loader.dataset), *gathered[0][1][number].shape[1:]), np.float32)
+        for index, values in gathered:
+            result[name][index] = values[number]
+    stops.check()
+    return result
+
+
+def live_teacher(
+    teacher: nn.Module, preprocess: Preprocess, augment: Augmenter, precision: Precision
+) -> Callable[[dict], dict]:
+    """`targets(batch) -> dict`: the frozen teacher's outputs on its own input, made from the raw batch.
+
+    no_grad, not inference_mode: outputs of the latter cannot be saved for backward.
+    """
+    teacher.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def targets(batch):
+        with precision.autocast():
+            return teacher(preprocess.inputs(batch, augment(batch, preprocess.resolution)))
+
+    return targets
+
+
+def task_metrics(logits: dict, targets: dict, teacher: dict | None = None, positive: dict | None = None) -> dict:
+    """Metrics of {task: logits (N, C)} against {task: labels (N,)}, and fidelity to a teacher's logits {task: (N, C)}.
+
+    positive: {task: index} of the positive class of two (1).  Of several tasks <task>_<metric> for each, and <metric>,
+    their mean (None where one is).
+    """
+    scores = {}
+    for task, values in logits.items():
+        scores[task] = metrics.classification(values, targets[task], (positive or {}).get(task, 1))
+        if teacher is not None:
+            scores[task].update(metrics.fidelity(values, teacher[task], targets[task]))
+    if len(scores) == 1:
+        return scores[task]
+    means = {}
+    for name in scores[task]:
+        values = [row[name] for row in scores.values()]
+        means[name] = None if None in values else float(np.mean(values))
+    return {**means, **{f"{task}_{name}": value for task, row in scores.items() for name, value in row.items()}}
+
+
+def uncertainty(logits: dict, dataset, splits: Splits) -> dict:
+    """What stands beside a split's metrics: {"intervals": {metric: [low, high] or None}, "class_recalls": {class:
+    recall or None}}.
+
+    logits: {task: (N, C)}; splits: for classes and positive ones; of several tasks the keys are <task>_<metric> and
+    <task>_<class>.  The intervals are of 95 %, by resampling lesions, patients or cases where the dataset has groups,
+    else images.
+    """
+    result = {"intervals": {}, "class_recalls": {}}
+    for task, names in tasks_of(splits.classes).items():
+        values, labels, prefix = logits[task], dataset.targets[task], f"{task}_" if len(logits) > 1 else ""
+        chosen = (
+            metrics.RESAMPLED if len(names) <= 100 else metrics.RESAMPLED[:2]
+        )  # curves of 1000 classes take minutes
+        positive = splits.positive.get(task, 1)
+        intervals = metrics.bootstrap(values, labels, dataset.groups, names=chosen, positive=positive)
+        result["intervals"].update({prefix + name: interval for name, interval in intervals.items()})
+        recalls = metrics.class_recalls(values, labels)
+        result["class_recalls"].update({prefix + name: recall for name, recall in zip(names, recalls)})
+    return result
+
+
+def brackets(interval: list) -> str:
+    """[0.887, 0.917]"""
+    return f"[{interval[0]:.3f}, {interval[1]:.3f}]"
+
+
+def timed(run: Callable, device: torch.device, at_least: float = 1.0, most: int = 200) -> float:
+    """Median seconds of run(), after two warm-up calls; at_least: seconds of all calls together."""
+    seconds = []
+    while len(seconds) < 5 or len(seconds) < most and sum(seconds[2:]) < at_least:
+        start = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return float(np.median(seconds[2:]))
+
+
+def cost(model: nn.Module, resolution: int, batch_size: int, precision: Precision, at_least: float = 1.0) -> dict:
+    """Size and speed of a model: parameters, multiply-adds of one image, images/s at batch_size, latency at batch 1.
+
+    at_least: seconds of each of the two measurements.  A model that reads texts gets those of its max_length, the
+    longest.
+    """
+
+    def seconds(count):
+        batch = model.example(resolution, count)
+        batch["image"] = batch["image"].contiguous(memory_format=torch.channels_last)
+        with torch.no_grad(), precision.autocast():
+            return timed(lambda: model(batch), precision.device, at_least)
+
+    return {
+        "parameters": model.num_parameters,
+        "multiply_adds": multiply_adds(model, resolution),
+        "images_per_second": round(batch_size / seconds(batch_size), 1),
+        "latency_ms": round(1000 * seconds(1), 3),
+    }
+
+
+# ----------------------------------------------------------------------------------------------------- results of a run
+
+
+def run_content(role: str, splits: Splits, preprocess: Preprocess, policy: Policy, flags: dict, **more: Any) -> dict:
+    """The constant part of a run's checkpoints; see run.Recorder."""
+    return {
+        "role": role,
+        "classes": splits.classes,
+        "positive": splits.positive,
+        "preprocess": preprocess.to_dict(),
+        "data": splits.describe(),
+        "augment": policy.to_dict(),
+        "flags": flags,
+        **more,
+    }
+
+
+def start_lines(
+    model: nn.Module,
+    preprocess: Preprocess,
+    splits: Splits,
+    train: Loader,
+    precision: Precision,
+    weights_from: str | None = None,
+) -> list[str]:
+    """What the log says before the first epoch."""
+    size = f"{model.num_parameters:,} parameters, {preprocess.resolution} px"
+    lines = [
+        f"{model.name}: {size}, {precision.device}, {precision.name}",
+        f"normalization: {preprocess}",
+        f"{splits}, {train.cache_kind} cache",
+    ]
+    return lines + ([weights_from] if weights_from else [])
+
+
+def write_results(
+    recorder: Recorder,
+    splits: Splits,
+    loaders: dict[str, Loader],
+    preprocess: Preprocess,
+    *,
+    script: str,
+    teacher_logits: Callable | None = None,
+    judge: Callable | None = None,
+) -> None:
+    """Judge last and best weights on val and test, once, at the end; write results.json, predictions, confusions.
+
+    loaders: of "val" and "test"; teacher_logits: (split, loader) -> {task: (N, C)} or None; judge: (split, loader) ->
+    metrics of a student without logits, and so without predictions.  Intervals and recalls of the classes are of the
+    best weights alone.
+    """
+    run, model, precision = recorder.run, recorder.updater.model, recorder.updater.precision
+    results = {
+        "role": recorder.content["role"],
+        "script": script,
+        "method": recorder.content.get("method"),
+        **(read_json(run.path("config.json")) if run.writes else {}),
+        "dataset": splits.describe(),
+        "model": {
+            "name": model.name,
+            "family": model.family,
+            "parameters": model.num_parameters,
+            "resolution": preprocess.resolution,
+        },
+        "teacher": recorder.content.get("teacher"),
+    }
+    best_logits = {}
+    for prefix in ("final_", ""):
+        best = None if prefix else _load_best(recorder)
+        for split, loader in loaders.items():
+            if judge is not None:
+                results[prefix + split] = judge(split, loader)
+                continue
+            logits = predict_logits(recorder.updater.evaluated_model, loader, preprocess, precision)
+            reference = teacher_logits and teacher_logits(split, loader)
+            scores = task_metrics(logits, loader.dataset.targets, reference, splits.positive)
+            results[prefix + split] = {**scores, **splits.positive_names()}
+            if not prefix and run.writes:
+                write_predictions(run.folder, split, loader.dataset, logits, splits)
+                best_logits[split] = logits
+    if not run.writes:
+        return
+    results.update(_course(recorder))
+    # after the peak of memory was read, and while no other process waits
+    spread = {split: uncertainty(logits, loaders[split].dataset, splits) for split, logits in best_logits.items()}
+    for key in ("intervals", "class_recalls"):
+        results[key] = {split: values[key] for split, values in spread.items()}
+    write_json(run.path("results.json"), results)
+    try:  # the figures above are safe by now
+        fresh, _ = load_model(best, precision.device)  # neither compiled nor wrapped
+        batch = min(next(iter(loaders.values())).batch_size, 64)
+        results["model"].update(cost(fresh, preprocess.resolution, batch, precision, at_least=0.2))
+        write_json(run.path("results.json"), results)
+    except RuntimeError as error:  # out of memory above all
+        run.log(f"warning: the model's cost could not be measured: {str(error).splitlines()[0]}")
+    run.log(summary_line(results, run.path("results.json")))
+
+
+def _load_best(recorder: Recorder) -> dict | None:
+    """The weights of best.pth, into the model and the loss of every process; the file may be on rank 0's node alone."""
+    best = load_checkpoint(recorder.run.path("best.pth")) if recorder.run.writes else None
+    parts = {"model": recorder.updater.evaluated_model}
+    if recorder.criterion is not None:
+        parts["loss"] = recorder.criterion  # projectors are of an epoch too
+    for name, part in parts.items():
+        if best:
+            part.load_state_dict(best[name])
+        broadcast(part.state_dict().values())
+    return best
+
+
+def _course(recorder: Recorder) -> dict:
+    """What results.json says of the training itself."""
+    rows = recorder.run.rows
+    rates = [row["images_per_second"] for row in (rows[1:] or rows) if row["images_per_second"]]
+    return {
+        "checkpoint": "best.pth",
+        "checkpoint_sha256": file_sha256(recorder.run.path("best.pth")),
+        "select_metric": recorder.metric,
+        "best_epoch": recorder.best_epoch,
+        "last_epoch": len(rows),
+        "stopped_early": recorder.stopped_early,
+        "processes": world_size(),
+        "throughput": round(float(np.median(rates)), 1) if rates else None,  # images/s, without the first epoch
+        "peak_memory_mb": peak_memory_mb(recorder.updater.precision.device),
+        "wall_time_s": round(recorder.seconds, 1),
+    }
+
+
+def summary_line(results: dict, path: str) -> str:
+    """The last line of a run."""
+    metric, best = results["select_metric"], f"(best epoch {results['best_epoch']})"
+    if "accuracy" not in results["val"]:
+        parts = [f"{split} {metric} {results[split][metric]:.4f}" for split in ("val", "test") if split in results]
+        return f"{', '.join(parts)} {best}; last epoch {results['final_val'][metric]:.4f}; {path}"
+    test, intervals, tasks = results["test"], results["intervals"]["test"], tasks_of(results["dataset"]["classes"])
+    names, bracketed = {"accuracy": "accuracy", "balanced_accuracy": "balanced"}, {metric}
+    if len(tasks) > 1:  # their mean has no interval, each task's has
+        names = {"accuracy": "accuracy", **{f"{task}_accuracy": task for task in tasks}}
+        bracketed = {*names, metric}
+    if metric in intervals:
+        names.setdefault(metric, metric)
+    figures = [
+        f"{name} {test[key]:.4f}" + (f" {brackets(intervals[key])}" if key in bracketed and intervals.get(key) else "")
+        for key, name in names.items()
+    ]
+    return f"test {', '.join(figures)} {best}; last epoch {results['final_test']['accuracy']:.4f}; {path}"
+
+
+def write_predictions(folder: str, split: str, dataset, logits: dict, splits: Splits) -> None:
+    """predictions_<split>.npz and confusion_<split>_<task>.npy; logits: {task: (N, C)}."""
+    arrays = {"ids": np.array(dataset.ids), **({} if dataset.groups is None else {"groups": dataset.groups})}
+    for task, names in tasks_of(splits.classes).items():
+        suffix = "" if task == TASK else f"_{task}"
+        arrays["labels" + suffix] = dataset.targets[task]
+        arrays["logits" + suffix] = logits[task].astype(np.float32)
+        arrays["classes" + suffix] = np.array(names)
+        if task in splits.positive:
+            arrays["positive" + suffix] = np.array(names[splits.positive[task]])
+    with atomic_write(os.path.join(folder, f"predictions_{split}.npz")) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **arrays)
+    for task, values in logits.items():
+        write_array(
+            os.path.join(folder, f"confusion_{split}_{task}.npy"),
+            metrics.confusion_matrix(values, dataset.targets[task]),
+        )

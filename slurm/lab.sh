@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The six runs of the README's CIFAR-10 recipes and their report, each after what it needs; finished ones are not run again.
+# The six CIFAR-10 recipes of tests/benchmarks/README.md and their report, each after what it needs; finished ones are
+# not run again.
 #     slurm/lab.sh [--local] [--dry-run] [--runs DIR] [--x=y FOR SBATCH] [-- | FLAGS OF THE TRAINING SCRIPTS]
 #     slurm/lab.sh --partition=gpu --seed 1
 #     slurm/lab.sh --local --dataset imagefolder --data-root data/cifar10-part --resolution 16 --epochs 2

@@ -21,8 +21,9 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[0] = ROOT
 
 try:
-    from common import cli
-    from common.training import load_checkpoint
+    from common import cli, sweep
+    from common.data import dataset_info
+    from common.run import RunFolder, UserError, fail, load_checkpoint, read_json, write_json
 except ModuleNotFoundError as missing:
     print(
         f"error: {sys.executable} has no {missing.name}: pip install -r requirements.txt there, or set PYTHON or VENV",
@@ -46,7 +47,7 @@ def load_script(name):
     name = os.path.basename(name)
     name += "" if name.endswith(".py") else ".py"
     if not os.path.isfile(os.path.join(ROOT, name)):
-        raise cli.UserError(f"no script {name} in {ROOT}")
+        raise UserError(f"no script {name} in {ROOT}")
     return importlib.import_module(name[:-3])
 
 
@@ -80,25 +81,25 @@ def replaced(argv, old, new):
 def expand_index(parser, argv, index):
     """The array index is the sweep's point, else the seed, which the run folder's name then carries."""
     if has(argv, "--sweep"):
-        return cli.expand_sweep(parser, [*argv, "--sweep-index", index])
+        return sweep.expand_sweep(parser, [*argv, "--sweep-index", index])
     if "--shard" in parser._option_string_actions:
         if any("{index}" in word for word in argv):
             return [word.replace("{index}", index) for word in argv]
         if has(argv, "--shard") or has(argv, "--merge"):
-            raise cli.UserError("--shard and --merge in an array job: the array index is the shard")
+            raise UserError("--shard and --merge in an array job: the array index is the shard")
         first, last, count = (os.environ.get(f"SLURM_ARRAY_TASK_{name}") for name in ("MIN", "MAX", "COUNT"))
         if first != "0" or int(last) + 1 != int(count):
-            raise cli.UserError(
+            raise UserError(
                 f"the array {first} to {last} is a part of all shards: say of how many, --shard {{index}}/N"
             )
         return [*argv, "--shard", f"{index}/{count}"]
     if "--seed" not in parser._option_string_actions:
-        raise cli.UserError(
+        raise UserError(
             f"an array of {parser.prog}: it has no --seed and no --sweep that the array index could stand for"
         )
     for flag in ("--seed", "--resume"):
         if has(argv, flag):
-            raise cli.UserError(f"{flag} in an array job without --sweep: the array index is the seed")
+            raise UserError(f"{flag} in an array job without --sweep: the array index is the seed")
     output = parser.parse_args(argv).output.rstrip("/")
     return [*without(argv, "--output"), "--seed", index, "--output", f"{output}_{index}"]
 
@@ -126,15 +127,15 @@ def began_here(output):
 def check_output(args):
     """Refuse what the script would refuse, if it saw the user's folder."""
     if os.path.normpath(args.output) == ".":
-        raise cli.UserError("--output . is the folder of the job itself: name one of its own")
+        raise UserError("--output . is the folder of the job itself: name one of its own")
     if getattr(args, "predict", None):
-        raise cli.UserError(
+        raise UserError(
             "--predict in a job: it writes one file, and a job brings back a folder; run evaluate.py by itself"
         )
     if hasattr(args, "resume"):
-        cli.RunFolder(args.output, bool(args.resume), args.overwrite)
+        RunFolder(args.output, bool(args.resume), args.overwrite)
     elif hasattr(args, "checkpoint") and os.path.exists(os.path.join(args.output, "config.json")):
-        raise cli.UserError(f"--output {args.output} holds a run: name a folder of its own")
+        raise UserError(f"--output {args.output} holds a run: name a folder of its own")
 
 
 # ---------------------------------------------------------------------------------------------------------------- paths
@@ -145,7 +146,7 @@ def named_paths(parser, args, checkpoint_data):
     found = {}
     for action in parser._actions:
         value = getattr(args, action.dest, None)
-        if action.dest in ALONE - {"config"} or action.choices:
+        if action.dest in (ALONE | {"dataset"}) - {"config"} or action.choices:
             continue
         for text in value if isinstance(value, list) else [value]:
             if isinstance(text, str) and not os.path.isabs(text):
@@ -185,7 +186,7 @@ def arrange(module, parser, args, argv):
         argv = replaced(replaced(argv, path, absolute), "hf:" + path, "hf:" + absolute)
         if absolute not in {word.split("=", 1)[-1].removeprefix("hf:") for word in argv}:  # it came from a file
             if resume and path != taught:
-                raise cli.UserError(
+                raise UserError(
                     f"{flag} {path} of {resume} lies outside this folder: submit from the folder it is relative to"
                 )
             argv = [*argv, flag, absolute]
@@ -204,10 +205,17 @@ def drop_nested(records):
 # ------------------------------------------------------------------------------------------------------------------ hub
 
 
-def hub_needs(args):
+def default_model(args, role):
+    """--model, else that of the dataset where one is named and the weights would come from a hub."""
+    if args.model is None and args.pretrained and args.dataset:
+        return dataset_info(args.dataset).defaults(role)["model"]
+    return args.model
+
+
+def hub_needs(args, role):
     """[(model, whether its weights are needed)] for all that would come from a hub."""
     asked = [
-        (getattr(args, "model", None), getattr(args, "pretrained", False)),
+        (default_model(args, role), args.pretrained) if hasattr(args, "pretrained") else (None, False),
         (getattr(args, "teacher_model", None), getattr(args, "teacher_pretrained", False)),
     ]
     if getattr(args, "text_model", None):
@@ -249,16 +257,16 @@ def is_cached(name, weights):
     return False
 
 
-def check_hub(args):
+def check_hub(args, role):
     given = os.environ.get
     offline = any(
         (given(name) or "").upper() in ("1", "ON", "YES", "TRUE") for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
     )
     if offline or given("HF_TOKEN") or given("HUGGINGFACE_HUB_TOKEN") or given("REQUIRE_HF_TOKEN") == "0":
         return
-    for name, weights in hub_needs(args):
+    for name, weights in hub_needs(args, role):
         if not is_cached(name, weights):
-            raise cli.UserError(
+            raise UserError(
                 f"{name} is not in the local cache and neither HF_TOKEN nor HUGGINGFACE_HUB_TOKEN is set: set "
                 "one, fetch "
                 "it beforehand, or set REQUIRE_HF_TOKEN=0 to try without"
@@ -277,17 +285,17 @@ def job(script, argv):
     if index:
         argv = expand_index(parser, argv, index)
     args = cli.parse_flags(parser, argv)
-    if hasattr(args, "seeds"):
-        raise cli.UserError(
+    if getattr(args, "seeds", None):
+        raise UserError(
             "--seeds in a job, which brings back one run folder: submit an array, --array=0-2, whose index is the seed"
         )
     if has(argv, "--sweep"):  # with --sweep-index by hand
-        argv = cli.expand_sweep(parser, argv)
+        argv = sweep.expand_sweep(parser, argv)
     if hasattr(args, "resume") and began_here(args.output):
         argv = restarted(argv, args.output)
         args = cli.parse_flags(parser, argv)
     check_output(args)
-    check_hub(args)
+    check_hub(args, getattr(module, "ROLE", "student"))
     absent = [
         path for path in getattr(args, "runs", ()) if not os.path.exists(path)
     ]  # of report.py: jobs before it may have failed
@@ -296,7 +304,7 @@ def job(script, argv):
         argv = [word for word in argv if word not in absent]
     given = getattr(args, "data_root", None)
     if given and not getattr(args, "download", False) and not os.path.exists(given):
-        raise cli.UserError(f"--data-root {given} is missing")
+        raise UserError(f"--data-root {given} is missing")
     output = os.path.normpath(args.output)
     if hasattr(
         args, "shard"
@@ -317,7 +325,7 @@ def job(script, argv):
     if hasattr(args, "resume") or hasattr(args, "shard"):
         records.append("R:")
     if hasattr(args, "resume"):
-        records += [f"W:{pattern}" for pattern in cli.RunFolder.OWN if args.overwrite]
+        records += [f"W:{pattern}" for pattern in RunFolder.PATTERNS if args.overwrite]
     return records + [f"A:{word}" for word in argv]
 
 
@@ -332,10 +340,10 @@ def chosen(text, count):
     for part in text.split(","):
         first, _, last = part.partition("-")
         if not first.isdecimal() or not (last or first).isdecimal():
-            raise cli.UserError(f"--points {text}: write indices as 0,2-4")
+            raise UserError(f"--points {text}: write indices as 0,2-4")
         points |= set(range(int(first), int(last or first) + 1))
     if max(points) >= count:
-        raise cli.UserError(f"--points {text} is past the grid, which has {count} points, 0 to {count - 1}")
+        raise UserError(f"--points {text} is past the grid, which has {count} points, 0 to {count - 1}")
     return points
 
 
@@ -343,7 +351,7 @@ def given_flags(module, argv):
     """{flag: value} of the flags that argv or its --config sets."""
     parser = module.build_parser()
     config = parser.parse_args(argv).config
-    values = cli.read_json(config) if config else {}
+    values = read_json(config) if config else {}
     values = values.get("flags", values)
     for action in parser._actions:
         action.default = argparse.SUPPRESS
@@ -358,11 +366,11 @@ def points(script, grid, argv, write=False, only=None):
     parser = module.build_parser()
     parser.prog = f"{module.__name__}.py"
     if "--sweep" not in parser._option_string_actions:
-        raise cli.UserError(f"{script} has no --sweep")
-    names = [name for name, _ in cli.grid_points(grid)]
+        raise UserError(f"{script} has no --sweep")
+    names = [name for name, _ in sweep.grid_points(grid)]
     wanted, lines, configs = chosen(only, len(names)), [], {}
     for index, name in enumerate(names):
-        flat = cli.expand_sweep(parser, [*argv, "--sweep", grid, "--sweep-index", str(index)])
+        flat = sweep.expand_sweep(parser, [*argv, "--sweep", grid, "--sweep-index", str(index)])
         args = cli.parse_flags(parser, flat)
         if index in wanted:
             check_output(args)
@@ -370,7 +378,7 @@ def points(script, grid, argv, write=False, only=None):
             lines.append(f"{index}\t{name}\t{args.output}")
     for path, values in configs.items() if write else ():
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        cli.write_json(path, values)
+        write_json(path, values)
     return lines
 
 
@@ -400,4 +408,4 @@ if __name__ == "__main__":
     except Exception as error:
         if not getattr(error, "exit_code", None):
             raise
-        cli.fail(" ".join(str(error).split()), error.exit_code)
+        fail(" ".join(str(error).split()), error.exit_code)

@@ -4,6 +4,7 @@ import functools
 import math
 import os
 import tarfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,16 +15,7 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 
 from common import augment
-from common.augment import (
-    Augmenter,
-    Policy,
-    PolicyError,
-    _mix,
-    hash_id,
-    render,
-    sample_parameters,
-    uniform,
-)
+from common.augment import Augmenter, Policy, PolicyError, _mix, hash_id, render, sample_parameters, uniform
 
 BILINEAR = InterpolationMode.BILINEAR
 ARCHIVES = {"ham10000": "ham10000.tar", "cifar10": "cifar10-jpg.tar.gz"}
@@ -88,9 +80,10 @@ def draws(count, view=VIEW):
     return [splitmix_uniform(SEED, view, 0, int(k), 30) for k in keys(count)]
 
 
-def view_of(images, policy, resolution, view=VIEW):
+def view_of(images, policy, resolution, view=VIEW, crop_mode="squash"):
     """(N, 3, R, R) in 0..255 of images of one size."""
     sizes = torch.tensor([images.shape[-2:]] * len(images))
+    policy = replace(policy, crop_mode=crop_mode)
     params = sample_parameters(policy, SEED, torch.full((len(images),), view), keys(len(images)), sizes)
     return render(images, sizes, params, resolution) * 255
 
@@ -244,6 +237,34 @@ def test_plain_resize(real, resolution, bound):
     images = view_of(real, EVERYTHING, resolution, view=0)
     expected = [resize(image, resolution) for image in real]
     assert difference(images, expected) < bound
+
+
+@pytest.mark.parametrize("name", ["photos", "ham10000"])
+@pytest.mark.parametrize("resolution", [32, 64, 160])
+def test_plain_image_is_resized_and_centre_cropped(name, resolution):
+    """What is not square shows its central square, as resizing the shorter side and a centre crop do."""
+    real = load(name)
+    images = view_of(real, EVERYTHING, resolution, view=0, crop_mode="center")
+    side = min(real.shape[-2:])
+    assert difference(images, [resize(TF.center_crop(image, side), resolution) for image in real]) < 0.02
+    field = [TF.center_crop(TF.resize(i.float(), resolution, BILINEAR, antialias=True), resolution) for i in real]
+    assert difference(images, field) < 4  # its crop starts at a whole pixel of the small image
+    assert difference(view_of(real, EVERYTHING, resolution, view=0), field) > 6  # squashed
+
+
+def test_shifts_of_a_central_square_show_the_image_beside_it():
+    """--crop pad moves the square by whole pixels, over pixels that the plain image does not show."""
+    image = torch.arange(200).expand(3, 150, 200).to(torch.uint8)[None].expand(40, -1, -1, -1)  # column number as grey
+    shifted = view_of(image, Policy(crop="pad", padding=0.1), 150, crop_mode="center")
+    left = shifted[:, 0, 75, 0].round().int()  # of the square, which stands at 25 in the plain image
+    u = torch.tensor([row[4] for row in draws(40)])
+    assert torch.equal(left, 25 + (torch.floor(u * 31) - 15).int())
+
+
+def test_a_policy_without_crop_mode_is_of_an_older_store():
+    saved = {key: value for key, value in Policy(hflip=0.5).to_dict().items() if key != "crop_mode"}
+    assert Policy.from_dict(saved) == Policy(hflip=0.5, crop_mode="squash")
+    assert Policy.from_dict(Policy(hflip=0.5).to_dict()) == Policy(hflip=0.5, crop_mode="center")
 
 
 @pytest.mark.parametrize("name", ["photos", "ham10000"])

@@ -13,9 +13,8 @@ import torch
 from conftest import SHARED_DATA
 from PIL import Image
 
-from common.data import Splits, load_splits
-from common.images import DataError, ImageDataset, read_image, to_uint8
-from common.splitting import split_off, stratified_rows
+from common.data import DataError, ImageDataset, Splits, load_splits, read_image, split_off, stratified_rows
+from common.medical import to_uint8
 
 SPLITS = ("train", "val", "test")
 
@@ -413,8 +412,8 @@ def test_the_positive_classes_of_several_tasks():
     assert Splits("x", "custom", classes, positive=["left", "absent"]).positive == {"side": 0, "sign": 0}
     assert Splits("x", "custom", [str(i) for i in range(10)]).positive == {}
     for names, given, match in (
-        (classes, ["lung"], "--positive lung is no class: choose left, right or absent, present"),
-        (["cat", "dog"], ["cow"], "--positive cow is no class: choose cat, dog"),
+        (classes, ["lung"], "--positive lung is not a class: choose left, right or absent, present"),
+        (["cat", "dog"], ["cow"], "--positive cow is not a class: choose cat, dog"),
         (["cat", "dog"], ["cat", "dog"], "name one"),
         (["a", "b", "c"], ["a"], "--positive a: no task here has two classes"),
     ):
@@ -513,7 +512,7 @@ def test_medmnist(tmp_path, tiles, grey):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"val_images": None, "test_labels": None}, "is no MedMNIST file: it lacks val_images, test_labels"),
+        ({"val_images": None, "test_labels": None}, "is not a MedMNIST file: it lacks val_images, test_labels"),
         ({"test_labels": np.full((10, 1), 4, np.uint8)}, "test_labels are out of range: 4, train has 0, 1, 2, 3"),
         ({"val_labels": np.full((10, 1), -1)}, "val_labels are out of range .* from -1"),
         (
@@ -529,7 +528,7 @@ def test_medmnist(tmp_path, tiles, grey):
         ),
         (
             {"train_images": np.zeros((40, 28, 28, 28), np.uint8)},
-            r"train_images of shape \(40, 28, 28, 28\) are no grey",
+            r"train_images of shape \(40, 28, 28, 28\) are neither grey",
         ),
         (
             {"val_images": np.zeros((0, 28, 28), np.uint8), "val_labels": np.zeros((0, 1), np.uint8)},
@@ -538,8 +537,11 @@ def test_medmnist(tmp_path, tiles, grey):
         ({"train_labels": np.array([["a"]] * 40, object)}, "cannot read .*: Object arrays"),
         ({"test_labels": np.array([["cat"]] * 10)}, "test_labels holds values of type <U3, not numbers"),
         ({"val_images": np.full((10, 28, 28), "0")}, "val_images holds values of type <U1, not numbers"),
-        ({"val_images": np.zeros((10, 0, 0), np.uint8)}, r"val_images of shape \(10, 0, 0\) are no grey"),
-        ({"train_images": np.zeros((40, 28, 0, 3), np.uint8)}, r"train_images of shape \(40, 28, 0, 3\) are no grey"),
+        ({"val_images": np.zeros((10, 0, 0), np.uint8)}, r"val_images of shape \(10, 0, 0\) are neither grey"),
+        (
+            {"train_images": np.zeros((40, 28, 0, 3), np.uint8)},
+            r"train_images of shape \(40, 28, 0, 3\) are neither grey",
+        ),
     ],
 )
 def test_medmnist_errors(tmp_path, tiles, change, match):
@@ -592,7 +594,7 @@ def test_a_small_medmnist_file_that_unpacks_to_much(tmp_path, tiles, monkeypatch
     arrays = medmnist_arrays(tiles)
     np.savez_compressed(tmp_path / "x.npz", **{**arrays, "train_images": np.zeros((40, 548, 548, 3), np.uint8)})
     assert (tmp_path / "x.npz").stat().st_size < 150_000
-    monkeypatch.setattr("common.loader.available_memory", lambda: 30_000_000)
+    monkeypatch.setattr("common.medical.available_memory", lambda: 30_000_000)
     tracemalloc.start()
     try:
         match = r"x.npz takes 0.\d GB of memory unpacked, 0.0 GB are free"
@@ -728,7 +730,7 @@ def test_what_lies_beside_the_images(tmp_path, tiles, capsys):
     (cat / "IM0002").write_bytes(b"\0" * 128 + b"DICM")
     load_splits("imagefolder", str(root))
     expected = (
-        f"note: 2 files in {root / 'train'} have no image's ending and are not used, the first is "
+        f"note: 2 files in {root / 'train'} do not have the extension of an image and are not used, the first is "
         f"'{cat / 'IM0001.dcm'}'\n"
     )
     assert capsys.readouterr().out == expected
@@ -821,7 +823,7 @@ def test_imagefolder_with_a_name_that_is_no_utf8(tmp_path, tiles):
 
 def test_imagefolder_errors(tmp_path, tiles):
     fails("imagefolder", match="--dataset imagefolder needs --data-root FOLDER")
-    fails("imagefolder", str(tmp_path / "none"), match="none is no folder")
+    fails("imagefolder", str(tmp_path / "none"), match="none is not a folder")
     fails("imagefolder", str(tmp_path), match="has no folder train/")
     (tmp_path / "train").mkdir()
     fails("imagefolder", str(tmp_path), match="train has no class folders")

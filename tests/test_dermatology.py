@@ -11,13 +11,13 @@ import torch
 from conftest import run_script, succeed, unpack
 from PIL import Image, ImageDraw
 
-from common import cli, evaluation, images
-from common.augment import PRESETS
-from common.data import DATASETS, load_splits
-from common.images import DataError, hair_mask, read_image, remove_hair
+import evaluate
+from common import cli, data, medical, run
+from common.augment import PRESETS, Policy
+from common.data import DATASETS, DataError, load_splits, read_image, sorted_classes
+from common.groups import fold_of_rows, grouped_rows
 from common.loader import Loader
-from common.splitting import fold_of_rows, grouped_rows
-from common.tables import sorted_classes
+from common.medical import hair_mask, remove_hair
 
 SPLITS = ("train", "val", "test")
 DX = ["akiec", "bcc", "bkl", "df", "mel", "nv", "vasc"]
@@ -36,8 +36,8 @@ def write_csv(path, rows):
         writer.writerows(rows)
 
 
-def fails(*args, match, **options):
-    with pytest.raises(DataError, match=match) as caught:
+def fails(*args, match, error=DataError, **options):
+    with pytest.raises(error, match=match) as caught:
         load_splits(*args, **options)
     assert caught.value.exit_code == 2 and "\n" not in str(caught.value)
 
@@ -107,7 +107,7 @@ def test_ham10000(ham):
 
 def test_ham10000_errors(ham, capsys):
     fails("ham10000", None, match="--dataset ham10000 needs --data-root FOLDER with HAM10000_metadata.csv")
-    fails("ham10000", str(ham / "none"), match="none is no folder")
+    fails("ham10000", str(ham / "none"), match="none is not a folder")
     gone = ham / "HAM10000_images_part_1" / "ISIC_0024308.jpg"
     gone.rename(ham / "HAM10000_images_part_1" / "ISIC_9999999.jpg")
     fails(
@@ -132,7 +132,7 @@ def test_ham10000_errors(ham, capsys):
         (text + "a,b\n", "line 282 has 2 values, the header has 5"),
         ("", "has no column 'lesion_id': it has none"),
         (text.splitlines()[0] + "\n", "has no rows"),
-        (text.replace("ISIC_0024310", "ISIC_\xe9", 1).encode("latin1"), "is no CSV file in UTF-8"),
+        (text.replace("ISIC_0024310", "ISIC_\xe9", 1).encode("latin1"), "is not a CSV file in UTF-8"),
     ]:
         path.write_bytes(changed if isinstance(changed, bytes) else changed.encode())
         fails("ham10000", str(ham), match=match, on_bad_image="skip")
@@ -268,7 +268,7 @@ def test_isic2024_negatives_and_extra(isic2024, tmp_path_factory, capsys):
         "image"
     ].shape == (3, 15, 20)
     assert "1 images of --extra-train" in capsys.readouterr().out  # one is in the dataset: it could be in test
-    fails("isic2024", str(isic2024), extra_train="nowhere", match="--extra-train nowhere is no folder")
+    fails("isic2024", str(isic2024), extra_train="nowhere", match="--extra-train nowhere is not a folder")
     fails("digits", negatives=3, match="--negatives with --dataset digits: it is for isic2024")
 
 
@@ -294,7 +294,7 @@ def test_isic2024_errors(isic2024):
         match=r"1 rows of .*metadata.csv have no image in .*train-image.hdf5, the first is 'ISIC_0000003'",
     )
     assert len(load_splits("isic2024", str(isic2024), on_bad_image="skip").train)
-    images._open_files.popitem()[1].close()  # HDF5 refuses to write what is being read
+    medical._open_files.popitem()[1].close()  # HDF5 refuses to write what is being read
     with h5py.File(isic2024 / "train-image.hdf5", "a") as file:
         file.create_dataset("ISIC_0000003", data=np.void(b"no image at all"))
     splits = load_splits("isic2024", str(isic2024))
@@ -310,11 +310,12 @@ def test_isic2024_errors(isic2024):
 def test_a_missing_package_is_named(isic2024, table, monkeypatch):
     monkeypatch.setitem(sys.modules, "h5py", None)
     monkeypatch.setitem(sys.modules, "cv2", None)
-    fails("isic2024", str(isic2024), match="needs the package h5py: pip install h5py")
+    fails("isic2024", str(isic2024), match="needs the package h5py: pip install h5py", error=run.UserError)
     fails(
         "csv",
         str(table),
         hair_removal=True,
+        error=run.UserError,
         match="--hair-removal needs the package opencv-python-headless: pip install opencv",
     )
 
@@ -522,7 +523,7 @@ def test_an_image_without_a_group_is_its_own(ham, capsys):
     before = {i: g for part in parts_of(whole).values() for i, g in zip(part.ids, part.groups)}
     lost = ["ISIC_0024312", "ISIC_0024313"]
     assert groups == {**before, **{i: i for i in lost}} and [before[i] for i in lost] == ["HAM_0000003"] * 2
-    dataset = images.ImageDataset(["a", "b", "c"], [0, 0, 0], np.zeros((3, 2, 2), np.uint8), groups=["", "p", "nan"])
+    dataset = data.ImageDataset(["a", "b", "c"], [0, 0, 0], np.zeros((3, 2, 2), np.uint8), groups=["", "p", "nan"])
     assert dataset.groups.tolist() == ["a", "p", "c"] and dataset.subset([2, 0]).groups.tolist() == ["c", "a"]
 
 
@@ -554,7 +555,7 @@ def test_folds_of_every_kind():
     fails("digits", folds=5, match="--folds K and --fold I belong together")
     fails("digits", fold=1, match="belong together")
     fails("digits", folds=5, fold=5, match="--folds 5 --fold 5")
-    fails("digits", folds=5, fold=1, val_split=0.2, match="--val-split 0.2 and --folds contradict")
+    fails("digits", folds=5, fold=1, val_split=0.2, match="--val-split 0.2 cannot be combined with --folds")
 
 
 def test_grouped_division_on_uneven_groups():
@@ -650,12 +651,16 @@ def test_derm_augmentation():
     for name in ("ham10000", "isic2017", "isic2024"):
         assert DATASETS[name].policy is PRESETS["derm"] and DATASETS[name].resolution == 224
     parser = cli.Parser("x")
-    cli.add_data_flags(parser)
     cli.add_augment_flags(parser)
-    policy = cli.augment_policy(parser.parse_args(["--augment", "derm", "--rotation", "5"]))
+
+    def policy_of(*flags):
+        return cli.augment_policy(vars(parser.parse_args(flags)), Policy())
+
+    policy = policy_of(*["--augment", "derm", "--rotation", "5"])
     assert (policy.hflip, policy.vflip, policy.rotation, policy.scale, policy.hue) == (0.5, 0.5, 5, (0.8, 1.2), 0.2)
-    with pytest.raises(cli.UserError, match="--no-augment and --augment"):
-        cli.augment_policy(parser.parse_args(["--augment", "derm", "--no-augment"]))
+    with pytest.raises(run.UserError, match="--augment none and --hflip"):
+        policy_of("--augment", "none", "--hflip", "0.5")
+    assert policy_of("--augment", "none") == Policy()
 
 
 def test_flags_of_older_checkpoints():
@@ -668,9 +673,9 @@ def test_flags_of_older_checkpoints():
         "decode_size": 512,
         "window": None,
     }
-    assert cli.split_flags(old) == {"split_seed": 0, "decode_size": 512}
-    assert cli.split_flags({**old, "folds": 5, "fold": 0, "binary": False})["fold"] == 0
-    splits = evaluation.splits_of({"flags": old, "classes": [str(i) for i in range(10)]})
+    assert data.split_options(old) == {"split_seed": 0, "decode_size": 512}
+    assert data.split_options({**old, "folds": 5, "fold": 0, "binary": False})["fold"] == 0
+    splits = evaluate.checkpoint_splits({"flags": old, "classes": [str(i) for i in range(10)]})
     assert splits.test.ids == load_splits("digits").test.ids and splits.train is None
 
 
@@ -695,6 +700,8 @@ def test_a_run_s_splits_are_rebuilt_from_its_checkpoint(ham, tmp_path):
         2,
         "--resolution",
         8,
+        "--model",
+        "resnet8",
         "--epochs",
         1,
         "--device",
@@ -714,14 +721,14 @@ def test_a_run_s_splits_are_rebuilt_from_its_checkpoint(ham, tmp_path):
     }
     wanted = load_splits("ham10000", str(ham), **options)
     for split in SPLITS:
-        part = getattr(evaluation.splits_of(checkpoint, split=split), split)
+        part = getattr(evaluate.checkpoint_splits(checkpoint, split=split), split)
         assert part.ids == getattr(wanted, split).ids and part.hair_removal
     predictions = np.load(tmp_path / "run" / "predictions_test.npz")
     assert (
         predictions["groups"].tolist() == wanted.test.groups.tolist() and predictions["ids"].tolist() == wanted.test.ids
     )
     (ham / "kept.txt").unlink()  # what changed train alone is not needed for val
-    assert evaluation.splits_of(checkpoint, split="val").val.ids == wanted.val.ids
+    assert evaluate.checkpoint_splits(checkpoint, split="val").val.ids == wanted.val.ids
 
 
 @pytest.mark.parametrize(

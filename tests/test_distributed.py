@@ -3,17 +3,17 @@
 import datetime
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL, script_environment, succeed
+from conftest import ROOT, SMALL, restored, script_environment, succeed
 from test_resume import lines_in, locker, same
 
 FEATURE = ["--method", "feature", "--student-layer", "layer2", "--teacher-layer", "layer3"]
@@ -70,22 +70,19 @@ def weights(folder, name="latest.pth"):
 SETTINGS = [(accumulate, weighted) for accumulate in (1, 2) for weighted in (False, True)]
 
 
-def train_20_steps(accumulate, weighted):
-    """A ResNet-8 with frozen BatchNorm, taught through a projector, in float64: 20 steps on digits."""
+def train_6_steps(accumulate, weighted):
+    """A ResNet-8 with frozen BatchNorm, taught through a projector, in float64: 6 steps, of which 4 are an epoch."""
     from common.augment import Augmenter
-    from common.data import DATASETS, load_splits
-    from common.distributed import data_parallel
-    from common.images import TASK
+    from common.data import DATASETS, TASK, load_splits
     from common.loader import Loader
     from common.losses import DistillationLoss, class_weights
     from common.models import build_model
-    from common.optimizer import Schedule, Updater, make_optimizer
-    from common.training import Precision, select_device
+    from common.training import Precision, Schedule, Updater, make_optimizer, select_device
     from distill import Student
 
     device = select_device("cpu")
     splits = load_splits("digits")
-    loader = Loader(splits.train, 48, device, True, 5, accumulate=accumulate)
+    loader = Loader(splits.train.subset(np.arange(100)), 24, device, True, 5, accumulate=accumulate)
     augment = Augmenter(DATASETS["digits"].policy, 5)
     torch.manual_seed(0)
     teacher, model = (build_model("resnet8", 10, 8).double().eval() for _ in range(2))  # eval: BatchNorm is frozen
@@ -97,22 +94,22 @@ def train_20_steps(accumulate, weighted):
         dry = {"image": torch.zeros(2, 3, 8, 8, dtype=torch.float64)}
         criterion.build(model(dry), teacher(dry))
     criterion.double()
-    optimizer = make_optimizer("sgd", [model], 0.05, projectors=criterion)
-    parallel = data_parallel(Student(model, criterion), device)
-    updater = Updater(
-        model, optimizer, Schedule("constant", 0.05, 2, 16), Precision("off", device), 1.0, 0, accumulate, parallel
-    )
+    optimizer = make_optimizer(model, criterion, optimizer="sgd", lr=0.05)
+    schedule = Schedule(0.05, 16, schedule="constant", epochs=2)
+    options = {"clip_grad": 1.0, "accumulation_steps": accumulate}
+    student = Student(model, criterion)
+    updater = Updater(model, optimizer, schedule, Precision("off", device), student, **options)
     keys = []
     for epoch in (1, 2):
         for batch in loader.batches(epoch):
-            if updater.steps < 20:
+            if updater.steps < 6:
                 keys += batch["key"].tolist()
                 inputs = {"image": augment(batch, 8).double()}
                 with torch.no_grad():
                     taught = teacher(inputs)
-                _, loss = parallel(inputs, taught, batch["targets"][TASK], batch["batch_targets"][TASK])
+                _, loss = updater.parallel(inputs, taught, batch["targets"][TASK], batch["batch_targets"][TASK])
                 updater(loss)
-    assert updater.steps == 20 and loader.batch_size == 48
+    assert updater.steps == 6 and loader.batch_size == 24
     state = {**model.state_dict(), **{f"projector.{k}": v for k, v in criterion.state_dict().items()}}
     return {
         "state": state,
@@ -122,11 +119,11 @@ def train_20_steps(accumulate, weighted):
 
 
 def test_two_processes_take_the_steps_of_one(tmp_path):
-    results = {}
-    for size in (1, 2):
-        codes, _, errors = ends(start(size, "tests/test_distributed.py", tmp_path / f"{size}"))
-        assert codes == [0] * size, errors
-        results[size] = [torch.load(tmp_path / f"{size}.{rank}", weights_only=True) for rank in range(size)]
+    with restored():
+        results = {1: [[train_6_steps(*setting) for setting in SETTINGS]]}
+    codes, _, errors = ends(start(2, "tests/test_distributed.py", tmp_path / "rank"))
+    assert codes == [0, 0], errors
+    results[2] = [torch.load(tmp_path / f"rank.{rank}", weights_only=True) for rank in range(2)]
     for i, (accumulate, weighted) in enumerate(SETTINGS):
         one = results[1][0][SETTINGS.index((1, weighted))]
         for size, ranks in results.items():
@@ -137,8 +134,10 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
                     (r[i]["state"][k].double() - v.double()).abs().max().item() for k, v in one["state"].items()
                 )
                 assert worst < 1e-6, (size, accumulate, weighted, worst)
-    plain, weighted = (results[1][0][i]["state"]["projector.projectors.0.weight"] for i in (0, 1))
-    assert (plain - weighted).abs().max() > 1e-3  # the projector learned, and the class weights mattered
+    plain, weighted = (results[1][0][i]["state"] for i in (0, 1))
+    moved = {name: (plain[name] - weighted[name]).abs().max().item() for name in plain}
+    assert max(moved.values()) > 1e-3, "the class weights matter"
+    assert moved["projector.projectors.feature.0.weight"] > 1e-5, "the projector learns"
 
 
 # ------------------------------------------------------------------------------------------- what differs between ranks
@@ -148,14 +147,13 @@ def differing(folder):
     """On each of two processes: BatchNorm that has seen other images, a loss that is NaN on one, dropout's random
     numbers."""
     from common.augment import normalize
-    from common.cli import RunFolder
     from common.data import load_splits
-    from common.evaluation import distillation_loss, predict
     from common.loader import Loader
     from common.losses import DistillationLoss
     from common.models import build_model
-    from common.optimizer import NonFiniteLoss, Schedule, Updater
-    from common.training import Interrupts, Precision, Preprocess, Recorder, select_device
+    from common.run import Recorder, RunFolder
+    from common.teacher import distillation_loss
+    from common.training import NonFiniteLoss, Precision, Preprocess, Schedule, Updater, predict_logits, select_device
 
     device = select_device("cpu")
     rank, precision = torch.distributed.get_rank(), Precision("off", device)
@@ -167,11 +165,13 @@ def differing(folder):
     with torch.no_grad():
         own = model({"image": normalize(pixels, *torch.full((2, 3), 0.5))})["logits"]  # (40, 10)
     judged = Loader(val, 8, device), Preprocess(8, [0.5] * 3, [0.5] * 3), precision
-    found = predict(model, *judged)["label"]
+    found = predict_logits(model, *judged)["label"]
     model.backbone.bn1.running_mean += 0.5 * rank
     even = lambda batch: {"logits": torch.zeros(len(batch["index"]), 10)}  # noqa: E731
-    loss = distillation_loss(model, DistillationLoss({"kl": 1.0}, 1.0), even, *judged)
-    updater = Updater(model, torch.optim.SGD(model.parameters(), 0.1), Schedule("constant", 0.1, 9, 1), precision)
+    loss = distillation_loss(model, DistillationLoss({"kl": 1.0}, {"kl.temperature": 1.0}), even, *judged)
+    updater = Updater(
+        model, torch.optim.SGD(model.parameters(), 0.1), Schedule(0.1, 1, schedule="constant", epochs=9), precision
+    )
     updater(sum(p.sum() for p in model.parameters()) * (float("nan") if rank else 1.0))
     try:
         updater.check_finite()
@@ -181,7 +181,9 @@ def differing(folder):
     dropped = []
     for resume in (False, True, True):
         model = build_model("resnet8", 10, 8)
-        updater = Updater(model, torch.optim.SGD(model.parameters(), 0.1), Schedule("constant", 0.1, 9, 1), precision)
+        updater = Updater(
+            model, torch.optim.SGD(model.parameters(), 0.1), Schedule(0.1, 1, schedule="constant", epochs=9), precision
+        )
         content = {
             "classes": [],
             "preprocess": {},
@@ -191,15 +193,14 @@ def differing(folder):
         recorder = Recorder(
             RunFolder(f"{folder}/run", resume, not resume),
             updater,
-            Interrupts(),
             epochs=9,
-            metric="accuracy",
+            select_metric="accuracy",
             patience=0,
             save_every=0,
             content=content,
         )
         torch.manual_seed(0)
-        recorder.open(SimpleNamespace(resume=resume, seed=0))
+        recorder.open({}, 0)
         dropped.append(torch.rand(8))
         if not resume:
             recorder.save()
@@ -348,9 +349,9 @@ def test_a_signal_to_one_process_stops_both_and_they_resume_exactly(distilled, t
     assert ours == theirs
 
 
-def test_a_run_of_two_processes_goes_on_in_one(distilled):
+def test_a_run_of_two_processes_goes_on_in_one(distilled, tmp_path):
     """The batch is the global one, so the number of processes may change."""
-    folder, _ = distilled
+    folder = shutil.copytree(distilled[0], tmp_path / "run")
     succeed("distill.py", "--resume", folder, "--epochs", 4)
     assert len(json.loads((folder / "metrics.json").read_text())) == 4
 
@@ -361,10 +362,8 @@ def test_parameters_without_a_gradient(teacher, tmp_path):
     flags = [
         *SMALL,
         *FEATURE,
-        "--ce-weight",
-        0,
-        "--kl-weight",
-        0,
+        "--loss",
+        "feature=1",
         "--epochs",
         1,
         "--teacher-checkpoint",
@@ -409,18 +408,19 @@ def test_torchrun(tmp_path):
 # --------------------------------------------------------------------------------------------------------------- errors
 
 
-@pytest.mark.parametrize(
-    "flags, words",
-    [
-        (["--lrr", "1"], "--lrr"),
-        (["--batch-size", "33"], "multiple of 2"),
-        (["--dataset", "imagefolder", "--data-root", "nowhere"], "nowhere"),
-    ],
-)
-def test_one_line_from_all_processes(tmp_path, flags, words):
-    codes, _, errors = ends(start(2, "train_student.py", *SMALL, *flags, cwd=tmp_path))
-    assert 2 in codes and 0 not in codes, (codes, errors)
-    assert errors.startswith("error: ") and words in errors and len(errors.splitlines()) == 1, errors
+def test_one_line_from_all_processes(tmp_path):
+    """Of an error that all meet after they have joined."""
+    codes, _, errors = ends(start(2, "train_student.py", *SMALL, "--batch-size", "33", cwd=tmp_path))
+    assert 2 in codes and 0 not in codes, codes
+    assert errors.startswith("error: ") and "multiple of 2" in errors and len(errors.splitlines()) == 1, errors
+
+
+@pytest.mark.parametrize("rank, lines", [(0, 1), (1, 0)])
+def test_bad_flags_are_told_by_the_first_process(monkeypatch, here, rank, lines):
+    for name, value in {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    code, _, errors = here("train_student.py", *SMALL, "--lrr", 1)
+    assert code == 2 and errors.count("--lrr") == len(errors.splitlines()) == lines, errors
 
 
 def test_a_process_that_is_killed_ends_the_others(tmp_path):
@@ -444,7 +444,8 @@ def test_run_folders_are_refused_by_all_processes(distilled):
 
 
 def test_the_environment_names_the_process(monkeypatch):
-    from common.distributed import Processes, environment
+    from common.run import Processes
+    from common.run import launched_processes as environment
 
     for name in [n for n in os.environ if n.startswith("SLURM_") or n in ("RANK", "WORLD_SIZE")]:
         monkeypatch.delenv(name)
@@ -473,8 +474,8 @@ def test_the_environment_names_the_process(monkeypatch):
 
 def test_a_process_alone_says_whom_it_awaits_and_gives_up(monkeypatch):
     """RANK and WORLD_SIZE left by a launcher: nobody else will come."""
-    from common import distributed
-    from common.cli import UserError
+    from common import distributed, run
+    from common.run import UserError
     from common.training import select_device
 
     with socket.socket() as free:
@@ -482,13 +483,13 @@ def test_a_process_alone_says_whom_it_awaits_and_gives_up(monkeypatch):
         port = free.getsockname()[1]
     for name, value in {"RANK": 1, "WORLD_SIZE": 3, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
         monkeypatch.setenv(name, str(value))
-    monkeypatch.setattr(distributed, "MEETING", datetime.timedelta(seconds=0.5))
-    monkeypatch.setattr(distributed, "_alone", False)
+    monkeypatch.setattr(distributed, "JOIN_TIMEOUT", datetime.timedelta(seconds=0.5))
+    monkeypatch.setattr(run, "joining", False)
     with pytest.raises(UserError) as caught:
         select_device("cpu")
     for words in ("process 1 waits for the others of 3 (WORLD_SIZE=3)", f"127.0.0.1:{port}", "in vain", "env -u RANK"):
         assert words in str(caught.value)
-    assert distributed.first_to_fail()  # it speaks, though it is not rank 0
+    assert run.first_to_fail()  # it speaks, though it is not rank 0
 
 
 def test_a_second_run_on_the_folder_of_two_processes(distilled, locked):
@@ -516,5 +517,5 @@ def locked():
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
-    done = differing(sys.argv[2]) if sys.argv[2:] else [train_20_steps(*setting) for setting in SETTINGS]
+    done = differing(sys.argv[2]) if sys.argv[2:] else [train_6_steps(*setting) for setting in SETTINGS]
     torch.save(done, f"{sys.argv[1]}.{os.environ.get('RANK', 0)}")

@@ -17,10 +17,10 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from test_scripts import RUN_FILES
 
-from common import dry_run
+import train_student
+from common import cli, dry_run
 from common.models import build_model
-from common.optimizer import make_optimizer
-from common.training import Precision
+from common.training import Precision, make_optimizer
 
 MB = 2**20
 
@@ -112,8 +112,12 @@ def test_a_student_of_digits_and_what_the_run_then_leaves(dry, here, tmp_path):
     assert each == pytest.approx((folder / "latest.pth").stat().st_size, rel=0.02) and together == pytest.approx(
         4 * each, rel=0.02
     )
-    for name in ("config.json", "results.json"):  # the flag is no setting
-        assert "dry_run" not in json.loads((folder / name).read_text())["flags"]
+    for name in ("config.json", "results.json"):  # the flag is no setting, not even where a file says so
+        saved = json.loads((folder / name).read_text())["flags"]
+        assert saved["dry_run"] is False
+        (tmp_path / "dry.json").write_text(json.dumps({"flags": {**saved, "dry_run": True}}))
+        again = cli.parse_flags(train_student.build_parser(), ["--config", str(tmp_path / "dry.json")])
+        assert again.dry_run is False and again.epochs == 2
 
     again = dry("train_student.py", *flags)
     assert "it holds a run: --overwrite or --resume would be needed" in again
@@ -165,6 +169,8 @@ def test_a_teacher_and_its_student(dry, teacher):
     out = dry(
         "distill.py",
         *SMALL,
+        "--model",
+        "resnet18",
         "--teacher-checkpoint",
         teacher / "best.pth",
         "--epochs",
@@ -176,11 +182,11 @@ def test_a_teacher_and_its_student(dry, teacher):
         "--teacher-layer",
         "layer3",
     )
-    assert cells(out, "name") == ["resnet8", "resnet18"] and cells(out, "parameters") == ["4,903,242", "11,173,962"]
-    assert cells(out, "of them trained") == ["4,903,242", "0"]
+    assert cells(out, "name") == ["resnet18", "resnet8"] and cells(out, "parameters") == ["11,173,962", "4,903,242"]
+    assert cells(out, "of them trained") == ["11,173,962", "0"]
     assert "the teacher is not judged on val in a dry run" in out and "val accuracy" not in out
     assert cells(out, "steps") == ["20"]
-    assert amounts(out)["teacher"] == pytest.approx(4 * 11_173_962 / MB, rel=0.01)
+    assert amounts(out)["teacher"] == pytest.approx(4 * 4_903_242 / MB, rel=0.01)
     assert cells(out, "projectors, parameters")[0].replace(",", "").isdigit()
 
 
@@ -319,7 +325,7 @@ def test_half_precision_halves_the_activations():
 def test_optimizer_state_is_what_a_step_makes(name, momentum, figures):
     """61 parameters of 4 bytes, and what torch's optimizer holds after a step, its counters of steps apart."""
     model = torch.nn.Sequential(torch.nn.Linear(4, 10), torch.nn.Linear(10, 1))
-    optimizer = make_optimizer(name, [model], 0.1, momentum=momentum)
+    optimizer = make_optimizer(model, optimizer=name, lr=0.1, momentum=momentum)
     updater = SimpleNamespace(
         parameters=[p for group in optimizer.param_groups for p in group["params"]], optimizer=optimizer, average=None
     )

@@ -1,4 +1,4 @@
-"""common/evidence.py: intervals, tests and verdicts against scipy, statsmodels' formula and plain loops."""
+"""common/statistics.py: intervals, tests and verdicts against scipy, statsmodels' formula and plain loops."""
 
 import math
 
@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from common import evidence
-from common.evidence import Predictions
+from common import page, statistics
+from common.statistics import Predictions
 
 
 def predictions(right, groups=None, classes=3, seed=0):
@@ -26,15 +26,17 @@ def predictions(right, groups=None, classes=3, seed=0):
 def students():
     rng = np.random.default_rng(1)
     before = [predictions(rng.random(400) < 0.7, seed=9) for _ in range(3)]
-    return before, [predictions(run.right("label") | (rng.random(400) < 0.2), seed=9) for run in before]
+    return before, [predictions(run.correct("label") | (rng.random(400) < 0.2), seed=9) for run in before]
 
 
 def test_bootstrap_against_scipy(students):
     """The interval of one seed and of three, against scipy's paired percentile bootstrap of the differences."""
     for count in (1, 3):
         before, after = (some[:count] for some in students)
-        found = evidence.paired_bootstrap(before, after, repeats=6000)
-        difference = np.mean([b.right("label").astype(float) - a.right("label") for a, b in zip(before, after)], axis=0)
+        found = statistics.paired_bootstrap(before, after, repeats=6000)
+        difference = np.mean(
+            [b.correct("label").astype(float) - a.correct("label") for a, b in zip(before, after)], axis=0
+        )
         expected = scipy.stats.bootstrap(
             (difference,), np.mean, n_resamples=6000, method="percentile", rng=5
         ).confidence_interval
@@ -52,19 +54,19 @@ def test_groups_are_drawn_whole(students):
         part = {key: {"label": getattr(run, key)["label"][rows]} for key in ("targets", "logits")}
         return Predictions(np.arange(1600).astype(str), run.ids[rows], part["targets"], part["logits"], run.classes)
 
-    whole = evidence.paired_bootstrap(before, after, repeats=6000)["interval"]
-    grouped = evidence.paired_bootstrap([copied(before[0])], [copied(after[0])], repeats=6000)
+    whole = statistics.paired_bootstrap(before, after, repeats=6000)["interval"]
+    grouped = statistics.paired_bootstrap([copied(before[0])], [copied(after[0])], repeats=6000)
     assert grouped["interval"] == pytest.approx(whole, abs=0.004) and grouped["units"] == 400
     alone = [copied(before[0]), copied(after[0])]
     for run in alone:
         run.groups = None
-    narrow = evidence.paired_bootstrap(alone[:1], alone[1:], repeats=6000)["interval"]
+    narrow = statistics.paired_bootstrap(alone[:1], alone[1:], repeats=6000)["interval"]
     assert narrow[1] - narrow[0] == pytest.approx((whole[1] - whole[0]) / 2, rel=0.15)
 
 
 def test_students_equal_on_every_image_have_no_gain(students):
     """Pairing: unpaired intervals of two students of 70 % on 400 images would be 13 points wide."""
-    found = evidence.paired_bootstrap(students[0], students[0])
+    found = statistics.paired_bootstrap(students[0], students[0])
     assert (found["gain"], found["interval"]) == (0, [0, 0])
 
 
@@ -78,10 +80,10 @@ def test_gain_of_other_metrics(students, metric):
         return balanced_accuracy_score(run.targets["label"], run.logits["label"].argmax(1))
 
     (before, *_), (after, *_) = students
-    found = evidence.paired_bootstrap([before], [after], metric, repeats=200)
+    found = statistics.paired_bootstrap([before], [after], metric, repeats=200)
     assert found["gain"] == pytest.approx(value(after) - value(before), abs=1e-9)
     assert found["interval"][0] < found["gain"] < found["interval"][1]
-    assert evidence.paired_bootstrap([before], [after], "macro_f1") is None
+    assert statistics.paired_bootstrap([before], [after], "macro_f1") is None
 
 
 def test_several_tasks_are_averaged_or_named(students):
@@ -93,18 +95,18 @@ def test_several_tasks_are_averaged_or_named(students):
         {"a": one.logits["label"], "b": other.logits["label"]},
         {"a": one.classes["label"], "b": other.classes["label"]},
     )
-    shares = [run.right("label").mean() for run in (one, other)]
-    assert two.value("accuracy")[0] == pytest.approx(np.mean(shares))
-    assert [two.value(f"{task}_accuracy")[0] for task in "ab"] == pytest.approx(shares)
+    shares = [run.correct("label").mean() for run in (one, other)]
+    assert two.value("accuracy") == pytest.approx(np.mean(shares))
+    assert [two.value(f"{task}_accuracy") for task in "ab"] == pytest.approx(shares)
     near = Predictions(
         one.ids, None, *({"organ": of["a"], "organ_side": of["b"]} for of in (two.targets, two.logits, two.classes))
     )
-    assert [near.value(f"{task}_accuracy")[0] for task in ("organ", "organ_side")] == pytest.approx(shares)
+    assert [near.value(f"{task}_accuracy") for task in ("organ", "organ_side")] == pytest.approx(shares)
 
 
 def test_curves_of_many_classes_are_left_out():
     many = predictions([True] * 5, classes=101)
-    assert many.value("auc") is None and many.value("balanced_accuracy")[0] == 1
+    assert many.value("auc") is None and many.value("balanced_accuracy") == 1
 
 
 @pytest.mark.parametrize(("gained", "lost"), [(0, 0), (1, 0), (7, 2), (3, 3), (25, 40), (1500, 1300)])
@@ -114,16 +116,16 @@ def test_mcnemar_is_the_exact_binomial_test(gained, lost):
     after = np.array([True] * 10 + [True] * gained + [False] * lost + [False] * 5)
     n = gained + lost
     expected = min(1.0, 2 * sum(math.comb(n, k) for k in range(min(gained, lost) + 1)) / 2**n)
-    found = evidence.mcnemar(before, after)
+    found = statistics.mcnemar(before, after)
     assert (found["gained"], found["lost"]) == (gained, lost) and found["p"] == pytest.approx(expected, rel=1e-9)
 
 
 def test_interval_over_seeds():
     """Differences 1, 2, 3: mean 2, standard error 1/sqrt(3), 4.302653 is Student's t for two degrees of freedom."""
-    assert evidence.seeds_interval([1.0, 2.0, 3.0]) == pytest.approx(
+    assert statistics.seeds_interval([1.0, 2.0, 3.0]) == pytest.approx(
         [2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5], abs=1e-5
     )
-    assert evidence.seeds_interval([1.0]) is None
+    assert statistics.seeds_interval([1.0]) is None
 
 
 @pytest.mark.parametrize(
@@ -137,15 +139,15 @@ def test_interval_over_seeds():
             [-0.01, 0.05],
             [0.01, 0.03],
             "within noise",
-            "over test images, holds 0 (+1.00 to +3.00 points over seeds does not)",
+            "over test images, includes 0 (+1.00 to +3.00 points over seeds does not)",
         ),
-        (0.02, [0.01, 0.03], [-0.01, 0.05], "within noise", "over seeds, holds 0"),
-        (0.02, [-0.01, 0.05], [-0.01, 0.05], "within noise", "hold 0"),
-        (0.0, [0.0, 0.0], None, "within noise", "holds 0"),
+        (0.02, [0.01, 0.03], [-0.01, 0.05], "within noise", "over seeds, includes 0"),
+        (0.02, [-0.01, 0.05], [-0.01, 0.05], "within noise", "include 0"),
+        (0.0, [0.0, 0.0], None, "within noise", "includes 0"),
     ],
 )
 def test_verdicts(gain, images, seeds, word, said):
-    found, sentence = evidence.verdict(gain, images, seeds)
+    found, sentence = statistics.judge_gain(gain, {"test images": images, "seeds": seeds})
     assert found == word and said in sentence and f"of {100 * abs(gain):.2f} points" in sentence
 
 
@@ -156,7 +158,7 @@ def test_reliability_by_hand():
     run = Predictions(
         np.array(["a", "b", "c"]), None, {"label": np.array([0, 1, 1])}, {"label": logits}, {"label": ["x", "y"]}
     )
-    found = evidence.reliability([run, run], "label")
+    found = page.reliability([run, run], "label")
     assert np.flatnonzero(found["share"]).tolist() == [8, 13]  # (8/15, 9/15] and (13/15, 14/15]
     assert found["share"][[8, 13]] == pytest.approx([1 / 3, 2 / 3]) and found["accuracy"][[8, 13]] == pytest.approx(
         [1, 0.5]
@@ -166,14 +168,18 @@ def test_reliability_by_hand():
     )
 
 
+def kinds(*predictions):
+    return dict(zip(statistics.KINDS, predictions))
+
+
 def test_one_common_seed_of_three_is_said(students):
     before, after = students
-    found = evidence.weigh(None, {0: before[0], 1: before[1]}, {1: after[1], 2: after[2]}, "accuracy", 3)
+    found = statistics.gain_evidence(kinds({}, {0: before[0], 1: before[1]}, {1: after[1], 2: after[2]}), "accuracy", 3)
     assert found["seeds"] == [1] and found["sentence"].startswith(
-        "On seed 1 alone, of which both kinds have predictions: the gain"
+        "On seed 1 alone, for which both kinds have predictions: the gain"
     )
-    assert found["gain"] == pytest.approx(after[1].right("label").mean() - before[1].right("label").mean())
-    whole = evidence.weigh(None, dict(enumerate(before)), dict(enumerate(after)), "accuracy", 3)
+    assert found["gain"] == pytest.approx(after[1].correct("label").mean() - before[1].correct("label").mean())
+    whole = statistics.gain_evidence(kinds({}, dict(enumerate(before)), dict(enumerate(after))), "accuracy", 3)
     assert whole["seeds"] == [0, 1, 2] and whole["sentence"].startswith("The gain") and whole["grouped"] is False
     assert [test["seed"] for test in whole["mcnemar"]] == [0, 1, 2] and "fidelity" not in whole
 
@@ -182,11 +188,11 @@ def test_gain_of_each_class():
     before = predictions([True, False, True, False, False, True], seed=3)
     after = predictions([True] * 6, seed=3)
     labels = before.targets["label"]
-    for row in evidence.class_gains([before], [after], "label"):
+    for row in statistics.class_gains([before], [after], "label"):
         own = labels == int(row["class"].split()[1])
         assert (
             row["images"] == own.sum()
-            and row["before"] == pytest.approx(before.right("label")[own].mean())
+            and row["before"] == pytest.approx(before.correct("label")[own].mean())
             and row["after"] == 1
         )
 
@@ -195,8 +201,8 @@ def test_disagreements_are_balanced_ordered_and_of_distinct_groups():
     rng = np.random.default_rng(4)
     right = rng.random(60) < 0.5
     before, after = predictions(right, seed=5), predictions(~right, seed=5)
-    rows = evidence.disagreements(before, after, "label", 10)
-    gained = [after.right("label")[row] for row in rows]
+    rows = statistics.disagreements(before, after, "label", 10)
+    gained = [after.correct("label")[row] for row in rows]
     assert gained == [True] * 5 + [False] * 5
     change = [
         abs(after.probabilities("label") - before.probabilities("label"))[row, before.targets["label"][row]]
@@ -204,12 +210,12 @@ def test_disagreements_are_balanced_ordered_and_of_distinct_groups():
     ]
     assert change[:5] == sorted(change[:5], reverse=True) and change[5:] == sorted(change[5:], reverse=True)
     before.groups = np.array([f"case {i // 6}" for i in range(60)])
-    rows = evidence.disagreements(before, after, "label", 40)
-    kinds = [(before.groups[row], bool(after.right("label")[row])) for row in rows]
+    rows = statistics.disagreements(before, after, "label", 40)
+    kinds = [(before.groups[row], bool(after.correct("label")[row])) for row in rows]
     assert len(set(kinds)) == len(kinds) > 10  # of a case at most one gained and one lost
-    assert evidence.disagreements(before, before, "label") == []
+    assert statistics.disagreements(before, before, "label") == []
     for most in range(1, 6):
-        assert len(evidence.disagreements(before, after, "label", most)) == most
+        assert len(statistics.disagreements(before, after, "label", most)) == most
 
 
 def test_predictions_are_read_and_aligned(tmp_path):
@@ -222,15 +228,15 @@ def test_predictions_are_read_and_aligned(tmp_path):
         "classes": np.array(run.classes["label"]),
     }
     np.savez(tmp_path / "whole.npz", **arrays)
-    found = evidence.read_predictions(tmp_path / "whole.npz")
-    assert found.classes == run.classes and found.value("accuracy")[0] == pytest.approx(2 / 3)
+    found = statistics.read_predictions(tmp_path / "whole.npz")
+    assert found.classes == run.classes and found.value("accuracy") == pytest.approx(2 / 3)
     order = [2, 0, 1]
     np.savez(
         tmp_path / "turned.npz",
         **{**{key: value[order] for key, value in arrays.items() if key != "classes"}, "classes": arrays["classes"]},
     )
-    turned = evidence.read_predictions(tmp_path / "turned.npz")
-    assert turned.right("label").tolist() == [True, True, False] and evidence.align(turned, found).right(
+    turned = statistics.read_predictions(tmp_path / "turned.npz")
+    assert turned.correct("label").tolist() == [True, True, False] and statistics.align(turned, found).correct(
         "label"
     ).tolist() == [True, False, True]
     for key, value, words in (
@@ -240,23 +246,23 @@ def test_predictions_are_read_and_aligned(tmp_path):
     ):
         np.savez(tmp_path / "other.npz", **{**arrays, key: value})
         with pytest.raises(ValueError, match=words):
-            evidence.align(evidence.read_predictions(tmp_path / "other.npz"), found)
+            statistics.align(statistics.read_predictions(tmp_path / "other.npz"), found)
     np.savez(tmp_path / "cut.npz", **{**arrays, "logits": arrays["logits"][:2]})
     with pytest.raises(ValueError, match="logits of shape"):
-        evidence.read_predictions(tmp_path / "cut.npz")
+        statistics.read_predictions(tmp_path / "cut.npz")
     whole = (tmp_path / "whole.npz").read_bytes()
     (tmp_path / "half.npz").write_bytes(whole[: len(whole) // 2])  # an interrupted copy
     with pytest.raises(ValueError, match="zip file"):
-        evidence.read_predictions(tmp_path / "half.npz")
+        statistics.read_predictions(tmp_path / "half.npz")
     np.savez(
         tmp_path / "nan.npz",
         **{**arrays, "logits": np.where(arrays["logits"] == arrays["logits"].max(), np.nan, arrays["logits"])},
     )
     with pytest.raises(ValueError, match="not finite"):
-        evidence.read_predictions(tmp_path / "nan.npz")
+        statistics.read_predictions(tmp_path / "nan.npz")
     np.savez(tmp_path / "hostile.npz", **{**arrays, "ids": np.array([object()] * 3)})
     with pytest.raises(ValueError, match="allow_pickle"):
-        evidence.read_predictions(tmp_path / "hostile.npz")
+        statistics.read_predictions(tmp_path / "hostile.npz")
 
 
 def test_several_tasks_in_a_file(tmp_path):
@@ -274,7 +280,7 @@ def test_several_tasks_in_a_file(tmp_path):
             )
         },
     )
-    found = evidence.read_predictions(tmp_path / "p.npz")
+    found = statistics.read_predictions(tmp_path / "p.npz")
     assert list(found.targets) == ["organ", "left_or_right"] and found.groups is None
 
 
@@ -283,14 +289,14 @@ def test_a_task_named_label_among_several_is_read(tmp_path):
     from types import SimpleNamespace
 
     from common.data import Splits
-    from common.evaluation import write_predictions
+    from common.training import write_predictions
 
     rng, classes = np.random.default_rng(0), {"organ": ["a", "b"], "label": ["x", "y", "z"], "side": ["left", "right"]}
     targets = {task: rng.integers(len(names), size=5) for task, names in classes.items()}
     logits = {task: rng.normal(size=(5, len(names))).astype(np.float32) for task, names in classes.items()}
     dataset = SimpleNamespace(ids=[f"i{i}" for i in range(5)], groups=None, targets=targets)
     write_predictions(str(tmp_path), "test", dataset, logits, Splits("toy", "natural", classes, None, None, None))
-    found = evidence.read_predictions(tmp_path / "predictions_test.npz")
+    found = statistics.read_predictions(tmp_path / "predictions_test.npz")
     assert found.classes == classes
     for task in classes:
         assert (found.targets[task] == targets[task]).all() and (found.logits[task] == logits[task]).all()
@@ -302,8 +308,8 @@ def test_folds_are_resampled_each_on_their_own(students):
     for fold, pair in enumerate(zip(before, after)):
         for run in pair:
             run.ids = np.array([f"fold {fold} {name}" for name in run.ids])
-    found = evidence.paired_bootstrap(before, after, repeats=4000)
-    gains = [b.right("label").astype(float) - a.right("label") for a, b in zip(before, after)]
+    found = statistics.paired_bootstrap(before, after, repeats=4000)
+    gains = [b.correct("label").astype(float) - a.correct("label") for a, b in zip(before, after)]
     half = 1.96 * math.sqrt(sum(gain.var() / 400 for gain in gains)) / 3
     assert found["gain"] == pytest.approx(np.mean(gains)) and found["units"] == 1200
     assert found["interval"] == pytest.approx([np.mean(gains) - half, np.mean(gains) + half], abs=0.004)
@@ -315,7 +321,7 @@ def test_intervals_of_results_are_of_whole_groups():
     from types import SimpleNamespace
 
     from common.data import Splits
-    from common.evaluation import uncertainty
+    from common.training import uncertainty
 
     right = np.repeat(np.random.default_rng(1).random(100) < 0.7, 10)
     logits, labels = np.stack([right, ~right], 1).astype(np.float32), np.zeros(1000, int)

@@ -11,10 +11,10 @@ from conftest import run_script, succeed
 from PIL import Image
 
 from common.augment import Policy
-from common.cli import UserError
-from common.data import load_folder, load_splits
+from common.data import DataError, load_splits
 from common.embeddings import Store, Writer, model_of, nearest
-from common.images import DataError
+from common.run import UserError
+from common.unlabeled import load_folder
 
 SCRIPT = "extract_embeddings.py"
 MODEL = ["--model", "resnet8", "--device", "cpu"]
@@ -172,7 +172,7 @@ def test_another_folder_of_the_same_names_is_other_images(filtered, generated, t
         (["--reference", "{real}", "--keep-fraction", "0.5", "--shard", "0/2"], "--merge"),
         (
             ["--reference", "nowhere", "--keep-fraction", "0.5"],
-            "nowhere/train_embeddings is no folder of stored embeddings",
+            "nowhere/train_embeddings is not a folder of stored embeddings",
         ),
         (
             ["--reference", "{real}", "--keep-fraction", "0.5", "--seed", "1"],
@@ -182,11 +182,11 @@ def test_another_folder_of_the_same_names_is_other_images(filtered, generated, t
         (["--reference", "{real}", "--keep-fraction", "0.5", "--resolution", "16"], "resolution: 8, not 16"),
         (["--reference", "{real}", "--keep-fraction", "0.5", "--pooling", "mean"], 'pooling: null, not "mean"'),
         (["--images", "{empty}"], "holds no images"),
-        (["--images", "nowhere"], "--images nowhere is no folder"),
-        (["--dataset", "digits"], "--dataset and --images contradict"),
-        (["--data-root", "x"], "--data-root and --images contradict"),
-        (["--fold", "0"], "--fold and --images contradict"),
-        (["--splits", "train", "val", "test"], "--splits and --images contradict"),
+        (["--images", "nowhere"], "--images nowhere is not a folder"),
+        (["--dataset", "digits"], "--dataset and --images cannot be combined"),
+        (["--data-root", "x"], "--data-root and --images cannot be combined"),
+        (["--fold", "0"], "--fold and --images cannot be combined"),
+        (["--splits", "train", "val", "test"], "--splits and --images cannot be combined"),
         (["--save-logits"], "--checkpoint"),
     ],
 )
@@ -223,7 +223,7 @@ def test_a_store_of_a_folder_teaches_nobody(filtered):
     done = run_script("distill.py", "--teacher-embeddings", filtered[0])
     assert (
         done.returncode == 2
-        and "train_embeddings is no folder of stored embeddings" in done.stderr
+        and "train_embeddings is not a folder of stored embeddings" in done.stderr
         and len(done.stderr.splitlines()) == 1
     )
 

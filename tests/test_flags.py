@@ -22,22 +22,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from conftest import ROOT
 from PIL import Image
 from sklearn.metrics import average_precision_score
 from torch import nn
 
-import common.charts
 import common.data
-import common.evaluation
-import common.images
 import common.loader
+import common.medical
 import common.metrics
 import common.models
 import common.multimodal
+import common.page
+import common.training
 from common import cli
-from common.images import ImageDataset
+from common.data import ImageDataset
 
 sys.path.insert(0, str(ROOT))
 TRAINING = ("train_teacher", "train_student", "distill")
@@ -56,7 +57,8 @@ class Narrow(common.models.ResNet):
 
 
 def narrow_vit(num_classes, side, patch):
-    return common.models.VisionTransformer(2, 16, 2, patch or 4, side, num_classes)
+    sizes = {"img_size": side, "patch_size": patch, "embed_dim": 16, "depth": 2, "num_heads": 2}
+    return timm.create_model("vit_tiny_patch16_224", num_classes=num_classes, dynamic_img_size=True, **sizes)
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +68,7 @@ def small_and_quick(monkeypatch):
         monkeypatch.setitem(common.models.SMALL_MODELS, name, lambda classes, side, patch: Narrow(classes))
     for name in ("vit_6_192", "vit_tiny"):
         monkeypatch.setitem(common.models.SMALL_MODELS, name, narrow_vit)
-    monkeypatch.setattr(common.evaluation, "cost", lambda model, *args, **options: {"parameters": model.num_parameters})
+    monkeypatch.setattr(common.training, "cost", lambda model, *args, **options: {"parameters": model.num_parameters})
     monkeypatch.setattr(
         common.metrics,
         "bootstrap",
@@ -76,17 +78,16 @@ def small_and_quick(monkeypatch):
     monkeypatch.setattr(
         common.multimodal, "SCRATCH_MODELS", {"bert-tiny-scratch": (1, 64), "bert-mini-scratch": (2, 64)}
     )
-    monkeypatch.setattr(common.data, "read_isic2024", read_isic2024)
-    monkeypatch.setattr(common.data, "opencv", lambda: None)
-    for module in (common.data, common.images):
-        monkeypatch.setattr(module, "remove_hair", lambda image: 255 - image)
+    monkeypatch.setattr(common.medical, "read_isic2024", read_isic2024)
+    monkeypatch.setattr(common.medical, "opencv", lambda: None)
+    monkeypatch.setattr(common.medical, "remove_hair", lambda image: 255 - image)
     # what cannot be done here is noted instead: the hub, a download, a compiler, workers
-    medmnist, build, loads = common.data._medmnist, common.models._build, torch.utils.data.DataLoader
+    medmnist, build, loads = common.medical.read_medmnist, common.models._build, torch.utils.data.DataLoader
     splits = {"train", "val", "test"}
     monkeypatch.setattr(
         common.data,
-        "_cifar",
-        lambda name, root, download: CALLS.append(f"download {download}") or medmnist(root, None, splits),
+        "read_cifar",
+        lambda name, root, download: CALLS.append(f"download {download}") or medmnist(root, splits),
     )
     monkeypatch.setattr(
         common.models,
@@ -102,7 +103,7 @@ def small_and_quick(monkeypatch):
         start(self, *args, **options)
 
     monkeypatch.setattr(common.loader.Loader, "__init__", noted)
-    monkeypatch.setattr(common.charts, "draw_report", no_figures)
+    monkeypatch.setattr(common.page, "draw_report", no_figures)
     monkeypatch.setattr(
         torch.utils.data,
         "DataLoader",
@@ -358,8 +359,8 @@ TRAINED = """
 --negatives 12 | ISIC | | results
 --extra-train extra | ISIC | | results
 --save-samples grid.png | | | files
---augment derm | | | weights
---no-augment | | | weights
+--augment none | | | weights
+--crop-mode squash | CSV | | weights
 --crop resized | | | weights
 --padding 0.5 | | | weights
 --crop-scale 0.1 0.2 | --crop resized | | weights
@@ -429,34 +430,10 @@ DISTILLED = """
 --limit-labels 8 | TAUGHT | | weights
 --temperature 8 | TAUGHT | | weights
 --distillation-warmup-epochs 2 | TAUGHT | | weights
---ce-weight 3 | TAUGHT | | weights
---kl-weight 3 | TAUGHT | | weights
---dkd-weight 3 | TAUGHT --method dkd | | weights
---dkd-alpha 3 | TAUGHT --method dkd | | weights
---dkd-beta 3 | TAUGHT --method dkd | | weights
---dist-weight 3 | TAUGHT --method dist | | weights
---dist-beta 3 | TAUGHT --method dist | | weights
---dist-gamma 3 | TAUGHT --method dist | | weights
---standardized-kl-weight 3 | TAUGHT --method logit_standardization | | weights
---feature-weight 3 | TAUGHT FEATURE | | weights
---feature-loss cosine | TAUGHT FEATURE | | weights
---attention-weight 3 | TAUGHT FEATURE --method attention | | weights
+--loss ce=0.5 kl=3 | TAUGHT | | weights
+--loss-options dkd.beta=3 | TAUGHT --method dkd | | weights
 --student-layer layer2 | TAUGHT FEATURE | | weights
 --teacher-layer layer2 | TAUGHT FEATURE | | weights
---embedding-weight 3 | TAUGHT --method embedding | | weights
---lambda-feat 3 | TAUGHT --method embedding | | weights
---lambda-cos 3 | TAUGHT --method embedding | | weights
---shared-dim 4 | TAUGHT --method embedding --teacher-projector learned | | weights
---teacher-projector learned | TAUGHT --method embedding | | weights
---projection-weight 3 | TAUGHT --method vanilla | | weights
---contrastive-weight 3 | TAUGHT --method crd | | weights
---crd-temperature 0.5 | TAUGHT --method crd | | weights
---crd-base-temperature 0.5 | TAUGHT --method crd | | weights
---rkd-distance-weight 3 | TAUGHT --method rkd | | weights
---rkd-angle-weight 3 | TAUGHT --method rkd | | weights
---mmd-weight 3 | TAUGHT --method mmd | | weights
---cls-weight 3 | VIT | | weights
---patch-weight 3 | VIT | | weights
 --global-crops 2 | VIT | | weights
 --local-crops 1 | VIT | | weights
 --local-resolution 8 | VIT --local-crops 1 | | weights
@@ -493,6 +470,7 @@ EXTRACTED = """
 --amp bf16 | STORED | | arrays
 --compile on | STORED | | calls
 --limit-train 12 | STORED | | lines
+--crop-mode squash | --dataset csv --data-root table --table one.csv --model resnet8 | | arrays
 """
 EVALUATED = """
 --teacher-checkpoint vit/best.pth | RUN | | results
@@ -540,6 +518,7 @@ ELSEWHERE = {  # flags whose whole meaning has a test of its own
     "--overwrite": "test_scripts.py",
     "--dry-run": "test_dry_run.py",
     "--hf-dataset": "test_tokens.py",
+    "--help-all": "test_house.py",
 }
 
 
@@ -708,7 +687,7 @@ def test_the_positive_class_from_the_flag_to_the_figures(leaves, place):
         student = leaves("evaluate", "texted/best.pth --device cpu --workers 0", flag)["results"]["student"]
         assert student["sign_positive"] == expected and "organ_positive" not in student and "positive" not in student
     refused = leaves("train_student", BASE, "CSV --positive cow")["lines"]
-    assert refused[0] == "exit 2" and refused[-1] == "error: --positive cow is no class: choose cancer, normal"
+    assert refused[0] == "exit 2" and refused[-1] == "error: --positive cow is not a class: choose cancer, normal"
     assert (
         leaves("train_student", BASE, "--positive 1")["lines"][-1]
         == "error: --positive 1: no task here has two classes"

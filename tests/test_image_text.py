@@ -3,6 +3,7 @@ here."""
 
 import json
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -10,9 +11,9 @@ import torch
 from conftest import unpack
 from PIL import Image
 
-from common.data import load_splits
-from common.image_text import DataError, as_text, read_image_text, read_jsonl, read_medpix, token_batch, tokenize
-from common.splitting import limit, split_off
+from common.data import DataError, limit, load_splits, split_off
+from common.image_text import as_text, read_image_text, read_jsonl, read_medpix, token_batch, tokenize
+from common.run import UserError
 
 DESCRIPTIONS = {  # split: (image, case, type, location category, caption)
     "train": [
@@ -158,7 +159,7 @@ def test_subsets_keep_texts_and_targets(medpix):
     )
     rest, chosen = split_off(train, 2, 0, 1001)
     assert sorted(rest.ids + chosen.ids) == sorted(train.ids) and not set(rest.groups) & set(chosen.groups)
-    assert len(limit(train, 3, 0, 1002).texts) == 3
+    assert len(limit(train, 3, 0).texts) == 3
 
 
 def test_fingerprint_sees_texts_and_labels_but_no_order(medpix):
@@ -198,14 +199,14 @@ def test_medpix_missing_images(medpix, capsys):
         file.unlink()
     (medpix / "images").rmdir()
     assert refusal(read_medpix, medpix).endswith("has no folder images/")
-    assert "--data-root" in refusal(read_medpix, None) and "is no folder" in refusal(read_medpix, medpix / "nothing")
+    assert "--data-root" in refusal(read_medpix, None) and "is not a folder" in refusal(read_medpix, medpix / "nothing")
 
 
 @pytest.mark.parametrize(
     "split, line, wanted",
     [
-        ("dev", '{"U_id": "MPX4",', "descriptions_dev.jsonl line 2 is no JSON"),
-        ("train", "[1, 2]", "descriptions_train.jsonl line 6 is no JSON object"),
+        ("dev", '{"U_id": "MPX4",', "descriptions_dev.jsonl line 2 is not valid JSON"),
+        ("train", "[1, 2]", "descriptions_train.jsonl line 6 is not a JSON object"),
         (
             "test",
             json.dumps(description("MPX5_c", "MPX5", "PET", "Head", "x")),
@@ -235,7 +236,7 @@ def test_medpix_missing_images(medpix, capsys):
         (
             "dev",
             json.dumps({**description("MPX5_c", "MPX4", "CT", "Head", "x"), "Description": "x"}),
-            "line 2: 'Description' is no JSON object",
+            "line 2: 'Description' is not a JSON object",
         ),
     ],
 )
@@ -330,7 +331,7 @@ def test_bad_folders_with_jsonl(folder):
     assert "--tasks NAME" in refused(tasks=None)
     assert "'a.b'" in refused(tasks=["a.b"]) and "named once" in refused(tasks=["organ", "organ"])
     assert "train.jsonl line 1 has no 'lobe': it has image, text, organ, grade, group" in refused(tasks=["lobe"])
-    assert "choose of 'text', 'grade'" in refused(text_fields=["caption"])
+    assert "choose from 'text', 'grade'" in refused(text_fields=["caption"])
     assert "the checkpoint knows side" in refused(classes={"side": ["l", "r"]})
     for split, row, wanted in [
         (
@@ -404,7 +405,7 @@ def test_jsonl_lines_and_texts(tmp_path):
     path.write_bytes(b'\xef\xbb\xbf{"a": 1}\r\n\n  \n{"a": "x\xe2\x80\xa8y"}')
     assert read_jsonl(path) == [(1, {"a": 1}), (4, {"a": "x\u2028y"})]
     path.write_bytes(b'{"a": 1}\n{"a": "\xff"}\n')
-    assert "line 2 is no JSON" in refusal(read_jsonl, path)
+    assert "line 2 is not valid JSON" in refusal(read_jsonl, path)
     for value, wanted in [
         (None, ""),
         ("  a b\n", "a b"),
@@ -457,3 +458,11 @@ def test_many_texts_are_tokenized_in_parts(monkeypatch):
     monkeypatch.setattr("common.image_text.TOKENIZED_AT_ONCE", 4)
     parts = tokenize(texts, Letters(), 8)
     assert torch.equal(whole.ids, parts.ids) and torch.equal(whole.lengths, parts.lengths)
+
+
+def test_a_file_that_is_missing_is_named(monkeypatch):
+    """image_text.py was copied, and medical.py, which it needs, was not."""
+    monkeypatch.delitem(sys.modules, "common.image_text")
+    monkeypatch.setitem(sys.modules, "common.medical", None)
+    with pytest.raises(UserError, match="^--dataset medpix needs the file common/medical.py: copy it from"):
+        load_splits("medpix", "nowhere")

@@ -6,7 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import ROOT, SMALL, run_script, succeed
+from conftest import ROOT, SMALL, launch, run_script, succeed
 from PIL import Image
 from sklearn import metrics as sk
 from sklearn.neighbors import KNeighborsClassifier
@@ -58,9 +58,9 @@ def folder(tmp_path_factory):
 def runs(tmp_path_factory, folder):
     """A teacher that reads both sides, a student and a distilled student that see images alone."""
     root = tmp_path_factory.mktemp("studies") / "runs"
-    both = [*DATA, *MODEL, "--data-root", folder, "--no-augment", "--epochs", 2]
-    succeed("train_teacher.py", *both, "--output", root / "teacher", timeout=900)
-    succeed("train_student.py", *both, "--inputs", "image", "--output", root / "student", timeout=900)
+    both = [*DATA, *MODEL, "--data-root", folder, "--augment", "none", "--epochs", 2]
+    succeed("train_teacher.py", *both, "--output", root / "teacher")
+    succeed("train_student.py", *both, "--inputs", "image", "--output", root / "student")
     succeed(
         "distill.py",
         *both,
@@ -71,7 +71,6 @@ def runs(tmp_path_factory, folder):
         "--allow-weak-teacher",
         "--output",
         root / "distill",
-        timeout=900,
     )
     return root
 
@@ -91,7 +90,6 @@ def evaluated(tmp_path_factory, runs):
         "cpu",
         "--output",
         output,
-        timeout=900,
     )
     return output, done.stdout
 
@@ -188,9 +186,10 @@ def test_the_table_has_each_task_s_rows_with_intervals(evaluated):
 def test_knn_and_the_probe_judge_each_task_on_the_fused_embedding(evaluated, runs):
     """k-NN against scikit-learn's, on embeddings that are taken here."""
     from common.data import load_splits
-    from common.evaluation import outputs
     from common.loader import Loader
-    from common.training import Precision, load_checkpoint, load_model, select_device
+    from common.run import load_checkpoint
+    from common.training import Precision, load_model, select_device
+    from common.training import model_outputs as outputs
 
     output, stdout = evaluated
     checkpoint = load_checkpoint(runs / "teacher/best.pth")
@@ -233,7 +232,6 @@ def test_another_folder_with_other_fields_and_a_model_of_texts_alone(tmp_path, f
         1,
         "--output",
         tmp_path / "t",
-        timeout=900,
     )
     outside = tmp_path / "outside"
     (outside / "images").mkdir(parents=True)
@@ -256,7 +254,7 @@ def test_another_folder_with_other_fields_and_a_model_of_texts_alone(tmp_path, f
         "--device",
         "cpu",
     ]
-    succeed("evaluate.py", tmp_path / "t/best.pth", *flags, "--output", tmp_path / "e", timeout=900)
+    succeed("evaluate.py", tmp_path / "t/best.pth", *flags, "--output", tmp_path / "e")
     found, own = read(tmp_path / "e/evaluation.json")["student"], read(tmp_path / "t/results.json")["test"]
     for task in CLASSES:
         assert found[f"{task}_loss"] == pytest.approx(own[f"{task}_loss"], abs=1e-4)
@@ -311,7 +309,6 @@ def test_knn_of_an_ordinary_model_on_other_tasks_leaves_its_head_out(tmp_path, f
         "cpu",
         "--output",
         tmp_path / "e",
-        timeout=900,
     )
     found = read(tmp_path / "e/evaluation.json")["student"]
     assert (
@@ -358,7 +355,6 @@ def test_a_report_of_mixed_runs_shows_a_task_s_metric_and_confusions(tmp_path, r
         "cpu",
         "--output",
         tmp_path / "report",
-        timeout=900,
     )
     assert not done.stderr, "what was recorded is found again"
     report = read(tmp_path / "report/report.json")
@@ -395,15 +391,15 @@ def test_a_report_of_mixed_runs_shows_a_task_s_metric_and_confusions(tmp_path, r
 def test_a_confusion_figure_has_its_task_s_class_names(tmp_path, runs, monkeypatch):
     """The figures' own function is asked what it is given."""
     import report
-    from common import figures
+    from common import page
 
-    drawn, draw = [], figures.draw_confusion
+    drawn, draw = [], page.draw_confusion
 
-    def note(path, title, counts, classes):
-        drawn.append((title, counts.shape, list(classes)))
-        draw(path, title, counts, classes)
+    def note(figures, name, heading, counts, classes):
+        drawn.append((heading, counts.shape, list(classes)))
+        draw(figures, name, heading, counts, classes)
 
-    monkeypatch.setattr(figures, "draw_confusion", note)
+    monkeypatch.setattr(page, "draw_confusion", note)
     monkeypatch.chdir(tmp_path)
     report.main(report.build_parser().parse_args([str(runs), "--metric", "macro_f1"]))
     assert len(drawn) == 6
@@ -425,14 +421,14 @@ def test_select_by_a_task_s_loss_takes_the_lowest(tmp_path, runs):
 
 
 @pytest.mark.parametrize("script", ["train_teacher.py", "evaluate.py"])
-def test_a_copied_script_reads_texts_with_the_two_files_more(tmp_path, folder, runs, script):
+def test_a_copied_script_reads_texts_with_the_three_files_more(tmp_path, folder, runs, script):
     (tmp_path / "common").mkdir()
     shutil.copy(ROOT / script, tmp_path)
-    for name in [*needed_files(script), "image_text.py", "multimodal.py"]:
+    for name in [*needed_files(script), "image_text.py", "medical.py", "multimodal.py"]:
         shutil.copy(ROOT / "common" / name, tmp_path / "common")
     args = (
         [runs / "teacher/best.pth"]
         if script == "evaluate.py"
         else [*DATA, *MODEL, "--data-root", folder, "--epochs", 1]
     )
-    succeed(script, *args, "--device", "cpu", "--output", "out", cwd=tmp_path, root=tmp_path, timeout=900)
+    succeed(script, *args, "--device", "cpu", "--output", "out", cwd=tmp_path, root=tmp_path, run=launch)

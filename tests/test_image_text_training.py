@@ -11,11 +11,12 @@ import torch
 from conftest import run_script, succeed, unpack
 from PIL import Image
 from test_distributed import two
-from test_resume import assert_same_run, lines_in, start, stop_when
+from test_resume import assert_same_run, stopped
 
 from common.data import load_splits
 from common.multimodal import build_image_text_model
-from common.training import load_checkpoint, load_model
+from common.run import load_checkpoint
+from common.training import load_model
 
 ORGANS, SIGNS = ("brain", "liver", "lung"), ("absent", "present")
 SMALL = [
@@ -114,9 +115,9 @@ def test_a_teacher_learns_both_tasks(taught):
 @pytest.mark.parametrize(
     "method, terms",
     [
-        ("vanilla", {"ce", "kl", "projection"}),
-        ("combined", {"ce", "kl", "projection", "contrastive"}),
-        ("crd", {"ce", "contrastive"}),
+        ("projection", {"ce", "kl", "projection"}),
+        ("combined", {"ce", "kl", "projection", "crd"}),
+        ("crd", {"ce", "crd"}),
         ("rkd", {"ce", "rkd_distance", "rkd_angle"}),
         ("mmd", {"ce", "mmd"}),
         ("dkd", {"ce", "dkd"}),
@@ -149,7 +150,7 @@ def test_each_method_teaches(tmp_path, data, taught, method, terms):
         "ce": 1,
         "kl": 1,
         "projection": 100,
-        "contrastive": 1,
+        "crd": 1,
         "rkd_distance": 25,
         "rkd_angle": 50,
         "mmd": 1,
@@ -163,28 +164,26 @@ def test_each_method_teaches(tmp_path, data, taught, method, terms):
 
 
 def test_relations_teach_an_ordinary_image_model(tmp_path, teacher):
-    """crd and mmd beside the temperature KL, between ResNets of other widths."""
+    """contrastive beside the temperature KL, mmd beside feature maps, between ResNets of other widths."""
     from conftest import SMALL as DIGITS
 
-    for method, extra in (
-        ("crd", ["--kl-weight", 0.5]),
-        ("mmd", ["--feature-weight", 1, "--student-layer", "layer2", "--teacher-layer", "layer3"]),
+    for term, flags in (
+        ("crd", ["--loss", "ce=1", "crd=1", "kl=0.5"]),
+        ("mmd", ["--loss", "ce=1", "mmd=1", "feature=1", "--student-layer", "layer2", "--teacher-layer", "layer3"]),
     ):
         succeed(
             "distill.py",
             *DIGITS,
             "--epochs",
             1,
-            "--method",
-            method,
-            *extra,
+            *flags,
             "--teacher-checkpoint",
             teacher / "best.pth",
             "--output",
-            tmp_path / method,
+            tmp_path / term,
         )
-        row = json.loads((tmp_path / method / "metrics.json").read_text())[0]
-        assert np.isfinite(row["train_contrastive" if method == "crd" else "train_mmd"]) and row["val_accuracy"] > 0.1
+        row = json.loads((tmp_path / term / "metrics.json").read_text())[0]
+        assert np.isfinite(row[f"train_{term}"]) and row["val_accuracy"] > 0.1
 
 
 @pytest.mark.parametrize("inputs, knows, does_not", [("image", "organ", "sign"), ("text", "sign", "organ")])
@@ -214,10 +213,9 @@ def test_an_image_student_learns_from_an_image_and_text_teacher(tmp_path, data, 
         *STUDENT,
         "--inputs",
         "image",
-        "--method",
-        "rkd",
-        "--ce-weight",
-        0,
+        "--loss",
+        "rkd_distance=25",
+        "rkd_angle=50",
         "--teacher-checkpoint",
         taught / "best.pth",
     ]
@@ -423,13 +421,12 @@ COMBINED = [
 def test_a_stopped_run_with_projectors_goes_on_exactly(tmp_path, taught):
     flags = [*COMBINED, "--teacher-checkpoint", taught / "best.pth"]
     succeed("distill.py", *flags, "--output", tmp_path / "whole")
-    process = start("distill.py", *flags, "--output", tmp_path / "run")
-    assert stop_when(process, lambda: lines_in(tmp_path / "run/log.txt", "epoch 1/3:"), signal.SIGTERM)[0] == 143
+    stopped("epoch 1/3:", signal.SIGTERM, "distill.py", *flags, "--output", tmp_path / "run")
     state = load_checkpoint(str(tmp_path / "run/latest.pth"))["loss"]
     assert {
-        "side_projectors.img_proj.weight",
-        "side_projectors.txt_proj.weight",
-        "side_projectors.embedding.weight",
+        "projectors.projection.0.weight",
+        "projectors.projection.1.weight",
+        "projectors.crd.0.weight",
     } <= state.keys()
     succeed("distill.py", "--resume", tmp_path / "run")
     assert_same_run(tmp_path / "run", tmp_path / "whole")
@@ -452,14 +449,10 @@ def test_two_processes_compare_the_images_of_the_whole_batch(tmp_path, taught, t
         0.01,
         "--clip-grad",
         1,
-        "--method",
-        "combined",
-        "--rkd-distance-weight",
-        25,
-        "--rkd-angle-weight",
-        50,
-        "--mmd-weight",
-        1,
+        "--loss",
+        *"ce=1 kl=1 projection=100 crd=1 rkd_distance=25 rkd_angle=50 mmd=1".split(),
+        "--temperature",
+        2,
         "--teacher-checkpoint",
         taught / "best.pth",
     ]
@@ -467,7 +460,7 @@ def test_two_processes_compare_the_images_of_the_whole_batch(tmp_path, taught, t
     two("distill.py", *flags, "--output", tmp_path / "two")
     one, both = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two"))
     for x, y in zip(one, both, strict=True):
-        for term in ("loss", "ce", "kl", "projection", "contrastive", "rkd_distance", "rkd_angle", "mmd"):
+        for term in ("loss", "ce", "kl", "projection", "crd", "rkd_distance", "rkd_angle", "mmd"):
             assert x[f"train_{term}"] == pytest.approx(y[f"train_{term}"], rel=1e-4), term
         assert x["val_loss"] == pytest.approx(y["val_loss"], rel=1e-4)
 
@@ -493,7 +486,7 @@ def remove_two(root, lines):
     "change, words",
     [
         (remove_two, ["2 rows", "train-3.png"]),
-        (lambda root, lines: [*lines[:4], "{", *lines[5:]], ["train.jsonl line 5", "no JSON"]),
+        (lambda root, lines: [*lines[:4], "{", *lines[5:]], ["train.jsonl line 5", "not valid JSON"]),
         (
             lambda root, lines: [line.replace('"organ": "liver"', '"organ": null') for line in lines],
             ["train.jsonl line 2", "organ"],
@@ -540,7 +533,7 @@ def test_teachers_that_do_not_fit(tmp_path, data, taught, teacher):
     student = [*STUDENT, "--output", tmp_path / "run"]
     one_task = ["--dataset", "image_text", "--data-root", data[3], "--tasks", "organ"]
     line = refused(
-        "distill.py", *one_task, *student, "--method", "vanilla", "--teacher-checkpoint", taught / "best.pth"
+        "distill.py", *one_task, *student, "--method", "projection", "--teacher-checkpoint", taught / "best.pth"
     )
     assert "organ: 3" in line and "sign: 2" in line
     line = refused("distill.py", *data, *student, "--teacher-checkpoint", teacher / "best.pth")
@@ -584,6 +577,8 @@ def test_medpix(tmp_path):
         300,
         "--epochs",
         1,
+        "--batch-size",
+        32,
         "--device",
         "cpu",
         "--optimizer",

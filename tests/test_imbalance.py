@@ -1,7 +1,6 @@
 """Rare classes and runs without labels: balanced sampling, frozen backbones, dropout, feature matching, the loss on
 val."""
 
-import argparse
 import importlib
 import json
 
@@ -10,16 +9,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import SMALL, run_script, succeed
-from test_losses import full
 
-from common import cli
+from common import cli, run
 from common.augment import Augmenter, Policy
-from common.data import load_splits
-from common.images import DataError, ImageDataset
+from common.data import DataError, ImageDataset, load_splits
 from common.loader import REPEAT_STRIDE, Loader, repeats
-from common.losses import DistillationLoss, LossError, method_weights
+from common.losses import DistillationLoss, loss_settings
 from common.models import build_model
-from common.training import load_checkpoint, load_model
+from common.run import load_checkpoint
+from common.training import load_model
 
 LABELS = [0] * 40 + [1] * 7 + [2] * 3
 
@@ -83,16 +81,10 @@ def test_balanced_sampling_of_an_empty_class(tmp_path):
 
 
 def test_balanced_sampling_counts_the_classes_of_one_task():
-    args = argparse.Namespace(sampler="balanced")
-    assert cli.balanced_classes(args, {"organ": ["liver", "lung", "skin"]}) == 3
-    with pytest.raises(cli.UserError, match="--sampler balanced is for one task, here are organ, side"):
-        cli.balanced_classes(args, {"organ": ["liver", "lung", "skin"], "side": ["left", "right"]})
-    assert (
-        cli.balanced_classes(
-            argparse.Namespace(sampler="shuffle"), {"organ": ["liver", "lung"], "side": ["left", "right"]}
-        )
-        == 0
-    )
+    assert cli.balanced_classes("balanced", {"organ": ["liver", "lung", "skin"]}) == 3
+    with pytest.raises(run.UserError, match="--sampler balanced is for one task, here are organ, side"):
+        cli.balanced_classes("balanced", {"organ": ["liver", "lung", "skin"], "side": ["left", "right"]})
+    assert cli.balanced_classes("shuffle", {"organ": ["liver", "lung"], "side": ["left", "right"]}) == 0
 
 
 class Stop(Exception):
@@ -180,7 +172,7 @@ def test_dropout_is_of_the_head_s_input(name):
 
 
 def test_frozen_training_by_script(tmp_path, teacher):
-    flags = [*SMALL, "--epochs", 1, "--model", "resnet18", "--output", tmp_path / "run", "--freeze-backbone"]
+    flags = [*SMALL, "--epochs", 1, "--output", tmp_path / "run", "--freeze-backbone"]
     done = run_script("train_student.py", *flags)
     assert done.returncode == 2 and "--freeze-backbone needs" in done.stderr
     succeed(
@@ -216,16 +208,15 @@ def test_the_student_s_pooling_is_kept(tmp_path, teacher):
 
 
 def test_feature_matching_by_hand():
-    weights = method_weights("feature_matching", 0.3)
-    assert weights == full(ce=0.7, feature=0.3)
-    assert method_weights("feature_matching") == full(ce=0.5, feature=0.5)
+    weights, _ = loss_settings("feature_matching", alpha=0.3)
+    assert weights == {"ce": 0.7, "feature": 0.3}
     torch.manual_seed(0)
     student = {"logits": torch.randn(4, 3), "features": {"a": torch.randn(4, 5, 6, 6), "b": torch.randn(4, 7, 2, 2)}}
     teacher = {"logits": torch.randn(4, 3), "features": {"x": torch.randn(4, 6, 3, 3), "y": torch.randn(4, 8, 4, 4)}}
     loss, labels = DistillationLoss(weights), torch.tensor([0, 1, 2, 1])
     loss.build(student, teacher)
     pairs = []
-    for projector, s, t in zip(loss.projectors, student["features"].values(), teacher["features"].values()):
+    for projector, s, t in zip(loss.projectors["feature"], student["features"].values(), teacher["features"].values()):
         w, b = projector.weight[:, :, 0, 0], projector.bias
         projected = torch.einsum("oc,nchw->nohw", w, s) + b[:, None, None]
         side = min(s.shape[-1], t.shape[-1])
@@ -236,20 +227,14 @@ def test_feature_matching_by_hand():
     torch.testing.assert_close(loss(student, teacher, None), 0.3 * sum(pairs) / 2)
 
 
-@pytest.mark.parametrize("flag", ["ce", "feature"])
-def test_alpha_of_feature_matching_beside_its_weights(flag):
-    with pytest.raises(LossError, match=f"--alpha and --{flag}-weight both"):
-        method_weights("feature_matching", 0.3, **{flag: 1.0})
-    assert method_weights("feature_matching", 0.25, kl=2.0) == full(ce=0.75, kl=2.0, feature=0.25)
-
-
 def test_a_collapse_is_seen():
     torch.manual_seed(0)
     student, teacher = ({"logits": torch.zeros(64, 2), "embedding": torch.randn(64, d)} for d in (6, 8))
-    loss = DistillationLoss({"embedding": 1.0}, embedding={"teacher": "learned", "shared_dim": 4})
+    loss = DistillationLoss({"embedding": 1.0}, {"embedding.teacher_projector": "learned", "embedding.shared_dim": 4})
     loss.build(student, teacher)
-    w = loss.embedding_projectors.teacher.weight
-    assert loss.first_variance == pytest.approx(
+    projectors = loss.projectors["embedding"][0]
+    w = projectors.teacher.weight
+    assert projectors.first_variance == pytest.approx(
         (teacher["embedding"] @ w.T).var(0, correction=0).mean().item(), rel=1e-4
     )
     loss(student, teacher, None)
@@ -261,7 +246,7 @@ def test_a_collapse_is_seen():
     fixed = DistillationLoss({"embedding": 1.0})
     fixed.build(student, teacher)
     with torch.no_grad():
-        fixed.embedding_projectors.student.weight *= 0.01
+        fixed.projectors["embedding"][0].student.weight *= 0.01
     fixed(student, teacher, None)
     assert "hardly differs" in fixed.collapsed(fixed.terms)
     assert DistillationLoss({"ce": 1.0}).collapsed({}) is None
@@ -269,7 +254,8 @@ def test_a_collapse_is_seen():
 
 def test_a_run_without_labels_is_judged_by_its_loss_on_val(tmp_path, teacher):
     """The best epoch has the least mean loss on plain val images; the last batch of 270 is short."""
-    flags = [*SMALL, "--epochs", 3, "--method", "embedding", "--ce-weight", 0, "--lambda-cos", 2, "--lambda-feat", 0.5]
+    options = ["--loss-options", "embedding.lambda_cos=2", "embedding.lambda_feat=0.5"]
+    flags = [*SMALL, "--epochs", 3, "--loss", "embedding=1", *options]
     succeed("distill.py", *flags, "--teacher-checkpoint", teacher / "best.pth", "--output", tmp_path / "run")
     rows = json.loads((tmp_path / "run" / "metrics.json").read_text())
     losses = [row["val_distillation_loss"] for row in rows]
@@ -284,8 +270,8 @@ def test_a_run_without_labels_is_judged_by_its_loss_on_val(tmp_path, teacher):
         said.append(model({"image": preprocess(Augmenter(Policy(), 0)(batch, 8))})["embedding"])
     s = F.linear(
         said[0],
-        saved["loss"]["embedding_projectors.student.weight"],
-        saved["loss"]["embedding_projectors.student.bias"],
+        saved["loss"]["projectors.embedding.0.student.weight"],
+        saved["loss"]["projectors.embedding.0.student.bias"],
     )
     expected = 0.5 * (said[1] - s).square().mean() + 2 * (1 - F.cosine_similarity(s, said[1])).mean()
     assert min(losses) == pytest.approx(expected.item(), rel=1e-4)
@@ -296,13 +282,14 @@ def test_the_method_s_optimizer():
 
     def settled(*argv):
         args = distill.build_parser().parse_args(argv)
-        distill.settle(args)
+        weights, _, labelled = distill.check_loss(args)
+        args = distill.settle_flags(args, weights, labelled)
         return args.optimizer, args.select_metric
 
     assert (
         settled() == settled("--method", "embedding") == ("sgd", "accuracy")
     )  # the student's own, or a gain may be the optimizer's
-    assert settled("--method", "embedding", "--ce-weight", "0") == ("sgd", "distillation_loss")
+    assert settled("--loss", "embedding=1") == ("sgd", "distillation_loss")
     assert settled("--method", "tokens") == ("adamw", "distillation_loss")
-    with pytest.raises(cli.UserError, match="the student has none"):
-        settled("--method", "embedding", "--ce-weight", "0", "--select-metric", "auc")
+    with pytest.raises(run.UserError, match="the loss embedding=1 has neither ce"):
+        settled("--loss", "embedding=1", "--select-metric", "auc")

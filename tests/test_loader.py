@@ -14,8 +14,7 @@ from PIL import Image
 from common import cli
 from common import loader as loader_module
 from common.augment import hash_id
-from common.data import load_splits
-from common.images import DataError, ImageDataset
+from common.data import DataError, ImageDataset, load_splits
 from common.loader import ImageCache, Loader, available_memory, choose_cache, pad_images, save_sample_grid
 
 N = 23  # no multiple of the batch size
@@ -380,13 +379,14 @@ def test_sample_grid(tmp_path, tiles):
     student = torch.nn.functional.avg_pool2d(teacher, 4)  # (20, 3, 8, 8)
     save_sample_grid(tmp_path / "grid.png", [teacher, student])
     sheet = np.array(Image.open(tmp_path / "grid.png"))
-    assert sheet.shape == (2 * 66, 16 * 66, 3)  # sixteen columns of 64 px and a gap of two
+    assert sheet.shape == (2 + 2 * 66, 2 + 16 * 66, 3)  # sixteen columns of 64 px, gaps of two between and around them
+    sheet = sheet[2:, 2:]
     for i in (0, 15):
         above, below = sheet[:64, 66 * i : 66 * i + 64], sheet[66:130, 66 * i : 66 * i + 64]
         assert np.array_equal(above, tiles[i].repeat(2, 0).repeat(2, 1))
         expected = tiles[i].reshape(8, 4, 8, 4, 3).mean((1, 3)).repeat(8, 0).repeat(8, 1)
         assert np.abs(below - expected).max() <= 0.5 + 1e-3
     save_sample_grid(tmp_path / "few.png", [teacher[:3]])
-    assert Image.open(tmp_path / "few.png").size == (3 * 66, 66)
+    assert Image.open(tmp_path / "few.png").size == (2 + 3 * 66, 2 + 66)
     with pytest.raises(DataError, match="cannot draw samples to .*grid.xyz"):
         save_sample_grid(str(tmp_path / "grid.xyz"), [teacher])

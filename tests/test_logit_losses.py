@@ -9,23 +9,24 @@ import pytest
 import torch
 from conftest import SMALL, run_script, succeed
 from scipy.stats import pearsonr, zscore
-from test_losses import full, kl_by_hand, pool_by_hand, rand
+from test_losses import kl_by_hand, pool_by_hand, rand
 
 from common.losses import (
-    LOGIT_TERMS,
-    METHODS,
+    TERMS,
     DistillationLoss,
     LossError,
     attention_transfer,
     decoupled_kl,
     dist,
-    method_weights,
+    loss_settings,
     standardized_kl,
     temperature_kl,
+    terms_on,
 )
-from distill import build_parser, settle
+from distill import build_parser, check_loss, settle_flags
 
 B, C = 6, 5
+LOGIT_TERMS = ("kl", "dkd", "dist", "standardized_kl")
 LABELS = torch.tensor([0, 3, 4, 3, 1, 2])
 # (student, teacher) -> scalar, of logits (B, C) with LABELS
 OF_LOGITS = {"dkd": lambda s, t: decoupled_kl(s, t, LABELS[: len(s)]), "dist": dist, "standardized_kl": standardized_kl}
@@ -337,7 +338,11 @@ def test_terms_are_means_over_tasks(term):
     student, teacher = (
         {f"logits_{task}": rand(B, n, seed=seed + n, scale=9) for task, n in SIZES.items()} for seed in (30, 20)
     )
-    settings = {"dkd": {"alpha": 0.5, "beta": 3.0}, "dist": {"beta": 0.5, "gamma": 3.0}}
+    options = {
+        "dkd": {"dkd.temperature": 3.0, "dkd.alpha": 0.5, "dkd.beta": 3.0},
+        "dist": {"dist.temperature": 3.0, "dist.beta": 0.5, "dist.gamma": 3.0},
+        "standardized_kl": {"standardized_kl.temperature": 3.0},
+    }[term]
     by_hand = {
         "dkd": lambda s, t, task: dkd_by_hand(s, t, TARGETS[task], 3.0, 0.5, 3.0),
         "dist": lambda s, t, _: dist_by_hand(s, t, 3.0, 0.5, 3.0),
@@ -348,7 +353,7 @@ def test_terms_are_means_over_tasks(term):
     }
     assert expected["organ"] != pytest.approx(expected["modality"], rel=0.01)
     for task_weights, (a, b) in ((None, (1, 1)), ({"organ": 3.0, "modality": 1.0}, (3, 1))):
-        criterion = DistillationLoss({term: 2.0}, temperature=3.0, task_weights=task_weights, **settings)
+        criterion = DistillationLoss({term: 2.0}, options, task_weights=task_weights)
         criterion.build(student, teacher)
         mean = (a * expected["organ"] + b * expected["modality"]) / (a + b)
         assert criterion(student, teacher, TARGETS).item() == pytest.approx(2 * mean, rel=1e-5)
@@ -357,7 +362,7 @@ def test_terms_are_means_over_tasks(term):
 
 def test_cross_entropy_is_left_out_and_labels_still_reach_the_decoupled_kl():
     student, teacher = {"logits": rand(B, C)}, {"logits": rand(B, C, seed=1)}
-    criterion = DistillationLoss(method_weights("dkd"))
+    criterion = DistillationLoss(*loss_settings("dkd"))
     expected = dkd_by_hand(student["logits"].numpy(), teacher["logits"].numpy(), LABELS, 4.0, 1.0, 8.0)
     assert criterion(student, teacher, LABELS, ce=False).item() == pytest.approx(expected, rel=1e-9)
     assert criterion(student, teacher, LABELS).item() == pytest.approx(
@@ -367,7 +372,7 @@ def test_cross_entropy_is_left_out_and_labels_still_reach_the_decoupled_kl():
 
 def test_warm_up_spares_the_cross_entropy_and_evaluation():
     student, teacher = {"logits": rand(B, C)}, {"logits": rand(B, C, seed=1)}
-    criterion = DistillationLoss(method_weights("dkd"))
+    criterion = DistillationLoss(*loss_settings("dkd"))
     ce = torch.nn.functional.cross_entropy(student["logits"], LABELS).item()
     whole = dkd_by_hand(student["logits"].numpy(), teacher["logits"].numpy(), LABELS, 4.0, 1.0, 8.0)
     for epoch, epochs, share in (
@@ -390,9 +395,9 @@ def test_warm_up_of_the_class_tokens_of_local_crops():
     criterion = DistillationLoss({"cls": 2.0}).double()
     criterion.build(student, teacher)
     criterion.double()
-    whole = criterion(student, teacher, None, local=local).item()
+    whole = criterion(student, teacher, local_crops=local).item()
     criterion.warm_up(1, 4)
-    assert criterion(student, teacher, None, local=local).item() == pytest.approx(whole / 4, rel=1e-9)
+    assert criterion(student, teacher, local_crops=local).item() == pytest.approx(whole / 4, rel=1e-9)
 
 
 def test_attention_is_a_mean_over_layers_and_needs_no_projector():
@@ -405,7 +410,7 @@ def test_attention_is_a_mean_over_layers_and_needs_no_projector():
     assert not list(criterion.parameters())
     both = DistillationLoss({"attention": 1.0, "feature": 1.0})
     both.build({"features": maps}, {"features": guides})
-    assert [tuple(p.weight.shape[:2]) for p in both.projectors] == [(7, 3), (4, 5)]
+    assert [tuple(p.weight.shape[:2]) for p in both.projectors["feature"]] == [(7, 3), (4, 5)]
 
 
 @pytest.mark.parametrize("term", LOGIT_TERMS)
@@ -422,7 +427,7 @@ def test_what_cannot_be_compared_is_refused():
     maps = lambda count, side: {"features": {f"layer{i}": rand(2, 3, side, side) for i in range(count)}}  # noqa: E731
     with pytest.raises(LossError, match="--student-layer names 1 layers and --teacher-layer 2"):
         DistillationLoss({"attention": 1.0}).build(maps(1, 4), maps(2, 4))
-    with pytest.raises(LossError, match="share but one"):
+    with pytest.raises(LossError, match="share only one"):
         DistillationLoss({"attention": 1.0}).build(maps(1, 4), maps(1, 1))
     DistillationLoss({"feature": 1.0}).build(maps(1, 4), maps(1, 1))
 
@@ -434,34 +439,32 @@ def test_what_cannot_be_compared_is_refused():
         (["--method", "dist"], {"ce": 1.0, "dist": 2.0}, 1.0),
         (["--method", "logit_standardization"], {"ce": 0.1, "standardized_kl": 9.0}, 2.0),
         (["--method", "attention"], {"ce": 1.0, "attention": 1000.0}, 4.0),
-        (["--method", "vanilla"], {"ce": 1.0, "kl": 1.0, "projection": 100.0}, 2.0),
+        (["--method", "projection"], {"ce": 1.0, "kl": 1.0, "projection": 100.0}, 2.0),
         (["--method", "response"], {"ce": 0.5, "kl": 0.5}, 4.0),
-        (
-            ["--method", "dist", "--temperature", "3", "--dkd-weight", "0.5", "--attention-weight", "7"],
-            {"ce": 1.0, "dist": 2.0, "dkd": 0.5, "attention": 7.0},
-            3.0,
-        ),
-        (["--ce-weight", "0", "--kl-weight", "0", "--standardized-kl-weight", "2"], {"standardized_kl": 2.0}, 4.0),
+        (["--method", "dist", "--temperature", "3"], {"ce": 1.0, "dist": 2.0}, 3.0),
+        (["--method", "dkd", "--loss", "standardized_kl=2"], {"standardized_kl": 2.0}, 2.0),
+        (["--loss", "standardized_kl=2", "--method", "dkd"], {"ce": 1.0, "dkd": 1.0}, 4.0),  # the later one counts
+        (["--loss", "ce=1", "dist=2", "--loss-options", "dist.temperature=9"], {"ce": 1.0, "dist": 2.0}, 9.0),
     ],
 )
 def test_weights_and_temperature_of_the_flags(flags, weights, temperature):
     args = build_parser().parse_args(flags)
-    found, labelled = settle(args)
-    assert found == full(**weights) and args.temperature == temperature
-    assert labelled is True and args.select_metric == "accuracy"
+    found, options, labelled = check_loss(args)
+    assert found == weights
+    assert {options[f"{term}.temperature"] for term in terms_on(found, "logits")} <= {temperature}
+    assert labelled is True and settle_flags(args, found, labelled).select_metric == "accuracy"
 
 
 def test_attention_alone_needs_no_head():
     args = build_parser().parse_args(
-        ["--method", "attention", "--ce-weight", "0", "--student-layer", "layer2", "--teacher-layer", "layer2"]
+        ["--loss", "attention=1000", "--student-layer", "layer2", "--teacher-layer", "layer2"]
     )
-    assert settle(args)[1] is False and args.select_metric == "distillation_loss"
+    weights, _, labelled = check_loss(args)
+    assert labelled is False and settle_flags(args, weights, labelled).select_metric == "distillation_loss"
 
 
-@pytest.mark.parametrize("method", ["dkd", "dist", "logit_standardization", "attention"])
-def test_alpha_is_not_theirs(method):
-    with pytest.raises(LossError, match="--alpha with --method"):
-        method_weights(method, alpha=0.5)
+def test_the_terms_on_logits():
+    assert tuple(terms_on(TERMS, "logits")) == LOGIT_TERMS
 
 
 # ----------------------------------------------------------------------------------------------------------- scripts
@@ -480,7 +483,8 @@ def extracted(tmp_path_factory, teacher):
         "--save-logits",
         "--device",
         "cpu",
-        "--no-augment",
+        "--augment",
+        "none",
         "--output",
         folder,
     )
@@ -522,7 +526,8 @@ def test_methods_of_logits_live_and_stored(extracted, teacher, tmp_path, method,
         *flags,
         "--dataset",
         "digits",
-        "--no-augment",
+        "--augment",
+        "none",
         "--teacher-checkpoint",
         teacher / "best.pth",
         "--output",
@@ -532,7 +537,7 @@ def test_methods_of_logits_live_and_stored(extracted, teacher, tmp_path, method,
     live, stored = (read(tmp_path / name) for name in ("live", "stored"))
     for key in ("loss", "ce", term):
         assert live[f"train_{key}"] == pytest.approx(stored[f"train_{key}"], rel=0.02), key
-    weights = METHODS[method]
+    weights = loss_settings(method)[0]
     assert live["train_loss"] == pytest.approx(
         sum(weights[key] * live[f"train_{key}"] for key in ("ce", term)), rel=1e-4
     )
@@ -566,7 +571,7 @@ def test_attention_teaches_with_and_without_labels(teacher, tmp_path):
     assert row["train_attention"] > 0 and row["train_loss"] == pytest.approx(
         row["train_ce"] + 1000 * row["train_attention"], rel=1e-4
     )
-    succeed("distill.py", *flags, "--ce-weight", 0, "--output", tmp_path / "b")
+    succeed("distill.py", *flags, "--loss", "attention=1000", "--output", tmp_path / "b")
     row = read(tmp_path / "b")
     assert "val_accuracy" not in row and "train_ce" not in row and 0 < row["val_distillation_loss"] < 1000
 
@@ -608,14 +613,15 @@ def test_stores_without_maps_or_logits_are_refused(extracted, teacher, tmp_path)
         teacher / "best.pth",
         "--device",
         "cpu",
-        "--no-augment",
+        "--augment",
+        "none",
         "--output",
         plain,
     )
     for flags, words in (
         (
             ["--teacher-embeddings", extracted, "--method", "attention"],
-            "hold no feature maps: --method attention needs a teacher, or --attention-weight 0",
+            "a store holds no feature maps, which the loss ce=1 attention=1000 compares",
         ),
         (["--teacher-embeddings", plain, "--method", "dist"], "--save-logits"),
     ):

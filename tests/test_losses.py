@@ -1,11 +1,17 @@
 """Every loss against a formula written out here, in float64, gradients included; the traps of PITFALLS."""
 
+import importlib
+import json
 import math
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import SMALL
 
+from common import cli, losses, run
 from common.losses import (
     METHODS,
     TERMS,
@@ -16,22 +22,19 @@ from common.losses import (
     cross_entropy,
     decoupled_kl,
     embedding_loss,
-    feature_cosine,
-    feature_mse,
-    method_weights,
+    feature_loss,
+    loss_settings,
+    loss_words,
     orthogonal,
     same_size,
     task_accuracy,
     temperature_kl,
+    term_options,
 )
 from common.models import build_model
+from distill import build_parser, check_loss
 
 B, C = 5, 7
-
-
-def full(**given):
-    """The weights of all terms: those that are not given are 0."""
-    return {**dict.fromkeys(TERMS, 0.0), **given}
 
 
 def rand(*shape, seed=0, scale=1.0, grad=False):
@@ -154,8 +157,8 @@ def test_float32_scalars_under_autocast():
     terms = [
         lambda cast: cross_entropy(cast(logits), LABELS, 0.1),
         lambda cast: temperature_kl(cast(logits), cast(taught)),
-        lambda cast: feature_mse(cast(maps), cast(guide)[..., :4, :4]),
-        lambda cast: feature_cosine(cast(maps), cast(guide)[..., :4, :4]),
+        lambda cast: feature_loss(cast(maps), cast(guide)[..., :4, :4]),
+        lambda cast: feature_loss(cast(maps), cast(guide)[..., :4, :4], "cosine"),
         lambda cast: projected({"features": {"a": cast(maps)}}, {"features": {"b": cast(guide)[:, :4]}}, LABELS),
     ]
     for term in terms:
@@ -189,11 +192,11 @@ def test_feature_term(kind, shapes):
     maps = [rand(3, *shapes[0], seed=i, grad=True) for i in (0, 1)]
     guides = [rand(3, *shapes[1], seed=i + 2) for i in (0, 1)]
     student, teacher = {"features": dict(zip("ab", maps))}, {"features": dict(zip("xy", guides))}
-    criterion = DistillationLoss({"ce": 0.0, "kl": 0.0, "feature": 2.5}, feature_loss=kind)
+    criterion = DistillationLoss({"ce": 0.0, "kl": 0.0, "feature": 2.5}, {"feature.distance": kind})
     criterion.build(student, teacher)
     criterion.double()
     loss = criterion(student, teacher, None)
-    values = [feature_by_hand(kind, s, t, p) for s, t, p in zip(maps, guides, criterion.projectors)]
+    values = [feature_by_hand(kind, s, t, p) for s, t, p in zip(maps, guides, criterion.projectors["feature"])]
     expected = 2.5 * (values[0] + values[1]) / 2
     assert loss.item() == pytest.approx(expected.item(), rel=1e-11)
     assert criterion.terms["feature"].item() == pytest.approx(expected.item() / 2.5, rel=1e-11)
@@ -203,14 +206,15 @@ def test_feature_term(kind, shapes):
         torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-12)
 
 
-@pytest.mark.parametrize("term", [feature_mse, feature_cosine])
-def test_feature_gradients_by_finite_differences(term):
-    assert torch.autograd.gradcheck(term, (rand(2, 3, 4, 4, grad=True), rand(2, 3, 2, 2, seed=1)))
+@pytest.mark.parametrize("distance", ["mse", "cosine"])
+def test_feature_gradients_by_finite_differences(distance):
+    loss = lambda s, t: feature_loss(s, t, distance)  # noqa: E731
+    assert torch.autograd.gradcheck(loss, (rand(2, 3, 4, 4, grad=True), rand(2, 3, 2, 2, seed=1)))
 
 
 def test_feature_cosine_is_finite_for_dead_features():
     student = torch.zeros(2, 3, 2, 2, requires_grad=True)
-    loss = feature_cosine(student, torch.ones(2, 3, 2, 2))
+    loss = feature_loss(student, torch.ones(2, 3, 2, 2), "cosine")
     assert loss.item() == 1
     loss.backward()
     assert student.grad.isfinite().all()
@@ -225,19 +229,19 @@ def test_a_cnn_and_a_vit_teach_each_other(names):
     student.set_feature_layers([names[1]])
     teacher.set_feature_layers([names[3]])
     images = rand(2, 3, 16, 16).float()
-    criterion = DistillationLoss({"feature": 1.0}, feature_loss="cosine")
+    criterion = DistillationLoss({"feature": 1.0}, {"feature.distance": "cosine"})
     with torch.no_grad():
         taught = teacher.eval()({"image": images})
         criterion.build(student.eval()({"image": images}), taught)
     out = student.train()({"image": images})
     width = {"resnet8": {"layer2": 128, "layer3": 256}, "vit_6_192": {"blocks.1": 192, "blocks.2": 192}}
     wanted = (width[names[2]][names[3]], width[names[0]][names[1]], 1, 1)
-    assert criterion.projectors[0].weight.shape == wanted
+    assert criterion.projectors["feature"][0].weight.shape == wanted
     loss = criterion(out, taught, None)
     loss.backward()
     grads = {name: parameter.grad for name, parameter in student.backbone.named_parameters()}
-    first = "conv1.weight" if names[0] == "resnet8" else "patch_embed.weight"
-    last = "layer4.0.conv1.weight" if names[0] == "resnet8" else "blocks.5.qkv.weight"
+    first = "conv1.weight" if names[0] == "resnet8" else "patch_embed.proj.weight"
+    last = "layer4.0.conv1.weight" if names[0] == "resnet8" else "blocks.5.attn.qkv.weight"
     assert grads[first].abs().sum() > 0 and grads[last] is None
     assert all(parameter.grad.abs().sum() > 0 for parameter in criterion.parameters())
 
@@ -259,47 +263,157 @@ def test_targets_made_under_no_grad_can_be_matched():
 # ----------------------------------------------------------------------------------------------------------- weights
 
 
-def test_method_weights_defaults():
-    assert method_weights("response") == full(ce=0.5, kl=0.5)
-    assert method_weights("feature") == full(ce=0.5, kl=0.5, feature=1.0)
-    assert method_weights("feature", 0.3) == full(ce=0.3, kl=0.7, feature=1.0)
-    assert method_weights("response", ce=2.0, kl=None, feature=0.1) == full(ce=2.0, kl=0.5, feature=0.1)
-    assert METHODS["response"] == {"ce": 0.5, "kl": 0.5}, "the table itself must not change"
+def test_methods_are_sums():
+    """The published weights, written out; the temperature of all terms on logits is each term's or the method's."""
+    expected = {
+        "response": ({"ce": 0.5, "kl": 0.5}, 4),
+        "feature": ({"ce": 0.5, "kl": 0.5, "feature": 1}, 4),
+        "feature_matching": ({"ce": 0.5, "feature": 0.5}, None),
+        "embedding": ({"ce": 1, "embedding": 1}, None),
+        "tokens": ({"cls": 1, "patch": 0.5}, None),
+        "projection": ({"ce": 1, "kl": 1, "projection": 100}, 2),
+        "combined": ({"ce": 1, "kl": 1, "projection": 100, "crd": 1}, 2),
+        "crd": ({"ce": 1, "crd": 1}, None),
+        "rkd": ({"ce": 1, "rkd_distance": 25, "rkd_angle": 50}, None),
+        "mmd": ({"ce": 1, "mmd": 1}, None),
+        "dkd": ({"ce": 1, "dkd": 1}, 4),
+        "dist": ({"ce": 1, "dist": 2}, 1),
+        "logit_standardization": ({"ce": 0.1, "standardized_kl": 9}, 2),
+        "attention": ({"ce": 1, "attention": 1000}, None),
+    }
+    assert expected.keys() == METHODS.keys()
+    for method, (weights, temperature) in expected.items():
+        found, options = loss_settings(method)
+        assert found == weights, method
+        on_logits = {value for key, value in options.items() if key in LOGIT_TEMPERATURES}
+        assert on_logits == ({temperature} if temperature else set()), method
+
+
+LOGIT_TEMPERATURES = {f"{term}.temperature" for term in ("kl", "dkd", "dist", "standardized_kl")}
+
+
+def test_a_sum_of_the_user_s():
+    """--loss replaces the method; an option is special to its term, --temperature is of all terms on logits."""
+    words = ["ce=0", "kl=2", "dist=0.5", "crd=3", "embedding=1"]
+    weights, options = loss_settings("tokens", words)
+    assert weights == {"kl": 2, "dist": 0.5, "crd": 3, "embedding": 1}
+    assert options == {
+        "kl.temperature": 4,
+        "dist.temperature": 1,
+        "dist.beta": 1,
+        "dist.gamma": 1,
+        "crd.temperature": 0.07,
+        "crd.base_temperature": 0.07,
+        "embedding.lambda_feat": 1,
+        "embedding.lambda_cos": 1,
+        "embedding.teacher_projector": "identity",
+    }
+    given = ["dist.temperature=3", "crd.temperature=0.1", "embedding.shared_dim=8", "embedding.lambda_cos=0"]
+    _, changed = loss_settings("tokens", words, [*given, "embedding.teacher_projector=learned"], temperature=2.5)
+    assert changed == {
+        **options,
+        "kl.temperature": 2.5,
+        "dist.temperature": 3,
+        "crd.temperature": 0.1,
+        "embedding.shared_dim": 8,
+        "embedding.lambda_cos": 0,
+        "embedding.teacher_projector": "learned",
+    }
+    assert isinstance(changed["embedding.shared_dim"], int)
+    assert loss_settings("projection", temperature=3)[1] == {"kl.temperature": 3}
+    assert loss_settings("projection", None, ["kl.temperature=5"], 3)[1] == {"kl.temperature": 5}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_words_of_a_sum_can_be_pasted(method):
+    """After --loss and --loss-options; alpha's weights too."""
+    for alpha in (None, 0.3, 0.7) if method in ("response", "feature", "feature_matching") else (None,):
+        settings = loss_settings(method, alpha=alpha)
+        words, options = map(loss_words, settings)
+        for again in (
+            loss_settings("response", words.split(), options.split()),
+            loss_settings("response", [*words.split(), *options.split()]),
+        ):
+            assert again[0] == pytest.approx(settings[0], rel=1e-11) and again[1] == settings[1]
+        assert loss_words(again[0]) == words
+    assert loss_words(loss_settings("response")[0]) == "ce=0.5 kl=0.5"
+    assert loss_words(loss_settings("dkd")[1]) == "dkd.temperature=4 dkd.alpha=1 dkd.beta=8"
 
 
 @pytest.mark.parametrize(
-    "method, alpha, given, words",
+    "method, weights",
     [
-        ("response", 0.5, {"ce": 1.0}, ["--alpha", "--ce-weight"]),
-        ("feature", 0.5, {"kl": 0.0}, ["--alpha", "--kl-weight"]),
-        ("response", 1.5, {}, ["--alpha", "1.5"]),
-        ("response", -0.1, {}, ["--alpha", "-0.1"]),
-        ("response", math.nan, {}, ["--alpha", "nan"]),
-        ("response", None, {"kl": -1.0}, ["--kl-weight", "-1.0"]),
-        ("response", None, {"feature": math.inf}, ["--feature-weight", "inf"]),
-        ("response", None, {"ce": math.nan}, ["--ce-weight", "nan"]),
-        ("response", None, {"ce": 0.0, "kl": 0.0}, ["0"]),
+        ("response", {"ce": 0.3, "kl": 0.7}),
+        ("feature", {"ce": 0.3, "kl": 0.7, "feature": 1}),
+        ("feature_matching", {"ce": 0.7, "feature": 0.3}),
     ],
 )
-def test_contradicting_or_impossible_weights(method, alpha, given, words):
+def test_alpha_is_translated_into_weights(method, weights):
+    assert loss_settings(method, alpha=0.3)[0] == pytest.approx(weights)
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"alpha": 1.5}, ["--alpha", "1.5"]),
+        ({"alpha": -0.1}, ["--alpha", "-0.1"]),
+        ({"alpha": math.nan}, ["--alpha", "nan"]),
+        ({"alpha": 0.5, "loss": ["ce=1"]}, ["--alpha 0.5", "--loss"]),
+        *(
+            ({"alpha": 0.5, "method": method}, [f"--method {method}"])
+            for method in ("embedding", "dkd", "dist", "logit_standardization", "attention")
+        ),
+        ({"loss": ["hint=1"]}, ["'hint'", *TERMS]),
+        ({"loss": ["ce=1", "kl.temperature=1"]}, ["'kl.temperature'", "the loss ce=1"]),
+        ({"loss": ["kl.temperature=1"]}, ["no term has a weight"]),
+        ({"loss": ["kl=-1"]}, ["kl=-1", "at least 0"]),
+        ({"loss": ["kl=inf"]}, ["kl=inf", "at least 0"]),
+        ({"loss": ["kl=nan"]}, ["kl=nan", "at least 0"]),
+        ({"loss": ["kl=much"]}, ["kl=much", "kl=VALUE"]),
+        ({"loss": ["kl"]}, ["--loss kl: write kl=VALUE"]),
+        ({"loss": ["kl=1", "ce=1", "kl=1"]}, ["kl is given twice"]),
+        ({"loss": ["ce=0", "kl=0"]}, ["no term has a weight above 0"]),
+        ({"loss_options": ["dkd.beta=2"]}, ["'dkd.beta'", "ce=0.5 kl=0.5", "choose from kl.temperature"]),
+        ({"method": "dkd", "loss_options": ["dkd.bta=2"]}, ["'dkd.bta'", "dkd.temperature, dkd.alpha, dkd.beta"]),
+        ({"method": "dkd", "loss_options": ["ce.label_smoothing=1"]}, ["'ce.label_smoothing'"]),
+        ({"method": "rkd", "loss_options": ["beta=2"]}, ["'beta'", "choose from none"]),
+        ({"method": "dkd", "loss_options": ["dkd.beta"]}, ["dkd.beta=VALUE with a number of at least 0"]),
+        ({"method": "dkd", "loss_options": ["dkd.beta=-1"]}, ["dkd.beta=-1", "with a number of at least 0"]),
+        ({"method": "dkd", "loss_options": ["dkd.beta=inf"]}, ["dkd.beta=inf"]),
+        ({"method": "dkd", "loss_options": ["dkd.temperature=0"]}, ["dkd.temperature=VALUE with a number above 0"]),
+        ({"method": "crd", "loss_options": ["crd.base_temperature=0"]}, ["with a number above 0"]),
+        ({"method": "feature", "loss_options": ["feature.distance=l1"]}, ["with one of mse, cosine"]),
+        ({"method": "embedding", "loss_options": ["embedding.shared_dim=0"]}, ["with a whole number above 0"]),
+        ({"method": "embedding", "loss_options": ["embedding.shared_dim=2.5"]}, ["with a whole number above 0"]),
+        *(({"temperature": t}, [f"kl.temperature={t}"]) for t in (0.0, -1.0, math.nan, math.inf)),
+    ],
+)
+def test_impossible_settings(settings, words):
     with pytest.raises(LossError) as caught:
-        method_weights(method, alpha, **given)
+        loss_settings(**settings)
     assert caught.value.exit_code == 2
     text = str(caught.value)
-    assert "\n" not in text and all(word in text for word in words)
+    assert "\n" not in text and all(word in text for word in words), text
 
 
-@pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan, math.inf])
-def test_impossible_temperature(temperature):
-    with pytest.raises(LossError) as caught:
-        DistillationLoss(method_weights("response"), temperature)
-    assert caught.value.exit_code == 2 and "--temperature" in str(caught.value)
+def test_the_loss_itself_refuses_unknown_names():
+    with pytest.raises(LossError, match="'hint'.*crd"):
+        DistillationLoss({"hint": 1.0})
+    with pytest.raises(LossError, match="'dkd.bta'.*dkd.beta"):
+        DistillationLoss({"dkd": 1}, {"dkd.bta": 2})
+    with pytest.raises(LossError, match="the teacher gives no tokens, which the term patch compares"):
+        DistillationLoss({"patch": 1}).build({"tokens": rand(2, 4, 3)}, {"logits": rand(2, 3)})
+
+
+def test_options_are_what_has_a_default_and_a_plain_type():
+    assert [*term_options("ce")] == [*term_options("mmd")] == [*term_options("cls")] == []
+    assert [*term_options("feature")] == ["feature.distance"]
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.25, 0.5, 1.0])
 def test_alpha_weighs_the_cross_entropy_and_t_squared_is_always_there(alpha):
     student, teacher = rand(B, C, scale=2, grad=True), rand(B, C, seed=1, scale=2)
-    criterion = DistillationLoss(method_weights("response", alpha), temperature=4.0, label_smoothing=0.1)
+    criterion = DistillationLoss(*loss_settings("response", alpha=alpha), label_smoothing=0.1)
     criterion.build({"logits": student}, {"logits": teacher})
     loss = criterion({"logits": student}, {"logits": teacher}, LABELS)
     ce, kl = ce_by_hand(student, LABELS, 0.1), kl_by_hand(student, teacher, 4.0)
@@ -319,10 +433,10 @@ def test_alpha_weighs_the_cross_entropy_and_t_squared_is_always_there(alpha):
 def test_terms_of_weight_zero_are_not_computed():
     """Nothing that only a missing term needs has to be there."""
     logits = rand(B, C)
-    ce = DistillationLoss(method_weights("response", 1.0))
+    ce = DistillationLoss(*loss_settings("response", alpha=1.0))
     ce.build({"logits": logits}, {})
     assert ce({"logits": logits}, {}, LABELS).item() == pytest.approx(ce_by_hand(logits, LABELS), rel=1e-10)
-    kl = DistillationLoss(method_weights("response", 0.0))
+    kl = DistillationLoss(*loss_settings("response", alpha=0.0))
     assert kl({"logits": logits}, {"logits": logits + 1}, None).item() == pytest.approx(0, abs=1e-12)
     features = {"features": {"a": rand(2, 3, 4, 4)}}
     hint = DistillationLoss({"ce": 0.0, "kl": 0.0, "feature": 1.0})
@@ -338,8 +452,8 @@ def test_projectors_are_built_before_the_optimizer_and_trained():
     assert not list(criterion.parameters())
     criterion.build(student, teacher)
     assert {name: tuple(p.shape) for name, p in criterion.named_parameters()} == {
-        "projectors.0.weight": (5, 3, 1, 1),
-        "projectors.0.bias": (5,),
+        "projectors.feature.0.weight": (5, 3, 1, 1),
+        "projectors.feature.0.bias": (5,),
     }
     optimizer = torch.optim.SGD(criterion.parameters(), lr=0.3)
     before, first = [p.clone() for p in criterion.parameters()], None
@@ -349,7 +463,7 @@ def test_projectors_are_built_before_the_optimizer_and_trained():
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert len(criterion.projectors) == 1, "nothing may be made in forward"
+    assert len(criterion.projectors["feature"]) == 1, "nothing may be made in forward"
     assert all(not torch.equal(p, q) for p, q in zip(before, criterion.parameters()))
     assert loss.item() < first - 0.05
     again = DistillationLoss({"feature": 1.0})
@@ -362,7 +476,7 @@ def test_projectors_are_built_before_the_optimizer_and_trained():
 
 
 def test_other_numbers_of_classes_are_refused():
-    criterion = DistillationLoss(method_weights("response"))
+    criterion = DistillationLoss(*loss_settings("response"))
     with pytest.raises(LossError, match="the teacher has 7 classes, the student 3") as caught:
         criterion.build({"logits": rand(2, 3)}, {"logits": rand(2, 7)})
     assert caught.value.exit_code == 2
@@ -374,7 +488,7 @@ def test_other_numbers_of_layers_are_refused(layers):
         out = {"logits": rand(2, 3)}
         return {**out, "features": {f"layer{i}": rand(2, 3, 4, 4) for i in range(count)}} if count else out
 
-    criterion = DistillationLoss(method_weights("feature"))
+    criterion = DistillationLoss(*loss_settings("feature"))
     with pytest.raises(LossError) as caught:
         criterion.build(outputs(layers[0]), outputs(layers[1]))
     assert caught.value.exit_code == 2
@@ -399,9 +513,9 @@ def test_class_weights_against_sklearn():
     [
         ("1,2", "3 numbers"),
         ("a,b,c", "balanced"),
-        ("1,-1,2", "from 0 on"),
-        ("0,0,0", "from 0 on"),
-        ("1,nan,1", "from 0 on"),
+        ("1,-1,2", "at least 0"),
+        ("0,0,0", "at least 0"),
+        ("1,nan,1", "at least 0"),
         ("", "balanced"),
     ],
 )
@@ -482,14 +596,12 @@ def test_embedding_loss_by_hand():
 
 
 @pytest.mark.parametrize("width", [16, 1280])
-@pytest.mark.parametrize(
-    "term", ["embedding", "cls", "patch", "projection", "contrastive", "mmd", "rkd_distance", "rkd_angle"]
-)
+@pytest.mark.parametrize("term", ["embedding", "cls", "patch", "projection", "crd", "mmd", "rkd_distance", "rkd_angle"])
 def test_no_term_drowns_the_labels_of_wide_teachers(term, width):
     """On embeddings of unit deviation a term times its method's weight is some times the cross-entropy, at any
     width."""
     torch.manual_seed(0)  # of the projectors
-    weight = max(weights.get(term, 0) for weights in METHODS.values())
+    weight = max(loss_settings(method)[0].get(term, 0) for method in METHODS)
     student = {"logits": rand(B, C), "embedding": rand(B, 32).float(), "tokens": rand(B, 4, 32).float()}
     teacher = {"embedding": rand(B, width, seed=1).float(), "tokens": rand(B, 4, width, seed=1).float()}
     criterion = DistillationLoss({term: weight})
@@ -521,7 +633,9 @@ def test_embedding_projectors(kind, trained):
 
 
 def test_the_embedding_term_shows_a_collapse():
-    criterion = DistillationLoss(method_weights("embedding", ce=0), embedding={"teacher": "learned", "shared_dim": 4})
+    criterion = DistillationLoss(
+        {"embedding": 1}, {"embedding.teacher_projector": "learned", "embedding.shared_dim": 4}
+    )
     out = {"embedding": torch.randn(B, 6), "logits": torch.randn(B, C)}
     taught = {"embedding": torch.randn(B, 10)}
     criterion.build(out, taught)
@@ -534,7 +648,94 @@ def test_the_embedding_term_shows_a_collapse():
     assert criterion.terms["teacher_variance"] == 0
 
 
-def test_alpha_is_not_for_embeddings():
-    with pytest.raises(LossError, match="--alpha with --method embedding"):
-        method_weights("embedding", alpha=0.5)
-    assert method_weights("embedding", ce=0)["ce"] == 0
+# ------------------------------------------------------------------------------------------------ the table, the flags
+
+
+def test_the_file_is_used_alone(tmp_path, monkeypatch):
+    """Copied into an empty folder, its docstring's loop runs, nothing of this project is imported, and it learns."""
+    source = Path(losses.__file__)
+    (tmp_path / "losses_alone.py").write_text(source.read_text())
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "common", None)  # an import of it would fail
+    alone = importlib.import_module("losses_alone")
+    example = [line[4:] for line in alone.__doc__.splitlines() if line.startswith("    ")]
+    assert len(example) < 20
+
+    class Model(torch.nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.body, self.head = torch.nn.Linear(6, width), torch.nn.Linear(width, 3)
+
+        def forward(self, images):
+            embedding = self.body(images)
+            return {"embedding": embedding, "logits": self.head(embedding)}
+
+    torch.manual_seed(0)
+    images, labels = rand(8, 6).float(), torch.tensor([0, 1, 2, 0, 1, 2, 0, 1])
+    names = {
+        "torch": torch,
+        "DistillationLoss": alone.DistillationLoss,
+        "student": Model(4),
+        "teacher": Model(5),
+        "images": images,
+        "batches": [(images, labels)] * 40,
+    }
+    exec("\n".join(example), names)
+    first = alone.DistillationLoss({"ce": 1.0})(Model(4)(images), {}, labels)
+    assert names["criterion"].terms["ce"] < first and len(list(names["criterion"].parameters())) == 2
+
+
+def chebyshev(student, teacher, power: float = 1.0):
+    """Largest difference of each row, to a power, mean over the batch."""
+    return (student - teacher).abs().amax(1).pow(power).mean()
+
+
+def test_a_term_is_a_function_and_a_row(monkeypatch, here, refused, teacher, tmp_path):
+    """It is in the help, has an option, is distilled with, live and stored; no other file knows of it."""
+    row = losses.Term(chebyshev, "embedding", "largest difference", torch.nn.Linear)
+    monkeypatch.setitem(losses.TERMS, "chebyshev", row)
+    help_text = " ".join(build_parser().format_help(everything=True).split())
+    assert "chebyshev: largest difference" in help_text and "chebyshev.power=1" in help_text
+    flags = [*SMALL, "--epochs", 1, "--loss", "ce=1", "chebyshev=0.5", "--teacher-checkpoint", teacher / "best.pth"]
+    refused("distill.py", *flags, "--loss-options", "chebyshev.power=x", words=["chebyshev.power=VALUE with a number"])
+    code, out, errors = here("distill.py", *flags, "--loss-options", "chebyshev.power=2", "--output", "run")
+    assert code == 0, errors
+    assert "loss: ce=1 chebyshev=0.5\nloss options: chebyshev.power=2\n" in out
+    row, results = (json.loads((tmp_path / "run" / f"{name}.json").read_text()) for name in ("metrics", "results"))
+    assert row[0]["train_loss"] == pytest.approx(row[0]["train_ce"] + 0.5 * row[0]["train_chebyshev"], rel=1e-5)
+    assert results["method"] == "ce=1 chebyshev=0.5"
+    # only of the embedding, so without labels; the whole batch is compared
+    whole = losses.Term(chebyshev, "embedding", "", torch.nn.Linear, compares_images=True)
+    monkeypatch.setitem(losses.TERMS, "chebyshev", whole)
+    student, guide = {"embedding": rand(B, 4)}, {"embedding": rand(B, 4, seed=1)}
+    criterion = DistillationLoss({"chebyshev": 2}, {"chebyshev.power": 3.0}, gather=lambda rows: rows[:2])
+    criterion.build(student, guide)
+    projected = criterion.project("chebyshev", student["embedding"], None)[0]
+    expected = [max(abs(a - b) for a, b in zip(s, t)) ** 3 for s, t in zip(projected.tolist(), guide["embedding"])]
+    assert criterion(student, guide).item() == pytest.approx(2 * float(sum(expected[:2])) / 2)
+    assert criterion.eval()(student, guide).item() == pytest.approx(2 * float(sum(expected)) / B)
+
+
+def test_the_flags_of_the_sum_from_files(tmp_path):
+    """--config, --sweep and --resume carry them; on the command line --method replaces the file's --loss."""
+    loss = {"loss": ["ce=1", "dkd=2"], "loss_options": ["dkd.beta=1"], "method": None}
+    config, grid = tmp_path / "config.json", tmp_path / "grid.json"
+    config.write_text(json.dumps({"flags": loss}))
+    grid.write_text(json.dumps({"loss": [["ce=1", "kl=1"], ["ce=1", "mmd=2"]]}))
+
+    def parsed(*flags):
+        (argv,) = cli.expand_seeds(build_parser(), list(map(str, flags)))
+        return cli.parse_flags(build_parser(), argv)
+
+    args = parsed("--config", config)
+    assert {name: getattr(args, name) for name in loss} == loss
+    assert check_loss(args)[0] == {"ce": 1, "dkd": 2} and check_loss(args)[1]["dkd.beta"] == 1
+    args = parsed("--config", config, "--method", "dkd")
+    assert check_loss(args)[0] == {"ce": 1, "dkd": 1} and args.loss is None
+    assert check_loss(parsed("--config", config, "--loss", "kl=1", "--loss-options"))[0] == {"kl": 1}
+    args = parsed("--sweep", grid, "--sweep-index", 1, "--method", "dkd")
+    assert check_loss(args)[0] == {"ce": 1, "mmd": 2} and args.output.endswith("loss-ce-1-mmd-2")
+    assert check_loss(parsed("--resume", tmp_path))[0] == {"ce": 1, "dkd": 2}
+    for flags in (["--loss", "ce=1"], ["--method", "mmd"], ["--loss-options", "dkd.beta=3"]):
+        with pytest.raises(run.UserError, match="with --resume: the run has"):
+            parsed("--resume", tmp_path, *flags)

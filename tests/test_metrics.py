@@ -10,13 +10,9 @@ import numpy as np
 import pytest
 from sklearn import metrics as sk
 
-from common.cli import UserError
-from common.evaluation import chance_auc
 from common.metrics import (
     CLASSIFICATION,
     FIDELITY,
-    LOWER_IS_BETTER,
-    better,
     bootstrap,
     class_recalls,
     classification,
@@ -28,7 +24,8 @@ from common.metrics import (
     ranking,
     weighing,
 )
-from common.teacher import check_teacher, judge_teacher
+from common.run import LOWER_IS_BETTER, UserError, better
+from common.teacher import chance_auc, check_teacher, judge_teacher
 
 
 def make(samples=400, classes=12, seed=0, scale=2.0):
@@ -309,10 +306,8 @@ def test_each_task_of_a_teacher_is_judged():
     )
     source = SimpleNamespace(title="teacher", described={}, model=None)
     with pytest.raises(UserError, match="in sign no better than chance"):
-        judge_teacher(source, logits, splits, None, SimpleNamespace(allow_weak_teacher=False))
-    text = judge_teacher(
-        source, {**logits, "sign": logits["organ"]}, splits, None, SimpleNamespace(allow_weak_teacher=False)
-    )
+        judge_teacher(source, logits, splits, None, False)
+    text = judge_teacher(source, {**logits, "sign": logits["organ"]}, splits, None, False)
     assert "in organ AUC 1.0000" in text and "in sign AUC 1.0000" in text
 
 

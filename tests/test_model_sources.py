@@ -11,11 +11,12 @@ import torch
 from conftest import ROOT, shared_archive
 from test_models import SWIN, forward, images, no_network, refusal  # noqa: F401
 
-from common.cli import UserError
 from common.data import DATASETS
-from common.models import ModelError, build_model, load_weights
+from common.models import ModelError, build_model
 from common.multimodal import _load
-from common.training import Preprocess, load_checkpoint, need_head, start_weights
+from common.run import UserError, load_checkpoint
+from common.training import Preprocess, load_model, need_head, start_weights
+from common.weights import load_weights
 
 # --------------------------------------------------------------------------------------------------------- Hugging Face
 
@@ -163,14 +164,14 @@ def test_a_processor_that_does_not_normalize(hub_folder, tmp_path):
     path.write_text(json.dumps({**json.loads(path.read_text()), "do_normalize": False}))
     model = build_model(f"hf:{tmp_path / 'vit'}", 5, 32, pretrained=True)
     pixels = torch.rand(2, 3, 4, 4)
-    assert torch.equal(Preprocess.of_new(model, 4, "digits", DATASETS["digits"])(pixels), pixels)
+    assert torch.equal(Preprocess.for_model(model, 4, "digits", DATASETS["digits"])(pixels), pixels)
 
 
 def test_what_is_assumed_without_a_processor_is_said(hub_folder):
     model = build_model(f"hf:{hub_folder / 'resnet'}", 5, 32, pretrained=True)
-    said = str(Preprocess.of_new(model, 32, "digits", DATASETS["digits"]))
+    said = str(Preprocess.for_model(model, 32, "digits", DATASETS["digits"]))
     assert said.startswith("mean 0.305 0.305 0.305, std 0.376 0.376 0.376, of digits, assumed") and "resnet" in said
-    assert "assumed" not in str(Preprocess.of_new(build_model("resnet8", 5, 32), 32, "digits", DATASETS["digits"]))
+    assert "assumed" not in str(Preprocess.for_model(build_model("resnet8", 5, 32), 32, "digits", DATASETS["digits"]))
 
 
 @pytest.mark.parametrize("name, kept", [("vit", True), ("resnet", True), ("convnext", False)])
@@ -232,7 +233,7 @@ def test_hugging_face_pooling(hub_folder):
 
 
 def test_hugging_face_bad_names(hub_folder, tmp_path):
-    assert "no image model" in refusal(build_model, f"hf:{hub_folder / 'bert'}", 5, 32)
+    assert "is not an image model" in refusal(build_model, f"hf:{hub_folder / 'bert'}", 5, 32)
     missing = refusal(build_model, f"hf:{tmp_path / 'nothing'}", 5, 32)
     assert "nothing" in missing and "config.json" in missing and "hf:FOLDER" in missing
     offline = refusal(build_model, "hf:google/vit-base-patch16-224", 5, 32, pretrained=True)
@@ -252,7 +253,8 @@ def test_unknown_names_hint_at_near_ones(name, near):
 
 def test_settings_that_do_not_fit():
     assert "--patch-size" in refusal(build_model, "resnet8", 10, 32, 4)
-    assert "--patch-size" in refusal(build_model, "timm:test_vit", 10, 32, 4)
+    assert "--patch-size 4: timm:resnet10t takes none" in refusal(build_model, "timm:resnet10t", 10, 32, 4)
+    assert "--patch-size 5" in refusal(build_model, "timm:test_vit", 10, 32, 5), "timm would cut the image"
     assert "--patch-size 5" in refusal(build_model, "vit_tiny", 10, 32, 5)
     assert "timm:resnet18" in refusal(build_model, "resnet18", 10, pretrained=True)
     assert "33 px" in refusal(build_model, "timm:twins_svt_small", 10, 33)
@@ -263,7 +265,7 @@ def test_settings_that_do_not_fit():
 def test_pretrained_offline_names_the_file():
     text = refusal(build_model, "timm:resnet10t", 10, 64, pretrained=True)
     assert "model.safetensors of timm/resnet10t" in text and "--weights FILE" in text
-    assert "no hub weights" in refusal(build_model, "timm:test_vit4", 10, 64, pretrained=True)
+    assert "the hub has no weights" in refusal(build_model, "timm:test_vit4", 10, 64, pretrained=True)
     wrong_size = refusal(build_model, "timm:twins_svt_small", 10, 33, pretrained=True)
     assert "33 px" in wrong_size and "fetch" not in wrong_size, "not the weights' fault"
 
@@ -493,7 +495,7 @@ def test_weights_bring_their_normalization(tmp_path):
     torch.save(timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=4).state_dict(), tmp_path / "x.pth")
     start_weights(model, str(tmp_path / "x.pth"))
     assert (
-        str(Preprocess.of_new(model, 32, "digits", DATASETS["digits"]))
+        str(Preprocess.for_model(model, 32, "digits", DATASETS["digits"]))
         == f"mean 0.5 0.5 0.5, std 0.5 0.5 0.5, of the weights of {name}"
     )
     checkpoint = {
@@ -509,6 +511,16 @@ def test_weights_bring_their_normalization(tmp_path):
         model = build_model(name, 4, 32)
         start_weights(model, **given)
         assert (model.mean, model.std) == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
+
+
+def test_a_checkpoint_of_an_older_version_is_refused():
+    """The ViTs had other names of their own before timm's took their place."""
+    model = build_model("vit_6_192", 4, 32)
+    older = {name.replace("patch_embed.proj.", "patch_embed."): value for name, value in model.state_dict().items()}
+    preprocess = {"resolution": 32, "mean": [0.5] * 3, "std": [0.5] * 3}
+    checkpoint = {"kind": "image", "model": older, "model_args": model.build_args, "preprocess": preprocess}
+    with pytest.raises(UserError, match="^old.pth does not fit its architecture vit_6_192.* an older version .*patch_"):
+        load_model(checkpoint, path="old.pth")
 
 
 @pytest.mark.parametrize("size", [0, 2])
@@ -541,6 +553,9 @@ def test_wrong_weights_are_refused():
     missing = {key: value for key, value in good.items() if key != "layer2.0.bn1.running_var"}
     for state, word in [
         (missing, "layer2.0.bn1.running_var is missing in it"),
+        ({k: v for k, v in good.items() if k != "conv1.weight"}, "conv1.weight is missing in it, (64, 3, 3, 3) in the"),
+        ({f"module.{k}": v for k, v in good.items() if k != "conv1.weight"}, "conv1.weight is missing in it"),
+        ([torch.zeros(2)], "no state dict of tensors; it is a list"),
         ({**good, "layer9.weight": torch.zeros(1)}, "layer9.weight"),
         ({**good, "conv1.weight": torch.zeros(64, 3, 7, 7)}, "conv1.weight"),
         (build_model("resnet18", 4, 32).backbone.state_dict(), "layer1.1"),

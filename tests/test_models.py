@@ -9,12 +9,13 @@ import sys
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from conftest import ROOT  # noqa: E402
 
-from common.models import ModelError, build_model, multiply_adds  # noqa: E402
+from common.models import ModelError, build_model, multiply_adds
 
 SWIN = "timm:swin_tiny_patch4_window7_224"
 REGISTERS = "timm:vit_small_patch14_reg4_dinov2"  # one class token and four registers
@@ -120,38 +121,46 @@ def test_resnet18_is_torchvisions_with_another_stem():
     assert {k: tuple(v.shape) for k, v in forward(model, images(16))["features"].items()} == shapes
 
 
-def test_vit_is_timms():
+@pytest.mark.parametrize("name, depth", [("vit_6_192", 6), ("vit_tiny", 12)])
+def test_vit_is_timms(name, depth):
+    """Width 192, 3 heads, a class token, the MLP four times as wide: timm's class with these arguments, strictly."""
     from timm.models.vision_transformer import VisionTransformer
 
-    reference = VisionTransformer(16, 4, num_classes=7, embed_dim=192, depth=6, num_heads=3)
-    model = build_model("vit_6_192", 7, 16)
-    names = {"patch_embed.": "patch_embed.proj.", ".qkv.": ".attn.qkv.", ".proj.": ".attn.proj."}
-    names.update({"mlp.0": "mlp.fc1", "mlp.2": "mlp.fc2"})
-    state = {}
-    for name, value in model.backbone.state_dict().items():
-        for ours, theirs in names.items():
-            if ours in name and (ours != ".proj." or name.startswith("blocks")):
-                name = name.replace(ours, theirs)
-        state[name] = value
-    reference.load_state_dict(state, strict=True)
+    reference = VisionTransformer(16, 4, num_classes=7, embed_dim=192, depth=depth, num_heads=3, mlp_ratio=4)
+    model = build_model(name, 7, 16)
+    reference.load_state_dict(model.backbone.state_dict(), strict=True)
     with torch.no_grad():
         expected = reference.eval()(images(16))
     torch.testing.assert_close(forward(model, images(16))["logits"], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_vit_at_another_resolution():
-    """Positions follow the image: at 24 px as timm resamples them, at its own size untouched."""
+    """Positions follow the image, as local crops need it: timm's own at 24 px, the weights untouched."""
+    import timm
+
     model = build_model("vit_6_192", 3, 16)
-    assert model.backbone.positions(4, 4) is model.backbone.pos_embed
-    resized = model.backbone.positions(6, 6)
-    assert resized.shape == (1, 37, 192) and torch.equal(resized[:, 0], model.backbone.pos_embed[:, 0])
-    with torch.no_grad():  # a ramp down the grid's rows stays a ramp down the rows
-        rows = torch.arange(4.0).repeat_interleave(4)
-        model.backbone.pos_embed.copy_(torch.cat([torch.zeros(1), rows])[None, :, None])
-    ramp = model.backbone.positions(6, 6)[0, 1:, 0].view(6, 6)
-    torch.testing.assert_close(ramp[:, 0], ramp[:, 5])
-    assert (ramp[1:] > ramp[:-1]).all()
-    assert forward(model, images(24))["logits"].shape == (2, 3)
+    options = {"patch_size": 4, "depth": 6, "num_classes": 3}
+    reference = timm.create_model("vit_tiny_patch16_224", img_size=24, **options)
+    before = {name: value.clone() for name, value in model.backbone.state_dict().items()}
+    state = timm.models.vision_transformer.checkpoint_filter_fn(dict(before), reference)
+    assert state["pos_embed"].shape == (1, 37, 192)
+    reference.load_state_dict(state, strict=True)
+    with torch.no_grad():
+        expected = reference.eval()(images(24))
+    torch.testing.assert_close(forward(model, images(24))["logits"], expected, rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(value, before[name]) for name, value in model.backbone.state_dict().items())
+
+
+@pytest.mark.parametrize("name, patch", [("vit_tiny_patch16_224", 4), ("timm:test_vit", 8), (SWIN, 2)])
+def test_patch_size_of_timm_models(name, patch):
+    """It counts the tokens of the first layer, and is kept in a checkpoint."""
+    model = build_model(name, 3, 32, patch)
+    first = model.backbone.patch_embed(images())
+    tokens = first.shape[1] if first.dim() == 3 else first.shape[1] * first.shape[2]
+    assert tokens == (32 // patch) ** 2
+    rebuilt = build_model(**model.build_args)
+    rebuilt.load_state_dict(model.state_dict(), strict=True)
+    assert torch.equal(forward(rebuilt, images())["logits"], forward(model, images())["logits"])
 
 
 # ------------------------------------------------------------------------------------------------------------- features
@@ -177,12 +186,12 @@ def test_timm_models(name, side, family, shapes):
     assert plain["logits"].shape == (2, 5) and plain["embedding"].dim() == 2 and "features" not in plain
     assert model.family == family
     model.set_feature_layers(list(shapes))
-    assert model._indices is not None
+    assert list(model._indices) == list(shapes)
     known = forward(model, pixels)
     assert torch.equal(known["logits"], plain["logits"])
     first = {"timm:resnet10t": "conv1", "timm:test_efficientnet": "conv_stem"}.get(name, "patch_embed")
     model.set_feature_layers([first, *shapes])  # a layer that timm does not list: hooks for all
-    assert model._indices is None
+    assert not model._indices
     hooked = forward(model, pixels)
     assert torch.equal(hooked["logits"], plain["logits"])
     for layer, shape in shapes.items():
@@ -221,7 +230,7 @@ def test_vit_features_by_hand():
     model.set_feature_layers(["blocks.1", "norm", "patch_embed"])
     out = forward(model, pixels)["features"]
     with torch.no_grad():
-        grid = net.patch_embed(pixels)
+        grid = F.conv2d(pixels, net.patch_embed.proj.weight, net.patch_embed.proj.bias, stride=4)  # (B, 192, 4, 4)
         tokens = torch.cat([net.cls_token.expand(2, -1, -1), grid.flatten(2).transpose(1, 2)], 1) + net.pos_embed
         tokens = net.blocks[1](net.blocks[0](tokens))
     expected = tokens[:, 1:].reshape(2, 4, 4, 192).permute(0, 3, 1, 2)

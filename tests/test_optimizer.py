@@ -10,14 +10,22 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from common import cli
 from common.augment import Augmenter, Policy, normalize, render, sample_parameters
-from common.cli import UserError
-from common.evaluation import live_teacher
-from common.losses import DistillationLoss, method_weights
+from common.losses import DistillationLoss, loss_settings
 from common.models import build_model
-from common.optimizer import CHECK_EVERY, NonFiniteLoss, Schedule, Updater, make_optimizer, make_updater
-from common.training import Precision, Preprocess
-from distill import build_parser, settle
+from common.run import UserError, better
+from common.training import (
+    CHECK_EVERY,
+    NonFiniteLoss,
+    Precision,
+    Preprocess,
+    Schedule,
+    Updater,
+    live_teacher,
+    make_optimizer,
+)
+from distill import build_parser, check_loss, settle_flags
 
 CPU = torch.device("cpu")
 OFF = Precision("off", CPU)
@@ -69,7 +77,12 @@ TINY_HF_VIT = {
     "name, options, weights, positions",
     [
         ("resnet8", {}, ["conv1.weight", "layer2.0.shortcut.0.weight", "fc.weight"], []),
-        ("vit_6_192", {}, ["patch_embed.weight", "blocks.3.qkv.weight", "head.weight"], ["cls_token", "pos_embed"]),
+        (
+            "vit_6_192",
+            {},
+            ["patch_embed.proj.weight", "blocks.3.attn.qkv.weight", "head.weight"],
+            ["cls_token", "pos_embed"],
+        ),
         ("timm:test_vit", {}, ["patch_embed.proj.weight", "blocks.0.attn.qkv.weight"], ["cls_token", "pos_embed"]),
         ("timm:test_vit2", {}, ["blocks.0.attn.qkv.weight"], ["reg_token", "pos_embed"]),
         ("timm:test_convnext", {}, ["stem.0.weight"], []),
@@ -92,7 +105,7 @@ TINY_HF_VIT = {
 )
 def test_no_decay_on_norms_biases_tokens_and_positions(name, options, weights, positions):
     model = build_model(name, 4, 32, **options)
-    got = decays(make_optimizer("adamw", [model], None, 0.07), model)
+    got = decays(make_optimizer(model, optimizer="adamw", weight_decay=0.07), model)
     assert got.keys() == dict(model.named_parameters()).keys(), "every parameter, once"
     norms = [m for m in model.modules() if "norm" in type(m).__name__.lower()]
     norms = {id(p) for m in norms for p in m.parameters(recurse=False)}
@@ -107,7 +120,7 @@ def test_decay_acts_on_weights_alone():
     """Without gradients a step of AdamW multiplies by 1 - lr * decay."""
     net = small_net()
     before = {name: p.detach().clone() for name, p in net.named_parameters()}
-    optimizer = make_optimizer("adamw", [net], 0.1, 0.5)
+    optimizer = make_optimizer(net, optimizer="adamw", lr=0.1, weight_decay=0.5)
     for p in net.parameters():
         p.grad = torch.zeros_like(p)
     optimizer.step()
@@ -120,10 +133,12 @@ def test_defaults_and_groups():
     net = small_net()
     sgd, adam, adamw = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW
     for name, kind, lr, decay in (("sgd", sgd, 0.02, 5e-4), ("adam", adam, 1e-3, 0), ("adamw", adamw, 1e-3, 0.05)):
-        optimizer = make_optimizer(name, [net], None)
+        optimizer = make_optimizer(net, optimizer=name)
         assert type(optimizer) is kind and optimizer.defaults["lr"] == lr
         assert decays(optimizer, net)["0.weight"] == decay and decays(optimizer, net)["6.bias"] == 0
-    for group in make_optimizer("sgd", [net], 0.3, 0.0, 0.8, True).param_groups:
+    for group in make_optimizer(
+        net, optimizer="sgd", lr=0.3, weight_decay=0.0, momentum=0.8, nesterov=True
+    ).param_groups:
         assert (group["lr"], group["momentum"], group["nesterov"], group["weight_decay"]) == (0.3, 0.8, True, 0)
 
 
@@ -131,12 +146,13 @@ def test_the_projectors_decay_is_the_flag_s():
     args = build_parser().parse_args(
         ["--method", "feature", "--projector-weight-decay", "0.3", "--weight-decay", "0.2"]
     )
-    settle(args)
+    weights, _, labelled = check_loss(args)
+    args = settle_flags(args, weights, labelled)
     net, projectors = small_net(), DistillationLoss({"feature": 1.0})
     maps = {"features": {"a": torch.zeros(2, 3, 2, 2)}}
     projectors.build(maps, maps)
-    optimizer = make_updater(args, net, OFF, 5, projectors).optimizer
-    assert decays(optimizer, projectors) == {"projectors.0.weight": 0.3, "projectors.0.bias": 0}
+    optimizer = make_optimizer(net, projectors, **cli.options(make_optimizer, vars(args)))
+    assert decays(optimizer, projectors) == {"projectors.feature.0.weight": 0.3, "projectors.feature.0.bias": 0}
     assert set(decays(optimizer, net).values()) == {0, 0.2}
 
 
@@ -144,23 +160,23 @@ def test_projectors_have_a_decay_of_their_own():
     net, projectors = small_net(), DistillationLoss({"feature": 1.0})
     maps = {"features": {"a": torch.zeros(1, 3, 2, 2)}}
     projectors.build(maps, maps)
-    got = decays(make_optimizer("sgd", [net], None, 0.1, projectors=projectors, projector_decay=0.01), projectors)
-    assert got == {"projectors.0.weight": 0.01, "projectors.0.bias": 0}
-    assert set(decays(make_optimizer("sgd", [net], None, 0.1, projectors=projectors), projectors).values()) == {0}
-    nothing = make_optimizer("sgd", [net], None, projectors=DistillationLoss({"ce": 1.0}))
+    got = decays(make_optimizer(net, projectors, optimizer="sgd", projector_weight_decay=0.01), projectors)
+    assert got == {"projectors.feature.0.weight": 0.01, "projectors.feature.0.bias": 0}
+    assert set(decays(make_optimizer(net, projectors, optimizer="sgd", weight_decay=0.1), projectors).values()) == {0}
+    nothing = make_optimizer(net, DistillationLoss({"ce": 1.0}), optimizer="sgd")
     assert len(nothing.param_groups) == 2, "a loss without projectors adds no group"
 
 
 def test_frozen_parameters_stay_out():
     net = small_net()
     net[0].requires_grad_(False)
-    assert "0.weight" not in decays(make_optimizer("sgd", [net], None), net)
+    assert "0.weight" not in decays(make_optimizer(net, optimizer="sgd"), net)
 
 
 @pytest.mark.parametrize("name, momentum, other", [("adamw", 0.9, "--optimizer adamw"), ("sgd", 0.0, "--momentum 0")])
 def test_nesterov_without_momentum_is_refused(name, momentum, other):
     with pytest.raises(UserError) as caught:
-        make_optimizer(name, [small_net()], None, momentum=momentum, nesterov=True)
+        make_optimizer(small_net(), optimizer=name, momentum=momentum, nesterov=True)
     assert caught.value.exit_code == 2 and "--nesterov" in str(caught.value) and other in str(caught.value)
 
 
@@ -178,8 +194,8 @@ def torchs(make, steps, lr=0.4):
     return rates
 
 
-def ours(steps, *args, **kwargs):
-    schedule = Schedule(*args, **kwargs)
+def ours(steps, kind, peak, epochs, steps_per_epoch, **options):
+    schedule = Schedule(peak, steps_per_epoch, schedule=kind, epochs=epochs, **options)
     return [schedule(step) for step in range(steps)]
 
 
@@ -224,23 +240,25 @@ def test_plateau(metric, mode):
     values = [0.5, 0.6, 0.6, 0.5, 0.6, 0.59, 0.7, 0.4, 0.4, 0.4, 0.4, 0.4, 0.4, 0.9, 0.1]
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.4)
     reference = ReduceLROnPlateau(optimizer, mode, 0.5, patience=2, threshold=0)
-    schedule, got, expected = Schedule("plateau", 0.4, 20, 10, gamma=0.5, patience=3), [], []
+    schedule, got, expected = Schedule(0.4, 10, schedule="plateau", epochs=20, gamma=0.5, plateau_patience=3), [], []
+    best = None
     for epoch, value in enumerate(values):
         got.append(schedule(epoch * 10))
         expected.append(optimizer.param_groups[0]["lr"])
-        schedule.end_epoch(metric, value)
+        schedule.end_epoch(better(metric, value, best))
+        best = value if better(metric, value, best) else best
         reference.step(value)
     assert got == pytest.approx(expected) and len(set(got)) >= 3
-    again = Schedule("plateau", 0.4, 20, 10, gamma=0.5, patience=3)
+    again = Schedule(0.4, 10, schedule="plateau", epochs=20, gamma=0.5, plateau_patience=3)
     again.load_state_dict(schedule.state_dict())
     assert again(0) == schedule(0) < 0.4 and again.state_dict() == schedule.state_dict()
 
 
 def test_plateau_counts_epochs_without_gain():
-    schedule = Schedule("plateau", 1.0, 20, 10, gamma=0.1, patience=2)
+    schedule = Schedule(1.0, 10, schedule="plateau", epochs=20, gamma=0.1, plateau_patience=2)
     rates = []
-    for value in (0.5, 0.5, None, 0.6, math.nan, 0.6, 0.7):
-        schedule.end_epoch("accuracy", value)
+    for gain in (True, False, False, True, False, False, True):
+        schedule.end_epoch(gain)
         rates.append(schedule(0))
     assert rates == pytest.approx([1, 1, 0.1, 0.1, 0.1, 0.01, 0.01])
 
@@ -248,14 +266,14 @@ def test_plateau_counts_epochs_without_gain():
 @pytest.mark.parametrize(
     "settings, words",
     [
-        ({"kind": "cosine", "warmup_epochs": 6}, ["--warmup-epochs 6", "--epochs 5"]),
-        ({"kind": "cosine", "milestones": [2]}, ["--milestones", "--schedule cosine"]),
-        ({"kind": "multistep"}, ["--milestones", "--schedule multistep"]),
+        ({"schedule": "cosine", "warmup_epochs": 6}, ["--warmup-epochs 6", "--epochs 5"]),
+        ({"schedule": "cosine", "milestones": [2]}, ["--milestones", "--schedule cosine"]),
+        ({"schedule": "multistep"}, ["--milestones", "--schedule multistep"]),
     ],
 )
 def test_contradicting_schedules(settings, words):
     with pytest.raises(UserError) as caught:
-        Schedule(**{"peak": 0.1, "epochs": 5, "steps_per_epoch": 10, **settings})
+        Schedule(0.1, 10, epochs=5, **settings)
     assert caught.value.exit_code == 2 and all(word in str(caught.value) for word in words)
 
 
@@ -268,8 +286,9 @@ def test_warmup_of_the_whole_run():
 
 
 def updater_of(net, name="sgd", kind="cosine", steps=20, clip=0.0, ema=0.0, lr=0.1, precision=OFF, decay=0.01):
-    optimizer = make_optimizer(name, [net], lr, decay, nesterov=name == "sgd")
-    return Updater(net, optimizer, Schedule(kind, lr, 2, steps // 2, warmup_epochs=0.5), precision, clip, ema)
+    optimizer = make_optimizer(net, optimizer=name, lr=lr, weight_decay=decay, nesterov=name == "sgd")
+    schedule = Schedule(lr, steps // 2, schedule=kind, epochs=2, warmup_epochs=0.5)
+    return Updater(net, optimizer, schedule, precision, clip_grad=clip, ema=ema)
 
 
 def train(updater, first, last):
@@ -305,8 +324,8 @@ def test_clipping_by_hand():
     for clip, scaled in ((0.01, True), (1e6, False)):
         net, projectors = nn.Linear(3, 2), nn.Linear(2, 2)
         before = [p.detach().clone() for p in (*net.parameters(), *projectors.parameters())]
-        optimizer = make_optimizer("sgd", [net], 1.0, 0.0, momentum=0.0, projectors=projectors)
-        updater = Updater(net, optimizer, Schedule("constant", 1.0, 1, 10), OFF, clip)
+        optimizer = make_optimizer(net, projectors, optimizer="sgd", lr=1.0, weight_decay=0.0, momentum=0.0)
+        updater = Updater(net, optimizer, Schedule(1.0, 10, schedule="constant", epochs=1), OFF, clip_grad=clip)
         loss = (projectors(net(torch.tensor([[1.0, 2.0, 3.0]]))) ** 2).sum()
         parameters = [*net.parameters(), *projectors.parameters()]
         grads = torch.autograd.grad(loss, parameters, retain_graph=True)
@@ -377,7 +396,9 @@ def test_a_loss_that_is_not_finite_is_named_with_step_and_rate(bad):
 def test_the_loss_is_looked_at_every_50_steps():
     assert CHECK_EVERY == 50
     net = nn.Linear(1, 1)
-    updater = Updater(net, make_optimizer("sgd", [net], 0.1), Schedule("constant", 0.1, 1, 200), OFF)
+    updater = Updater(
+        net, make_optimizer(net, optimizer="sgd", lr=0.1), Schedule(0.1, 200, schedule="constant", epochs=1), OFF
+    )
     for step in range(49):
         updater(net(torch.ones(1, 1)).sum() * (math.nan if step == 2 else 1))
     with pytest.raises(NonFiniteLoss, match="step 3 "):
@@ -412,8 +433,8 @@ def test_state_goes_round(tmp_path, name, ema):
 
 def test_plateau_goes_round():
     one = updater_of(small_net(), kind="plateau")
-    for _ in range(12):
-        one.schedule.end_epoch("accuracy", 0.5)
+    for epoch in range(12):
+        one.schedule.end_epoch(epoch == 0)
     train(one, 0, 6)
     two = updater_of(small_net(), kind="plateau")
     two.load_state_dict(copy.deepcopy(one.state_dict()))
@@ -459,12 +480,12 @@ def test_the_teacher_is_frozen():
     teacher.train()
     targets = live_teacher(teacher, preprocess, augment, OFF)
     assert not teacher.training
-    criterion = DistillationLoss(method_weights("feature"))
+    criterion = DistillationLoss(*loss_settings("feature"))
     with torch.no_grad():
         criterion.build(student.eval()({"image": preprocess(augment(batch, 16))}), targets(batch))
-    optimizer = make_optimizer("sgd", [student], 0.05, projectors=criterion)
-    projector = criterion.projectors[0].weight.detach().clone()
-    updater = Updater(student, optimizer, Schedule("constant", 0.05, 1, 100), OFF)
+    optimizer = make_optimizer(student, criterion, optimizer="sgd", lr=0.05)
+    projector = criterion.projectors["feature"][0].weight.detach().clone()
+    updater = Updater(student, optimizer, Schedule(0.05, 100, schedule="constant", epochs=1), OFF)
     statistics = student.backbone.bn1.running_mean.clone()
     for _ in range(3):
         student.train()
@@ -475,7 +496,7 @@ def test_the_teacher_is_frozen():
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
     assert not any(p.requires_grad or p.grad is not None for p in teacher.parameters())
     assert not torch.equal(student.backbone.bn1.running_mean, statistics), "the student's statistics do move"
-    assert not torch.equal(criterion.projectors[0].weight, projector), "projectors are trained"
+    assert not torch.equal(criterion.projectors["feature"][0].weight, projector), "projectors are trained"
     scale = torch.ones(4, requires_grad=True)
     F.mse_loss(scale * taught["logits"], taught["logits"]).backward()  # raises on outputs of inference_mode
 
@@ -513,7 +534,10 @@ def by_flags(*flags, steps=10):
         ["--optimizer", "sgd", "--lr", "0.4", "--weight-decay", "0", "--momentum", "0", *flags]
     )
     net = small_net()
-    return net, make_updater(args, net, OFF, steps)
+    args = cli.fill_defaults(vars(args), {"epochs": 32})
+    optimizer = make_optimizer(net, **cli.options(make_optimizer, vars(args)))
+    schedule = Schedule(optimizer.defaults["lr"], steps, **cli.options(Schedule, vars(args)))
+    return net, Updater(net, optimizer, schedule, OFF, **cli.options(Updater, vars(args)))
 
 
 def test_flags_of_the_schedule_reach_it():
@@ -522,8 +546,8 @@ def test_flags_of_the_schedule_reach_it():
     for patience in (1, 3):
         _, updater = by_flags("--schedule", "plateau", "--plateau-patience", str(patience), "--gamma", "0.3")
         rates = []
-        for value in (0.5, 0.4, 0.4, 0.4):  # the first is the best
-            updater.schedule.end_epoch("accuracy", value)
+        for gain in (True, False, False, False):
+            updater.schedule.end_epoch(gain)
             rates.append(updater.schedule(0))
         expected = {1: [0.4, 0.12, 0.036, 0.0108], 3: [0.4, 0.4, 0.4, 0.12]}[patience]
         assert rates == pytest.approx(expected), patience

@@ -9,8 +9,8 @@ from PIL import Image
 from scipy.special import softmax
 from sklearn.datasets import load_digits
 
-from common.cli import UserError
-from common.prediction import columns
+from common.run import UserError
+from evaluate import table_header
 
 SMALL = ["--device", "cpu", "--batch-size", 32, "--epochs", 1, "--workers", 0]
 
@@ -248,7 +248,7 @@ def test_refusals(run, pictures, tmp_path, refused):
         root / "part 1" / "broken.png",
         words=["all 1 images are broken", "broken.png"],
     )
-    refused("evaluate.py", best, "--overwrite", words=["--overwrite belongs to --predict"])
+    refused("evaluate.py", best, "--overwrite", words=["--overwrite needs --predict"])
     refused("evaluate.py", root, "--predict", image, words=["stored embeddings"])
     assert [p.name for p in tmp_path.iterdir()] == ["empty"]
 
@@ -270,10 +270,8 @@ def test_a_model_without_a_head_is_refused(run, pictures, tmp_path, refused):
         *SMALL,
         "--teacher-checkpoint",
         run / "best.pth",
-        "--method",
-        "embedding",
-        "--ce-weight",
-        0,
+        "--loss",
+        "embedding=1",
         "--limit-train",
         64,
         "--allow-weak-teacher",
@@ -285,8 +283,8 @@ def test_a_model_without_a_head_is_refused(run, pictures, tmp_path, refused):
 
 
 def test_columns_of_one_name_are_refused():
-    assert columns({"label": ["a", "b"]}) == ["path", "predicted", "confidence", "a", "b"]
+    assert table_header({"label": ["a", "b"]}) == ["path", "predicted", "confidence", "a", "b"]
     with pytest.raises(UserError, match="'confidence'"):
-        columns({"label": ["confidence", "b"]})
+        table_header({"label": ["confidence", "b"]})
     with pytest.raises(UserError, match="'a_predicted'"):
-        columns({"a": ["predicted", "b"]})
+        table_header({"a": ["predicted", "b"]})

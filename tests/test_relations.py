@@ -1,20 +1,17 @@
 """Losses that compare the images of a batch and those of several tasks or sides, against loops in float64."""
 
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from common.losses import (
-    METHODS,
-    RELATIONS,
     DistillationLoss,
     LossError,
     contrastive,
-    feature_error,
-    method_weights,
+    embedding_mse,
+    loss_settings,
     mmd,
     pairwise_distances,
     rkd_angle,
@@ -25,9 +22,9 @@ from common.losses import (
     task_logits,
     task_mean,
 )
-from distill import build_parser, make_loss, settle
+from distill import build_parser, check_loss, make_loss
 
-LOSSES = {"contrastive": contrastive, "rkd_distance": rkd_distance, "rkd_angle": rkd_angle, "mmd": mmd}
+LOSSES = {"crd": contrastive, "rkd_distance": rkd_distance, "rkd_angle": rkd_angle, "mmd": mmd}
 NAMES = list(LOSSES)
 B, D = 6, 5
 
@@ -122,7 +119,7 @@ def mmd_by_hand(student, teacher):
 
 
 BY_HAND = {
-    "contrastive": contrastive_by_hand,
+    "crd": contrastive_by_hand,
     "rkd_distance": rkd_distance_by_hand,
     "rkd_angle": rkd_angle_by_hand,
     "mmd": mmd_by_hand,
@@ -164,7 +161,7 @@ def test_loops_agree(name, case):
         )  # the comparison says something
 
 
-@pytest.mark.parametrize("name", ["contrastive", "rkd_distance", "rkd_angle"])
+@pytest.mark.parametrize("name", ["crd", "rkd_distance", "rkd_angle"])
 def test_gradients_by_finite_differences(name):
     """Not of mmd: its bandwidth is a constant there, see `test_the_bandwidth_of_mmd_gets_no_gradient`."""
     student, teacher = samples("none", seed=3)
@@ -192,15 +189,14 @@ def test_contrastive_temperatures(temperature, base):
 
 def test_contrastive_temperatures_of_the_flags():
     args = build_parser().parse_args(
-        ["--method", "crd", "--ce-weight", "0", "--crd-temperature", "0.5", "--crd-base-temperature", "0.2"]
+        ["--loss", "crd=1", "--loss-options", "crd.temperature=0.5", "crd.base_temperature=0.2"]
     )
-    weights, _ = settle(args)
+    weights, options, _ = check_loss(args)
     student, teacher = ({"embedding": x.float()} for x in samples("none", seed=8))
-    source = SimpleNamespace(choose_view=lambda batch: batch, targets=lambda batch: teacher)
-    train = SimpleNamespace(batches=lambda: iter([student]))
-    criterion = make_loss(args, weights, torch.nn.Identity(), source, train, lambda batch: batch, None).eval()
+    criterion = make_loss(args, weights, options, None, {}).eval()
+    criterion.build(student, teacher)
     with torch.no_grad():
-        projected = criterion.side("embedding", student["embedding"])
+        projected, _ = criterion.project("crd", student["embedding"], None)
         expected = contrastive_by_hand(projected, teacher["embedding"], temperature=0.5, base_temperature=0.2)
         assert criterion(student, teacher, None).item() == pytest.approx(expected.item(), rel=1e-5)
 
@@ -214,13 +210,13 @@ def test_distances_of_close_rows_keep_their_digits():
     assert np.allclose(pairwise_distances(rows).numpy(), expected, rtol=1e-5, atol=0)
 
 
-def test_feature_error():
+def test_embedding_mse():
     student, teacher = samples("none")
-    value, gradient = with_gradient(feature_error, student, teacher)
+    value, gradient = with_gradient(embedding_mse, student, teacher)
     pairs = [(s, t) for a, b in zip(student.tolist(), teacher.tolist()) for s, t in zip(a, b)]
     assert value.item() == pytest.approx(sum((s - t) ** 2 for s, t in pairs) / len(pairs), rel=1e-12)
     assert torch.allclose(gradient, 2 * (student - teacher) / (B * D), rtol=1e-12)
-    assert torch.autograd.gradcheck(lambda s: feature_error(s, teacher), student.requires_grad_())
+    assert torch.autograd.gradcheck(lambda s: embedding_mse(s, teacher), student.requires_grad_())
 
 
 # ----------------------------------------------------------------------------------------------------- half precision
@@ -237,13 +233,13 @@ def under_autocast(loss, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("name", [*NAMES, "feature_error"])
+@pytest.mark.parametrize("name", [*NAMES, "embedding_mse"])
 def test_half_precision(name, dtype):
     """Under autocast, of rows rounded to half precision: the value of float64 on the same rows, a gradient of its size.
 
     Also for a batch of two and where rows are equal: the direction between them would have a gradient of 1 / eps.
     """
-    loss = {**LOSSES, "feature_error": feature_error}[name]
+    loss = {**LOSSES, "embedding_mse": embedding_mse}[name]
     for case in CASES:
         for scale in (1e3, 1.0, 1e-3):
             for count in (2, B):
@@ -256,7 +252,7 @@ def test_half_precision(name, dtype):
                 assert value.item() == pytest.approx(expected.item(), rel=1e-4, abs=1e-5), (case, scale, count)
                 if scale >= 1e-2 and dtype != torch.float16:  # float16 has no digits left for gradients of 1e-6
                     assert (gradient.double() - wide).norm() <= 1e-2 * wide.norm() + 1e-6 / scale, (case, scale, count)
-                if name in RELATIONS:
+                if name in NAMES:
                     assert gradient.double().norm() * scale < 20, (case, scale, count)
 
 
@@ -267,7 +263,7 @@ def test_all_rows_equal_everywhere(name):
         for dim in (3, 512):
             row = rand(1, dim, seed=1, scale=scale).float()
             value, gradient = with_gradient(LOSSES[name], row.repeat(8, 1), row.repeat(8, 1))
-            assert value.item() == pytest.approx(math.log(8) if name == "contrastive" else 0.0, abs=1e-5)
+            assert value.item() == pytest.approx(math.log(8) if name == "crd" else 0.0, abs=1e-5)
             assert gradient.norm() * scale < 1e-4
 
 
@@ -414,7 +410,7 @@ def test_losses_are_means_over_tasks():
         assert task_mean(ce, given) == near(mean(ce))
         assert task_cross_entropy(student, TARGETS, task_weights=given).item() == near(mean(ce))
         assert task_cross_entropy(student, TARGETS, weights=balanced, task_weights=given).item() == near(mean(weighted))
-        criterion = DistillationLoss({"ce": 1.0, "kl": 0.25}, temperature=3.0, task_weights=given)
+        criterion = DistillationLoss({"ce": 1.0, "kl": 0.25}, {"kl.temperature": 3.0}, task_weights=given)
         criterion.build(student, teacher)
         loss = criterion(student, teacher, TARGETS)
         assert loss.item() == near(mean(ce) + 0.25 * mean(kl)) and criterion.terms["kl"].item() == near(mean(kl))
@@ -446,60 +442,50 @@ def test_projected_sides(student_sides, teacher_sides, expected):
     student, teacher = outputs(0, 4, sides=student_sides), outputs(30, 9, sides=teacher_sides)
     criterion = DistillationLoss({"projection": 100.0})
     criterion.build(student, teacher)
-    assert sorted(criterion.side_projectors) == sorted(expected)
+    projectors = dict(zip(expected, criterion.projectors["projection"], strict=True))
     criterion.double()
     loss = criterion(student, teacher, None)
     errors = []
     for key in expected:
-        weight, bias = (
-            p.detach().numpy() for p in (criterion.side_projectors[key].weight, criterion.side_projectors[key].bias)
-        )
+        weight, bias = (p.detach().numpy() for p in (projectors[key].weight, projectors[key].bias))
         errors.append(((student[key].detach().numpy() @ weight.T + bias - teacher[key].detach().numpy()) ** 2).mean())
     assert loss.item() == pytest.approx(100 * np.mean(errors), rel=1e-12)
     loss.backward()
     for key in expected:
-        assert student[key].grad.abs().sum() > 0 and all(
-            p.grad.abs().sum() > 0 for p in criterion.side_projectors[key].parameters()
-        )
+        assert student[key].grad.abs().sum() > 0
+        assert all(p.grad.abs().sum() > 0 for p in projectors[key].parameters())
 
 
-@pytest.mark.parametrize("method", ["vanilla", "combined", "crd", "rkd", "mmd"])
+@pytest.mark.parametrize("method", ["projection", "combined", "crd", "rkd", "mmd"])
 def test_methods(method):
     """The weighted sum of the terms; projectors exist before an optimizer could ask for them, and each learns."""
     student, teacher = outputs(0, 4), outputs(30, 9)
-    criterion = DistillationLoss(method_weights(method))
+    criterion = DistillationLoss(*loss_settings(method))
     criterion.build(student, teacher)
     before = dict(criterion.double().named_parameters())
     loss = criterion(student, teacher, TARGETS)
-    assert set(criterion.terms) == set(METHODS[method])
     expected = {
-        "vanilla": {"ce": 1, "kl": 1, "projection": 100},
-        "combined": {"ce": 1, "kl": 1, "projection": 100, "contrastive": 1},
-        "crd": {"ce": 1, "contrastive": 1},
+        "projection": {"ce": 1, "kl": 1, "projection": 100},
+        "combined": {"ce": 1, "kl": 1, "projection": 100, "crd": 1},
+        "crd": {"ce": 1, "crd": 1},
         "rkd": {"ce": 1, "rkd_distance": 25, "rkd_angle": 50},
         "mmd": {"ce": 1, "mmd": 1},
     }[method]
-    assert loss.item() == pytest.approx(
-        sum(w * criterion.terms[name].item() for name, w in expected.items()), rel=1e-12
-    )
+    assert set(criterion.terms) == set(expected)
+    total = sum(w * criterion.terms[name].item() for name, w in expected.items())
+    assert loss.item() == pytest.approx(total, rel=1e-12)
     loss.backward()
     assert dict(criterion.named_parameters()).keys() == before.keys() and all(
         p.grad.abs().sum() > 0 for p in before.values()
     )
-    sides = {"vanilla": ["img_proj", "txt_proj"], "combined": ["embedding", "img_proj", "txt_proj"], "rkd": []}.get(
-        method, ["embedding"]
-    )
-    assert sorted(criterion.side_projectors) == sides
-    projected = (
-        student["embedding"]
-        if method == "rkd"
-        else criterion.side("embedding", student["embedding"])
-        if "embedding" in sides
-        else None
-    )
-    for name in expected.keys() & set(RELATIONS):
+    built = {"projection": {"projection": 2}, "combined": {"projection": 2, "crd": 1}, "rkd": {}}
+    assert {term: len(m) for term, m in criterion.projectors.items()} == built.get(method, {method: 1})
+    for name in expected.keys() & set(NAMES):
+        embedding = student["embedding"]
+        if not name.startswith("rkd"):
+            embedding, _ = criterion.project(name, embedding, teacher["embedding"])
         assert criterion.terms[name].item() == pytest.approx(
-            BY_HAND[name](projected, teacher["embedding"]).item(), rel=1e-9
+            BY_HAND[name](embedding, teacher["embedding"]).item(), rel=1e-9
         )
 
 
@@ -509,9 +495,9 @@ def test_rows_are_gathered_in_training_alone(name):
     student, teacher = outputs(0), outputs(30)
     criterion = DistillationLoss({name: 1.0}, gather=lambda rows: torch.cat([rows, rows.flip(1)]))
     criterion.build(student, teacher)
-    ours = (
-        student["embedding"] if name.startswith("rkd") else criterion.double().side("embedding", student["embedding"])
-    )
+    ours = student["embedding"]
+    if not name.startswith("rkd"):
+        ours, _ = criterion.double().project(name, ours, None)
     theirs = teacher["embedding"]
     for training, rows in ((True, [torch.cat([x, x.flip(1)]) for x in (ours, theirs)]), (False, [ours, theirs])):
         criterion.train(training)

@@ -5,11 +5,11 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, restored
 from test_distributed import ends, start
 from torch import nn
 
-from common.losses import RELATIONS, DistillationLoss
+from common.losses import TERMS, DistillationLoss
 
 
 def rand(*shape, seed=0):
@@ -35,16 +35,20 @@ class Small(nn.Module):
 def learn(terms, half=False):
     """Loss and gradients of a batch of eight, of which each process there is holds a part; the loss in eval mode."""
     from common import distributed
+    from common.run import rank, world_size
+    from common.training import select_device
 
-    device = torch.device("cpu")
-    distributed.start(device)
-    part = slice(distributed.rank() * 8 // distributed.size(), (distributed.rank() + 1) * 8 // distributed.size())
+    device = select_device("cpu")
+    part = slice(rank() * 8 // world_size(), (rank() + 1) * 8 // world_size())
+    gather = distributed.gather_rows if world_size() > 1 else lambda rows: rows
     images, teacher = rand(8, 7), rand(8, 9, seed=1)
     torch.manual_seed(0)
-    criterion = DistillationLoss({"projection": 0.5, **dict.fromkeys(terms, 1.0)}, gather=distributed.gather_rows)
+    criterion = DistillationLoss({"projection": 0.5, **dict.fromkeys(terms, 1.0)}, gather=gather)
     small = Small(criterion)
     criterion.build(outputs(small.model(images.float())), outputs(teacher.float()))
-    parallel = distributed.data_parallel(small if half else small.double(), device)
+    parallel = small if half else small.double()
+    if world_size() > 1:
+        parallel = distributed.data_parallel(parallel, device)
     images, teacher = (x[part].float() if half else x[part] for x in (images, teacher))
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
         loss = parallel(images, teacher)
@@ -59,26 +63,32 @@ def learn(terms, half=False):
 def shared_gradient():
     """Two gathered tensors in one sum: autograd gives both the same gradient, which must be left as it is."""
     from common import distributed
+    from common.run import world_size
 
-    distributed.start(torch.device("cpu"))
+    gather = distributed.gather_rows if world_size() > 1 else lambda rows: rows
     a, b = torch.ones(2, 3, requires_grad=True), torch.ones(2, 3, requires_grad=True)
-    both = distributed.gather_rows(a) + distributed.gather_rows(b)
+    both = gather(a) + gather(b)
     (both * torch.ones_like(both)).sum().backward()  # a product: its gradient is a tensor of its own size in memory
-    return {"a": a.grad, "b": b.grad, "size": distributed.size()}
+    return {"a": a.grad, "b": b.grad, "size": world_size()}
 
 
+RELATIONS = tuple(term for term, row in TERMS.items() if row.compares_images)
 RUNS = [*((name,) for name in RELATIONS), RELATIONS]
+
+
+def computed():
+    return {"runs": [learn(terms) for terms in RUNS], "half": learn(RELATIONS, half=True), "shared": shared_gradient()}
 
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory):
     """{number of processes: [what each computed]}."""
-    folder, results = tmp_path_factory.mktemp("processes"), {}
-    for size in (1, 2):
-        codes, _, errors = ends(start(size, "tests/test_relations_ddp.py", folder / f"{size}"))
-        assert codes == [0] * size, errors
-        results[size] = [torch.load(folder / f"{size}.{rank}", weights_only=True) for rank in range(size)]
-    return results
+    folder = tmp_path_factory.mktemp("processes")
+    codes, _, errors = ends(start(2, "tests/test_relations_ddp.py", folder / "rank"))
+    assert codes == [0, 0], errors
+    with restored():
+        one = computed()
+    return {1: [one], 2: [torch.load(folder / f"rank.{rank}", weights_only=True) for rank in range(2)]}
 
 
 @pytest.mark.parametrize("run", range(len(RUNS)), ids=["-".join(terms) for terms in RUNS])
@@ -111,5 +121,4 @@ def test_a_shared_gradient_is_not_changed(processes):
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
-    found = {"runs": [learn(terms) for terms in RUNS], "half": learn(RELATIONS, half=True), "shared": shared_gradient()}
-    torch.save(found, f"{sys.argv[1]}.{os.environ.get('RANK', 0)}")
+    torch.save(computed(), f"{sys.argv[1]}.{os.environ.get('RANK', 0)}")

@@ -19,7 +19,8 @@ import scipy.stats
 from PIL import Image
 
 import report
-from common import cli, figures
+from common import cli, page, statistics
+from common.run import UserError
 
 REPO = Path(__file__).resolve().parents[1]
 PIXEL = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg==")
@@ -117,6 +118,9 @@ def report_of(cwd, *args, run=run_report):
     done = run(cwd, *args)
     assert done.returncode == 0, done.stderr
     return json.loads((cwd / "report" / "report.json").read_text()), done
+
+
+EVALUATION = ("evaluate", "evaluate.py")  # what --reevaluate imports
 
 
 def only(items):
@@ -235,6 +239,9 @@ def test_every_run_is_listed_and_the_unfinished_named(study):
 def test_table_and_last_line(study):
     cwd, _, done = study
     lines = done.stdout.splitlines()
+    head = "dataset teacher student method teacher without_KD with_KD difference_(points) 95_%_over_test_images"
+    head += " 95_%_over_seeds verdict seeds"
+    assert [text.strip().replace(" ", "_") for text in lines[0].strip("|").split("|")] == head.split()
     row = [text.strip() for text in only(matching(lines, "| toy", "response")).strip("|").split("|")]
     assert row == [
         "toy",
@@ -450,11 +457,13 @@ def test_predictions_of_another_type_are_named(tmp_path, name):
             tmp_path / "predictions_test.npz", **{**arrays, name: arrays[name].astype(str) if value is None else value}
         )
         missing = []
-        assert report.load_predictions(([], [], [run]), missing, {}) == ({}, {}, {})
+        report.load_predictions([run], missing)
+        assert run.pop("predictions") is None
         assert "predictions_test.npz cannot be used" in only(missing)
     np.savez(tmp_path / "predictions_test.npz", **arrays)
     missing = []
-    assert list(report.load_predictions(([], [], [run]), missing, {})[2]) == [0] and not missing
+    report.load_predictions([run], missing)
+    assert list(run["predictions"].ids) == ["a", "b"] and not missing
 
 
 def refused(done, *words):
@@ -471,7 +480,7 @@ def test_bad_input(tmp_path):
     (tmp_path / "damaged/results.json").write_text("{")
     write_run(tmp_path / "good", "student", 0.6)
     (tmp_path / "file").write_text("mine")
-    refused(run_report(tmp_path, "nowhere"), "nowhere is no folder")
+    refused(run_report(tmp_path, "nowhere"), "nowhere is not a folder")
     refused(run_report(tmp_path, "empty"), "no run in empty", "distill.py")
     refused(run_report(tmp_path, "unfinished"), "no finished run", "unfinished is unfinished")
     refused(run_report(tmp_path, "damaged"), "no finished run", "damaged is left out")
@@ -491,50 +500,65 @@ def test_output_that_cannot_be_written(tmp_path):
     assert not list((tmp_path / "report").glob(".*"))  # no half file is left
 
 
-STUB = """
-import json
-class Refused(Exception):
-    exit_code = 2
-def evaluate_checkpoint(path, split="test", device="auto", batch_size=128, data_root=None):
-    if not path.exists():
-        raise Refused(f"{path} does not exist")
-    assert (split, device, batch_size) == ("test", "cpu", 7)
-    return json.loads(path.read_text())
-def measure_checkpoint(path, device, batch_size):
-    return {"multiply_adds": 123}
-"""
-
-
-def test_reevaluate(tmp_path):
+def test_reevaluate(tmp_path, monkeypatch):
     """The evaluation itself is replaced by one that reads its figures from the checkpoint."""
-    shutil.copytree(REPO / "common", tmp_path / "common")
-    shutil.copy(REPO / "report.py", tmp_path)
-    (tmp_path / "common" / "evaluation.py").write_text(STUB)
+
+    def evaluate_checkpoint(path, split, device, batch_size, data_root):
+        if not path.exists():
+            raise UserError(f"{path} does not exist")
+        assert (split, device, batch_size, data_root) == ("test", "cpu", 7, None)
+        return json.loads(path.read_text())
+
+    functions = evaluate_checkpoint, lambda path, device, batch_size: {"multiply_adds": 123}
+    monkeypatch.setattr(report, "evaluation_functions", lambda: functions)
     teacher = write_run(tmp_path / "runs/t", "teacher", 0.9)
     write_run(tmp_path / "runs/s", "student", 0.6)
     write_run(tmp_path / "runs/d", "distill", 0.7, method="response", teacher=teacher)
     flags = ("runs", "--reevaluate", "--device", "cpu", "--batch-size", "7")
-
-    def run(cwd, *args):
-        return subprocess.run(
-            [sys.executable, str(tmp_path / "report.py"), *args], cwd=cwd, capture_output=True, text=True
-        )
-
-    refused(run(tmp_path, *flags), "--reevaluate could evaluate no checkpoint")
+    refused(run_report(tmp_path, *flags), "--reevaluate could evaluate no checkpoint")
     (tmp_path / "runs/s/best.pth").write_text('{"accuracy": 0.60005, "macro_f1": 0.1}')
     (tmp_path / "runs/d/best.pth").write_text('{"accuracy": 0.75}')
-    report, done = report_of(tmp_path, *flags, run=run)
-    assert accuracies(report) == [0.9, 0.60005, 0.75]
-    run = only([run for run in report["runs"] if run["run"] == "runs/d"])
-    assert (
-        run["recorded_test"]["accuracy"] == 0.7
-        and run["recomputed_test"] == {"accuracy": 0.75}
-        and run["test"]["accuracy"] == 0.75
-    )
-    assert run["cost"]["multiply_adds"] == 123
+    result, done = report_of(tmp_path, *flags)
+    assert accuracies(result) == [0.9, 0.60005, 0.75]
+    run = only([run for run in result["runs"] if run["run"] == "runs/d"])
+    assert run["recorded_test"]["accuracy"] == 0.7 and run["test"]["accuracy"] == 0.75
+    assert run["recomputed_test"] == {"accuracy": 0.75} and run["cost"]["multiply_adds"] == 123
     warnings = done.stderr.splitlines()
     assert len(warnings) == 2 and all(line.startswith("warning: ") for line in warnings)
     assert matching(warnings, "runs/d", "0.7,", "0.75") and matching(warnings, "runs/t", "not evaluated again")
+
+
+def test_a_fault_of_our_own_is_not_a_warning(tmp_path, monkeypatch):
+    def faulty(*args, **options):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(report, "evaluation_functions", lambda: (faulty, faulty))
+    write_run(tmp_path / "runs/s", "student", 0.6)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ZeroDivisionError):
+        report.main(report.build_parser().parse_args(["runs", "--reevaluate"]))
+
+
+def test_missing_files_are_named_with_what_needs_them(tmp_path, monkeypatch):
+    """Of a copy without the evaluation, without the page's template, without the readers of data."""
+    teacher = write_run(tmp_path / "runs/t", "teacher", 0.9)
+    write_predicted(tmp_path / "runs/s", "student", np.arange(30) < 20)
+    write_predicted(tmp_path / "runs/d", "distill", np.arange(30) < 25, method="response", teacher=teacher)
+    name, file = EVALUATION
+    monkeypatch.setitem(sys.modules, name, None)
+    refused(run_report(tmp_path, "runs", "--reevaluate"), f"--reevaluate needs {file}, which is missing")
+    _, done = report_of(tmp_path, "runs")
+    assert "note: no gallery for toy: its results.json or its checkpoint lacks 'dataset'" in done.stdout
+    monkeypatch.setitem(sys.modules, "common.data", None)
+    _, done = report_of(tmp_path, "runs")
+    assert "note: no gallery for toy: it needs common/data.py, which is missing" in done.stdout
+    monkeypatch.setattr(page, "__file__", str(tmp_path / "page.py"))
+    refused(run_report(tmp_path, "runs"), str(tmp_path / "page.html"), "is missing", "report.py")
+
+
+@pytest.mark.parametrize("error", [ModuleNotFoundError("no timm", name="timm"), ModuleNotFoundError(name="timm.data")])
+def test_a_missing_package_is_named(error):
+    assert report.missing_part(error) == "the package timm: pip install timm"
 
 
 # --------------------------------------------------------------------------------------------------------- --select
@@ -605,8 +629,8 @@ def test_hidden_folders_hold_no_runs(tmp_path):
 
 
 def page_of(cwd):
-    """report.html without the figures' bytes."""
-    return html.unescape(re.sub(r"base64,[^\"]*", "", (cwd / "report" / "report.html").read_text()))
+    """report.html without the figures' bytes, its lines joined."""
+    return html.unescape(re.sub(r"base64,[^\"]*|\s+", " ", (cwd / "report" / "report.html").read_text()))
 
 
 def write_predicted(folder, role, right, *, groups=None, name="i", **more):
@@ -651,7 +675,7 @@ def test_both_intervals_stand_beside_the_verdict(tmp_path):
         f"{row[8]} points over test images and {row[9]} points over seeds, exclude 0" in headline and "gain" in headline
     )
     assert f"{row[8]} points over test images and {row[9]} points over seeds" in done.stdout
-    assert "McNemar's test of accuracy" in page and "not about training's noise" in page
+    assert "McNemar's test of accuracy" in page and "not about the noise of training" in page
 
 
 def test_lesions_are_resampled_whole(tmp_path):
@@ -931,53 +955,121 @@ def test_label_free_runs_have_their_page(tmp_path):
     assert not matching(report["missing"], "tested on other images")
 
 
-def test_learning_curves_show_what_chose_the_epoch(tmp_path, monkeypatch):
-    drawn = []
+def test_predictions_with_classes_in_another_order_have_their_own_reference(tmp_path):
+    """Runs on one test set whose class names are ordered in two ways are in two groups; neither spoils the other."""
+    runs, missing = [], []
+    for name, classes in (("one", CLASSES), ("two", CLASSES[::-1])):
+        for seed in (0, 1):
+            write_predicted(tmp_path / f"{name}{seed}", "student", np.arange(30) < 20)
+            file = tmp_path / f"{name}{seed}" / "predictions_test.npz"
+            with np.load(file) as arrays:
+                np.savez(file, **{**arrays, "classes": np.array(classes)})
+            test_set = {"dataset": {"sha256": {"test": "same"}}, "test": {"accuracy": 20 / 30}}
+            runs.append({"path": str(file.parent), "seed": seed, **test_set})
+    statistics.load_predictions(runs, missing)
+    assert not missing and [run["predictions"].classes["label"] for run in runs] == [CLASSES] * 2 + [CLASSES[::-1]] * 2
+
+
+def test_figures_whose_names_would_be_one_file_are_two(tmp_path):
+    """Tasks "a b" and "A-b", on a disk that ignores case too."""
+    figures = page.Figures(tmp_path)
+    for task in ("a b", "A-b"):
+        with figures.new(f"roc-{task}", f"title of {task}", 3) as axis:
+            axis.plot([0, 1], [0, 1])
+    assert len({name.lower() for name in figures.titles}) == 2
+    assert sorted(figures.titles) == sorted(path.name for path in tmp_path.iterdir())
+    assert list(figures.titles.values()) == ["title of a b", "title of A-b"]
+
+
+def test_a_legend_has_one_entry_for_each_label(tmp_path, monkeypatch):
+    legends = []
     monkeypatch.setattr(
-        figures,
-        "draw_curves",
-        lambda path, title, metric, scale, lines: (drawn.append((metric, scale)), path.write_bytes(PIXEL)),
+        "matplotlib.figure.Figure.legend", lambda figure, handles, labels, **_: legends.append([*labels])
     )
+    with page.Figures(tmp_path).new("f", "title", 3, rows=2) as (one, two):
+        for axis in (one, two):
+            for label in ("seeds", "seeds", "best"):
+                axis.plot([0, 1], label=label)
+    assert legends == [["seeds", "best"]]
+
+
+@pytest.mark.parametrize(("count", "labels"), [(3, 4), (40, 2)])
+def test_a_long_legend_of_costs_names_kinds_alone(tmp_path, monkeypatch, count, labels):
+    """One baseline and `count` methods: beyond 30 points each method's name would hide the figure."""
+    cost = {"multiply_adds": 1e6, "parameters": 10}
+    groups = [
+        {
+            **{
+                "dataset": "toy",
+                "label_free": False,
+                "teacher": None,
+                "student": "s",
+                "method": f"m{i}",
+                "variant": "",
+            },
+            "cost": {"student without KD": cost, "student with KD": cost},
+            "metrics": {
+                "accuracy": {
+                    "teacher": {"mean": None, "std": None, "n": 0},
+                    "student without KD": {"mean": 0.5, "std": None, "n": 1},
+                    "student with KD": {"mean": 0.6 + i / 1000, "std": None, "n": 1},
+                }
+            },
+        }
+        for i in range(count)
+    ]
+    legends = []
+    monkeypatch.setattr(
+        "matplotlib.figure.Figure.legend", lambda figure, handles, labels, **_: legends.append([*labels])
+    )
+    page.draw_costs(page.Figures(tmp_path), groups, "accuracy")
+    assert len(only(legends)) == labels
+    assert set(legends[0]) == (
+        {"student without KD", "student with KD"} if labels == 2 else {"s, alone", "s, m0", "s, m1", "s, m2"}
+    )
+
+
+@pytest.fixture
+def axes_seen(monkeypatch):
+    """[(label, scale, tick labels)] of the y axes of all figures that are drawn."""
+    seen, new = [], page.Figures.new
+
+    @contextlib.contextmanager
+    def look(*args, **more):
+        with new(*args, **more) as axes:
+            yield axes
+            for axis in np.ravel(axes):
+                axis.figure.canvas.draw()
+                texts = [text.get_text() for text in axis.get_yticklabels(which="both")]
+                seen.append((axis.get_ylabel(), axis.get_yscale(), texts))
+
+    monkeypatch.setattr(page.Figures, "new", look)
+    return seen
+
+
+def test_learning_curves_show_what_chose_the_epoch(tmp_path, axes_seen):
     teacher = write_run(tmp_path / "runs/t", "teacher", 0.9)
     write_run(
         tmp_path / "runs/d", "distill", 0.7, method="response", teacher=teacher, select_metric="balanced_accuracy"
     )
     write_run(tmp_path / "runs/alone", "teacher", 0.7, dataset="other", select_metric="loss")
     report_of(tmp_path, "runs")
-    assert drawn == [("balanced_accuracy", 100), ("loss", 1)]
+    curves = [name for name, _, _ in axes_seen if name.startswith("val ")]
+    assert curves == ["val balanced_accuracy (%)", "val loss"]
 
 
 @pytest.mark.parametrize(("high", "log"), [(50.0, True), (0.09, False)])
-def test_curves_have_panels_of_that_metric_and_a_log_axis_where_they_need_it(tmp_path, monkeypatch, high, log):
-    seen, keep = [], figures.figure
-
-    @contextlib.contextmanager
-    def look(*args, **more):
-        with keep(*args, **more) as (drawn, axes):
-            yield drawn, axes
-            drawn.canvas.draw()
-            for axis in axes:
-                seen.append(
-                    (
-                        axis.get_ylabel(),
-                        axis.get_yscale(),
-                        [text.get_text() for text in axis.get_yticklabels(which="both")],
-                    )
-                )
-
-    monkeypatch.setattr(figures, "figure", look)
+def test_curves_have_panels_of_that_metric_and_a_log_axis_where_they_need_it(tmp_path, axes_seen, high, log):
     rows = [
         {"epoch": 1, "train_loss": high, "val_distillation_loss": high},
         {"epoch": 2, "train_loss": 0.05, "val_distillation_loss": 0.05},
     ]
-    figures.draw_curves(
-        tmp_path / "c.png", "title", "distillation_loss", 1, [("student", "C0", rows, {"best_epoch": 2})]
-    )
-    assert [name for name, _, _ in seen] == ["train loss", "val distillation_loss"]
-    for _, scale, texts in seen:
-        assert (
-            (scale == "log") == log and any(texts) and not any("$" in text or "mathdefault" in text for text in texts)
-        )
+    run = {"rows": rows, "best_epoch": 2, "select_metric": "distillation_loss"}
+    page.draw_curves(page.Figures(tmp_path), "c", "title", [("student", "C0", run)])
+    assert [name for name, _, _ in axes_seen] == ["train loss", "val distillation_loss"]
+    for _, scale, texts in axes_seen:
+        assert (scale == "log") == log and any(texts)
+        assert not any("$" in text or "mathdefault" in text for text in texts)
         assert not log or {"0.1", "1", "10"} <= set(texts)
 
 

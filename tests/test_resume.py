@@ -15,10 +15,9 @@ import torch
 from conftest import ROOT, SMALL, run_script, script_environment, succeed
 
 import train_student
-from common import cli, training
-from common.cli import RunFolder, UserError, stops
-from common.optimizer import Schedule, Updater
-from common.training import Interrupted, Interrupts, Meter, Precision, Recorder
+from common import cli, run
+from common.run import Interrupted, Meter, Recorder, RunFolder, UserError, stops
+from common.training import Precision, Schedule, Updater
 
 # all that has state of its own: projectors, EMA, AdamW's moments, warm-up, clipping, plateau
 DISTILL = [
@@ -75,6 +74,22 @@ def stop_when(process, reached, number, seconds=120):
     return process.returncode, errors
 
 
+def stopped(line, number, script, *args):
+    """Run a script in this process and tell it to stop at the first step after this line of its output."""
+    check = stops.check
+
+    def told():
+        if stops.deferring and line.encode() in sys.stdout.buffer.getvalue():
+            stops.receive(number)
+        check()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stops, "check", told)
+        done = run_script(script, *args)
+    assert done.returncode == stops.CODES[number], done.stderr
+    assert done.stderr.startswith(f"interrupted by {number.name}") and len(done.stderr.splitlines()) == 1, done.stderr
+
+
 def lines_in(path, needle):
     return path.read_text().count(needle) if path.exists() else 0
 
@@ -121,11 +136,11 @@ def uninterrupted(tmp_path_factory, teacher):
     return folder
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGUSR1, 75), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGKILL, -9)])
 def test_stopped_in_the_middle_of_an_epoch(tmp_path, teacher, uninterrupted, number, code):
     run = tmp_path / "run"
     process = start("distill.py", *DISTILL, "--teacher-checkpoint", teacher / "best.pth", "--output", run)
-    # the row of an epoch is there a moment before its checkpoint: for SIGKILL wait for the checkpoint
+    # between the line of an epoch and its checkpoint there is a moment: for SIGKILL wait for the checkpoint
     seen = (lambda: (run / "latest.pth").exists()) if code < 0 else (lambda: lines_in(run / "log.txt", "epoch 1/3:"))
     exit_code, errors = stop_when(process, seen, number)
     assert exit_code == code
@@ -141,12 +156,11 @@ def test_stopped_in_the_middle_of_an_epoch(tmp_path, teacher, uninterrupted, num
 
 def test_stopped_twice_and_a_second_time_after_resuming(tmp_path, teacher, uninterrupted):
     run = tmp_path / "run"
-    process = start("distill.py", *DISTILL, "--teacher-checkpoint", teacher / "best.pth", "--output", run)
-    assert stop_when(process, lambda: (run / "log.txt").exists(), signal.SIGTERM)[0] == 143  # before or in epoch 1
+    flags = [*DISTILL, "--teacher-checkpoint", teacher / "best.pth", "--output", run]
+    stopped("train, ", signal.SIGTERM, "distill.py", *flags)  # in epoch 1
     stopped_at = torch.load(run / "latest.pth", weights_only=True)
-    assert stopped_at["epoch"] == 1
-    process = start("distill.py", "--resume", run)
-    assert stop_when(process, lambda: lines_in(run / "log.txt", "epoch 2/3:"), signal.SIGUSR1)[0] == 75
+    assert (stopped_at["epoch"], stopped_at["step"]) == (1, 1)
+    stopped("epoch 2/3:", signal.SIGUSR1, "distill.py", "--resume", run)
     succeed("distill.py", "--resume", run)
     assert_same_run(run, uninterrupted)
 
@@ -155,9 +169,7 @@ def test_stopped_twice_and_a_second_time_after_resuming(tmp_path, teacher, unint
 def test_the_other_scripts_resume_too(tmp_path, script):
     flags = [*SMALL, "--epochs", 3, "--model", "resnet8", "--patience", 2, "--cache", "off", "--workers", 2]
     succeed(script, *flags, "--output", tmp_path / "whole")
-    process = start(script, *flags, "--output", tmp_path / "run")
-    code, _ = stop_when(process, lambda: lines_in(tmp_path / "run" / "log.txt", "epoch 1/3:"), signal.SIGTERM)
-    assert code == 143
+    stopped("epoch 1/3:", signal.SIGTERM, script, *flags, "--output", tmp_path / "run")
     succeed(script, "--resume", tmp_path / "run")
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
@@ -229,30 +241,31 @@ def recorder(folder, resume=False, epochs=9, patience=0, data=DATA):
     updater = Updater(
         model,
         torch.optim.SGD(model.parameters(), 0.1),
-        Schedule("constant", 0.1, 9, 1),
+        Schedule(0.1, 1, schedule="constant", epochs=9),
         Precision("off", torch.device("cpu")),
     )
     made = Recorder(
         RunFolder(str(folder), resume, not resume),
         updater,
-        Interrupts(),
         epochs=epochs,
-        metric="accuracy",
+        select_metric="accuracy",
         patience=patience,
         save_every=0,
         content={"flags": {"dataset": "d", "data_root": None}, "classes": [], "preprocess": {}, "data": data},
     )
-    made.open(SimpleNamespace(resume=resume, seed=0))
+    made.open({}, 0)
     return made
 
 
 def run_epochs(made, values):
     """Epochs that were run, with these accuracies on val."""
     done = []
-    for epoch in made.epochs():
+    for epoch in range(made.start_epoch, made.epochs + 1):
         made.images, made.train_means, made.train_seconds, made.epoch_started = 0, {}, 1, time.time()
         made.end_epoch({"accuracy": values[epoch - 1]})
         done.append(epoch)
+        if made.stopped_early:
+            break
     return done
 
 
@@ -315,8 +328,8 @@ def test_a_process_without_labels_does_not_count(tmp_path, monkeypatch):
     for accuracy in (0.25, 0.75):
         made.meter.add(loss=torch.tensor(1.0), accuracy=torch.tensor(accuracy))
         other.add(loss=torch.tensor(3.0), accuracy=torch.tensor(float("nan")))
-    monkeypatch.setattr("common.distributed.gather", lambda own: [own, other.total])
-    list(made.batches(Done()))
+    monkeypatch.setattr("common.run.gather_objects", lambda own: [own, other.total])
+    list(made.batches(Done(), 1))
     assert made.train_means == {"loss": 2.0, "accuracy": 0.5}
 
 
@@ -428,36 +441,35 @@ def test_signals_are_heard_while_a_script_waits_for_another_process():
 
 
 def test_a_signal_in_the_loop_waits_for_the_step_but_not_for_ever(monkeypatch):
-    ended, interrupts, stuck = [], Interrupts(), Interrupts()
+    ended = []
     monkeypatch.setattr(stops, "end", ended.append)
-    interrupts.begin()
+    stops.begin()
     try:
-        stops.defer(signal.SIGTERM)
+        stops.receive(signal.SIGTERM)
         with pytest.raises(Interrupted, match="SIGTERM") as caught:
-            interrupts.check()  # the step ended: it is saved
+            stops.check()  # the step ended: it is saved
         assert caught.value.exit_code == 143 and not ended
-        stuck.begin()
-        stops.defer(signal.SIGUSR1)
+        stops.begin()
+        stops.receive(signal.SIGUSR1)
         deadline = time.time() + 60
-        while not ended and time.time() < deadline:
+        while signal.SIGUSR1 not in ended and time.time() < deadline:
             time.sleep(0.1)
-        assert ended == [signal.SIGUSR1]
-        stops.defer(signal.SIGINT)
-        stops.defer(signal.SIGINT)  # a second Ctrl-C
-        assert ended[1] == signal.SIGINT
-        stuck.end()  # of the loop: what came too late for its last check
-        assert stops.defer is None and ended[2] == signal.SIGINT
+        assert signal.SIGUSR1 in ended
+        stops.receive(signal.SIGINT)
+        stops.receive(signal.SIGINT)  # a second Ctrl-C
+        assert ended[-1] == signal.SIGINT
+        ended.clear()
+        stops.finish()  # of the loop: what came too late for its last check
+        assert not stops.deferring and ended == [signal.SIGINT]
     finally:
-        stops.defer, interrupts.saving, stuck.saving = None, True, True  # their timers do nothing now
+        stops.deferring, stops.requested = False, 0  # their timers do nothing now
 
 
 def test_the_command_that_continues_can_be_pasted():
     """A run folder with spaces, in the line of an interrupted script."""
-    recorder = training.Recorder.__new__(training.Recorder)
-    vars(recorder).update(
-        epoch=2, epochs_wanted=1, step=3, stopped_early=False, run=SimpleNamespace(folder="my runs/a")
-    )
-    with pytest.raises(training.Interrupted) as stop, recorder.saving_when_interrupted():
-        raise training.Interrupted("interrupted by SIGTERM", 143)
+    recorder = run.Recorder.__new__(run.Recorder)
+    vars(recorder).update(epoch=2, epochs=1, step=3, stopped_early=False, run=SimpleNamespace(folder="my runs/a"))
+    with pytest.raises(run.Interrupted) as stop, recorder:
+        raise run.Interrupted("interrupted by SIGTERM", 143)
     words = shlex.split(str(stop.value))
     assert words[words.index("--resume") : words.index("--resume") + 3] == ["--resume", "my runs/a", "continues"]

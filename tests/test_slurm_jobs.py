@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL, run_script
+from conftest import ROOT, SMALL, restored, succeed
 from PIL import Image
 from slurm_lab import slurm  # noqa: F401
 from test_resume import assert_same_run, lines_in
@@ -43,8 +43,9 @@ OURS = {
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
     """In what runs beside the jobs too: sums in another order would differ in their last bits."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", OURS["OMP_NUM_THREADS"])
+    with restored():
+        os.environ["OMP_NUM_THREADS"] = OURS["OMP_NUM_THREADS"]
+        torch.set_num_threads(int(OURS["OMP_NUM_THREADS"]))
         yield
 
 
@@ -77,8 +78,7 @@ def submit(slurm, project):  # noqa: F811
 @pytest.fixture(scope="module")
 def uninterrupted(project):
     """The run of LONG that nothing disturbed, without Slurm."""
-    done = run_script("train_student.py", *LONG, "--output", "runs/whole", cwd=project, root=project)
-    assert done.returncode == 0, done.stderr
+    succeed("train_student.py", *LONG, "--output", "runs/whole", cwd=project)
     return project / "runs" / "whole"
 
 
@@ -128,7 +128,7 @@ def hidden(folder):
 
 
 def test_every_batch_file_runs_its_stage(slurm, project, submit):  # noqa: F811
-    teacher = submit("train_teacher", *QUICK, "--limit-train", 640)
+    teacher = submit("train_teacher", *QUICK, "--limit-train", 640, "--model", "resnet8")
     student = submit("train_student", *QUICK)
     after = [f"--dependency=afterok:{teacher}", "--kill-on-invalid-dep=yes"]
     distill = submit("distill", *QUICK, options=after)  # its teacher: runs/teacher/best.pth
@@ -142,8 +142,7 @@ def test_every_batch_file_runs_its_stage(slurm, project, submit):  # noqa: F811
         assert slurm.exit_code(job) == 0, slurm.log(job)
 
     # the same figures as the script gives
-    done = run_script("distill.py", *QUICK, "--output", "runs/direct", cwd=project, root=project)
-    assert done.returncode == 0, done.stderr
+    succeed("distill.py", *QUICK, "--output", "runs/direct", cwd=project)
     assert figures(project / "runs" / "distill") == figures(project / "runs" / "direct")
     saved, direct = (
         torch.load(project / "runs" / name / "best.pth", weights_only=True)["model"] for name in ("distill", "direct")
@@ -201,8 +200,7 @@ def test_sigkill_of_the_batch_file_ends_its_training(project, uninterrupted, tmp
     until(lambda: not running(f"{tmp_path}/kd-"), "the training ends", 30)
     until(lambda: not list(tmp_path.glob("kd-*")), "the stage goes", 30)
     assert "epoch 3/3" not in (tmp_path / "said").read_text()
-    done = run_script("train_student.py", "--resume", run.relative_to(project), cwd=project, root=project)
-    assert done.returncode == 0, done.stderr
+    succeed("train_student.py", "--resume", run.relative_to(project), cwd=project)
     assert_same_run(run, uninterrupted)
 
 
@@ -248,13 +246,17 @@ def test_data_come_from_a_tar(slurm, project, submit, tmp_path):  # noqa: F811
 # -------------------------------------------------------------------------------------------------------- interrupted
 
 
-def start_long(slurm, submit, project, name, **env):  # noqa: F811
-    """Submit LONG and wait until it is in epoch 2 and epoch 1 is back in the user's folder; returns (job, run
-    folder)."""
-    job, run = submit("train_student", *LONG, "--output", f"runs/{name}", env=env), project / "runs" / name
-    until(lambda: lines_in(run / "log.txt", "epoch 1/3:") and (run / "latest.pth").exists(), slurm.log(job))
-    assert "epoch 3/3" not in slurm.log(job)
+def start_long(slurm, submit, project, name, *flags, synced=False, **env):  # noqa: F811
+    """Submit LONG and wait until it is in epoch 2 (synced: and epoch 1 is back in the user's folder); returns (job,
+    run folder)."""
+    job, run = submit("train_student", *LONG, *flags, "--output", f"runs/{name}", env=env), project / "runs" / name
+    until(lambda: "\nepoch 1/" in slurm.log(job), "epoch 1")
+    if synced:
+        until(lambda: lines_in(run / "log.txt", "epoch 1/") and (run / "latest.pth").exists(), "epoch 1 is back")
     return job, run
+
+
+ENDLESS = ["--epochs", "500"]  # of a run that is not compared: on a loaded machine LONG may end before it is stopped
 
 
 def test_time_limit_requeues_and_resumes(slurm, project, submit, uninterrupted):  # noqa: F811
@@ -275,7 +277,7 @@ def test_time_limit_requeues_and_resumes(slurm, project, submit, uninterrupted):
     until(lambda: slurm.jobs(job)[0]["Restarts"] == "1", "requeued")
     epoch, step = re.search(r"interrupted by SIGUSR1 in epoch (\d) after step (\d+)", slurm.log(job)).groups()
     stopped = torch.load(run / "latest.pth", weights_only=True)
-    assert (stopped["epoch"], stopped["step"]) == (int(epoch), int(step)) and 0 < int(step) < 15
+    assert (stopped["epoch"], stopped["step"]) == (int(epoch), int(step)) and 0 < int(step) <= 15
     slurm.wait(job, ["COMPLETED"], seconds=300)
     log = slurm.log(job)
     assert f"requeueing job {job}, 1 of at most 10" in log and "requeued 1 times" in log  # one log for both
@@ -298,7 +300,7 @@ def test_too_many_requeues_fail(slurm, project, submit):  # noqa: F811
 
 
 def test_scancel_brings_the_results_back(slurm, project, submit):  # noqa: F811
-    job, run = start_long(slurm, submit, project, "cancelled", SYNC_MINUTES=0.01)
+    job, run = start_long(slurm, submit, project, "cancelled", *ENDLESS, SYNC_MINUTES=0.01)
     slurm.run("scancel", job, check=True)
     slurm.wait(job, ["CANCELLED"])
     until(lambda: "\nexit code: " in slurm.log(job), "the batch file's last line, when all is copied")
@@ -310,7 +312,8 @@ def test_scancel_brings_the_results_back(slurm, project, submit):  # noqa: F811
 
 @pytest.mark.parametrize("what", ["script", "node"])
 def test_sigkill_leaves_what_was_synced(slurm, project, submit, uninterrupted, what):  # noqa: F811
-    job, run = start_long(slurm, submit, project, f"killed_{what}")
+    flags = ENDLESS if what == "script" else []
+    job, run = start_long(slurm, submit, project, f"killed_{what}", *flags, synced=True)
     until(
         lambda: len(processes(slurm, job)) == 1, "one process"
     )  # a child that was just forked bears the script's name
@@ -328,10 +331,9 @@ def test_sigkill_leaves_what_was_synced(slurm, project, submit, uninterrupted, w
     assert slurm.exit_code(job) == 137
     if what == "script":
         assert slurm.log(job).endswith("exit code: 137\n") and not hidden(project / "runs")
-        assert torch.load(run / "latest.pth", weights_only=True)["epoch"] == 2
+        assert torch.load(run / "latest.pth", weights_only=True)["epoch"] >= 2
         return
-    done = run_script("train_student.py", "--resume", run.relative_to(project), cwd=project, root=project)
-    assert done.returncode == 0, done.stderr
+    succeed("train_student.py", "--resume", run.relative_to(project), cwd=project)
     assert_same_run(run, uninterrupted)
 
 
@@ -458,8 +460,7 @@ def test_array_of_shards(slurm, project, submit):  # noqa: F811
     slurm.wait(job)
     assert slurm.exit_code(job) == 0, slurm.log(job)
     for more in (["stored", "--merge", 3], ["whole"]):
-        done = run_script("extract_embeddings.py", *flags, *more, cwd=project, root=project)
-        assert done.returncode == 0, done.stderr
+        succeed("extract_embeddings.py", *flags, *more, cwd=project)
     for split in ("train", "val", "test"):
         merged, whole = (
             np.load(project / name / f"{split}_embeddings" / "embeddings.npy") for name in ("stored", "whole")
@@ -487,10 +488,8 @@ def test_sweep(slurm, project, submit):  # noqa: F811
     assert "failed: array index 2, broken; again, alone:" in said
     again = re.search(r"^  sbatch (--array=2 .*)$", said, re.M)[1].split()
     assert again[1] == "slurm/train_student.sbatch" and again[-1] == "--overwrite"
-    report = run_script("report.py", "runs/sweep", "--select", "val_loss", "--mode", "min", cwd=project, root=project)
-    assert report.returncode == 0 and re.search("^best val_loss: .*, runs/sweep/good$", report.stdout, re.M), (
-        report.stdout + report.stderr
-    )
+    report = succeed("report.py", "runs/sweep", "--select", "val_loss", "--mode", "min", cwd=project)
+    assert re.search("^best val_loss: .*, runs/sweep/good$", report.stdout, re.M), report.stdout
 
 
 def test_sweep_without_slurm(project):
@@ -678,14 +677,7 @@ def test_two_nodes(slurm, project, submit):  # noqa: F811
     run = project / "runs" / "two"
     two = ["--nodes=2", "--ntasks-per-node=1", "-C", "a100"]
     job = submit("train_student", *LONG, "--output", "runs/two", options=two)
-    until(
-        lambda: (
-            len(processes(slurm, job)) == 2
-            and lines_in(run / "log.txt", "epoch 1/3:")
-            and (run / "latest.pth").exists()
-        ),
-        "epoch 1",
-    )
+    until(lambda: "\nepoch 1/3:" in slurm.log(job) and len(processes(slurm, job)) == 2, "epoch 1")
     stages = {Path(f"/proc/{pid}/cwd").resolve().parent for pid in processes(slurm, job)}
     assert {stage.parent.name for stage in stages} == {f"a1.{job}", f"a2.{job}"}
     slurm.run("scancel", "--batch", "--signal=USR1", job, check=True)

@@ -9,7 +9,7 @@ import torch
 from conftest import SMALL, run_script, succeed
 
 import train_student
-from common import cli
+from common import cli, run, sweep
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def test_a_grid_is_crossed_the_last_axis_varying_fastest(flags):
     seen = [flags(grid, i, "--seed", "4") for i in range(8)]
     expected = [(lr, b, n) for lr in (0.1, 1e-4) for b in (8, 16) for n in (True, False)]
     assert [(a.lr, a.batch_size, a.nesterov) for a in seen] == expected
-    assert all(a.seed == 4 and a.epochs == 32 for a in seen)
+    assert all(a.seed == 4 and a.epochs is None for a in seen)
     assert len({a.output for a in seen}) == 8
     assert seen[0].output == "runs/student/lr-0.1_batch-size-8_nesterov-true"
     assert seen[7].output == "runs/student/lr-0.0001_batch-size-16_nesterov-false"
@@ -58,15 +58,15 @@ def test_a_point_has_flags_for_each_script(flags, parser):
     ]
     parser.prog = "train_student.py"
     args = flags(grid, 0)
-    assert (args.output, args.epochs, args.lr, args.model) == ("runs/student/a", 3, 0.1, "resnet8")
+    assert (args.output, args.epochs, args.lr, args.model) == ("runs/student/a", 3, 0.1, None)
 
 
 def test_the_grid_of_medpix_swaps_the_backbones_of_teacher_and_student():
     from pathlib import Path
 
-    grid = str(Path(cli.SCRIPT_FOLDER, "slurm/grids/medpix_swaps.json"))
+    grid = str(Path(run.SCRIPT_FOLDER, "slurm/grids/medpix_swaps.json"))
     teachers, students, alone = (
-        dict(cli.grid_points(grid, script)) for script in ("train_teacher.py", "distill.py", "train_student.py")
+        dict(sweep.grid_points(grid, script)) for script in ("train_teacher.py", "distill.py", "train_student.py")
     )
     assert list(teachers) == ["original", "swap_image", "swap_text", "swap_both"] and students == alone
     first, second = teachers["original"], students["original"]
@@ -100,19 +100,19 @@ def test_the_command_line_s_config_stays_below_the_point(flags, tmp_path):
         ({"lrr": [0.1]}, 0, [], "did you mean --lr"),
         ({"lr": []}, 0, [], "'lr' must be a list"),
         ({"lr": 0.1}, 0, [], "'lr' must be a list"),
-        ({}, 0, [], "no grid"),
-        ([], 0, [], "no grid"),
-        ([3], 0, [], "no grid"),
+        ({}, 0, [], "is not a grid"),
+        ([], 0, [], "is not a grid"),
+        ([3], 0, [], "is not a grid"),
         ([{"name": "a", "train_student.py": 3}], 0, [], "object of flags"),
         ("{", 0, [], "not valid JSON"),
         ([{"name": "a", "lr": 1}, {"name": "a", "lr": 2}], 0, [], "the name 'a'"),
         ({"lr": [1]}, 0, ["--lr=2"], "--lr is given"),
         ({"output": ["x"]}, 0, [], "must not set output"),
-        ({"lr": [1]}, 0, ["--resume", "runs/student"], "contradict"),
+        ({"lr": [1]}, 0, ["--resume", "runs/student"], "cannot be combined"),
     ],
 )
 def test_bad_grids(flags, grid, index, argv, words):
-    with pytest.raises(cli.UserError, match=words):
+    with pytest.raises(run.UserError, match=words):
         flags(grid, index, *argv)
 
 
@@ -124,7 +124,7 @@ def test_a_bad_value_is_argparse_s(flags, capsys):
 
 @pytest.mark.parametrize("argv", [["--sweep", "g.json"], ["--sweep-index", "0"]])
 def test_grid_and_index_belong_together(parser, argv):
-    with pytest.raises(cli.UserError, match="belong together"):
+    with pytest.raises(run.UserError, match="belong together"):
         cli.parse_flags(parser, argv)
 
 
@@ -149,7 +149,7 @@ def test_seeds_are_ordinary_runs(here):
     assert all(torch.equal(weights[1][name], value) for name, value in weights[2].items())
     assert not all(torch.equal(weights[0][name], value) for name, value in weights[2].items())
     told = json.loads(Path("both_1/results.json").read_text())
-    assert told["flags"]["seed"] == 1 and "seeds" not in told["flags"]
+    assert told["flags"]["seed"] == 1 and told["flags"]["seeds"] is None
     assert (
         told["environment"]["command"].endswith("--seed 1 --output both_1")
         and "--seeds" not in told["environment"]["command"]
@@ -158,10 +158,10 @@ def test_seeds_are_ordinary_runs(here):
 
 def test_seeds_go_to_folders_beside_each_other(parser):
     argv = ["--seeds", "0", "7", "--lr", "0.1", "--output=x/y/", "--nesterov"]
-    assert cli.expand_seeds(parser, argv) == [
+    assert sweep.expand_seeds(parser, argv) == [
         ["--lr", "0.1", "--nesterov", "--seed", s, "--output", f"x/y_{s}"] for s in ("0", "7")
     ]
-    assert cli.expand_seeds(parser, ["--lr", "0.1"]) == [["--lr", "0.1"]]
+    assert sweep.expand_seeds(parser, ["--lr", "0.1"]) == [["--lr", "0.1"]]
 
 
 @pytest.mark.parametrize(
@@ -181,8 +181,8 @@ def test_bad_seeds(refused, argv, words):
 
 def test_which_seeds_are_left_is_said(refused, monkeypatch):
     refused("train_student.py", *SMALL, "--limit-train", 10**6, "--seeds", 0, 1, words=["(not run: --seeds 0 1)"])
-    monkeypatch.setattr(cli.stops, "seeds", [0, 1, 2])
-    monkeypatch.setattr(cli.stops, "hint", ": python train_student.py --resume runs/student_0 continues")
-    assert cli.stops.left() == " (not run: --seeds 1 2)"
-    monkeypatch.setattr(cli.stops, "seeds", [2])
-    assert cli.stops.left() == ""
+    monkeypatch.setattr(run.stops, "seeds", [0, 1, 2])
+    monkeypatch.setattr(run.stops, "hint", ": python train_student.py --resume runs/student_0 continues")
+    assert run.stops.seeds_left() == " (not run: --seeds 1 2)"
+    monkeypatch.setattr(run.stops, "seeds", [2])
+    assert run.stops.seeds_left() == ""

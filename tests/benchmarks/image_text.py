@@ -23,13 +23,13 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from common.augment import Augmenter  # noqa: E402
-from common.data import DATASETS, load_splits  # noqa: E402
-from common.image_text import tokenize  # noqa: E402
-from common.loader import Loader  # noqa: E402
-from common.losses import DistillationLoss, method_weights, task_cross_entropy  # noqa: E402
-from common.optimizer import make_optimizer  # noqa: E402
-from common.training import Precision, load_checkpoint, load_model  # noqa: E402
+from common.augment import Augmenter
+from common.data import DATASETS, load_splits
+from common.image_text import tokenize
+from common.loader import Loader
+from common.losses import DistillationLoss, loss_settings, task_cross_entropy
+from common.run import load_checkpoint
+from common.training import Precision, load_model, make_optimizer
 
 
 def parse():
@@ -71,11 +71,11 @@ def bare(args, student, batches, teacher=None, teacher_batches=None):
     criterion = None
     if teacher is not None:
         teacher.to(device).eval().requires_grad_(False)
-        criterion = DistillationLoss(method_weights("combined"), 2.0)
+        criterion = DistillationLoss(*loss_settings("combined"))
         with torch.no_grad():
             criterion.build(student.eval()(batches[0][0]), teacher(teacher_batches[0][0]))
         student.train()
-    optimizer = make_optimizer("adamw", [student], 5e-4, projectors=criterion)
+    optimizer = make_optimizer(student, criterion, optimizer="adamw", lr=5e-4)
 
     def epoch(count):
         for i in range(count):
@@ -194,7 +194,8 @@ def main():
         tokenizers = [load_model(load_checkpoint(str(folder / name / "best.pth")))[1] for name in epochs]
     once = {
         "tokenization by both": sum(
-            seconds(lambda p=p: tokenize(splits.train.texts, p.tokenizer, p.max_length)) for p in tokenizers
+            seconds(lambda p=p: tokenize(splits.train.texts, p.tokens.tokenizer, p.tokens.max_length))
+            for p in tokenizers
         ),
         "decoding": seconds(lambda: [splits.train[i]["image"] for i in range(len(splits.train))]),
     }

@@ -30,8 +30,8 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from common.models import build_model  # noqa: E402
-from common.training import Precision, use_compile  # noqa: E402
+from common.models import build_model
+from common.training import Precision, place
 
 
 def parse():
@@ -68,9 +68,8 @@ def bare_forward(args):
     """Images/s of the teacher's forward pass alone."""
     device = torch.device(args.device)
     precision, model = Precision(args.amp, device), build_model(args.teacher, 10, 64)
-    model.to(device).to(memory_format=torch.channels_last).eval()
-    if use_compile(args.compile, device):
-        model.compile()
+    model.eval()
+    place(model, device, args.compile)
     images = torch.randn(args.batch_size, 3, 64, 64, device=device).contiguous(memory_format=torch.channels_last)
     steps = max(4, args.images * args.views // args.batch_size)
     for count in (3 if args.device == "cpu" else 30, steps):
@@ -147,10 +146,10 @@ def step(args, folder, data, shared):
             *common,
             "--teacher-embeddings",
             folder / "store",
-            "--method",
-            "embedding",
-            "--kl-weight",
-            1,
+            "--loss",
+            "ce=1",
+            "embedding=1",
+            "kl=1",
             "--allow-weak-teacher",
             "--output",
             folder / "distill",

@@ -25,10 +25,9 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from common.losses import DistillationLoss, cross_entropy, method_weights, temperature_kl  # noqa: E402
-from common.models import build_model  # noqa: E402
-from common.optimizer import make_optimizer  # noqa: E402
-from common.training import Precision, use_compile  # noqa: E402
+from common.losses import DistillationLoss, cross_entropy, loss_settings, temperature_kl
+from common.models import build_model
+from common.training import Precision, make_optimizer, place
 
 
 def parse():
@@ -51,11 +50,9 @@ def bare(args, name, teacher_name=None):
     device, precision = torch.device(args.device), Precision(args.amp, torch.device(args.device))
     models = [build_model(n, 10, args.resolution) for n in (name, teacher_name) if n]
     for model in models:
-        model.to(device).to(memory_format=torch.channels_last)
-        if use_compile(args.compile, device):
-            model.compile()
+        place(model, device, args.compile)
     model, teacher = models[0].train(), models[1].eval().requires_grad_(False) if teacher_name else None
-    optimizer = make_optimizer("sgd", [model], 0.05)
+    optimizer = make_optimizer(model, optimizer="sgd", lr=0.05)
     images = torch.randn(args.batch_size, 3, args.resolution, args.resolution, device=device)
     images = images.contiguous(memory_format=torch.channels_last)
     labels = torch.randint(0, 10, (args.batch_size,), device=device)
@@ -82,11 +79,11 @@ def bare_tokens(args, live):
     teacher.eval().requires_grad_(False)
     images = torch.randn(args.batch_size, 3, args.resolution, args.resolution, device=device)
     with torch.no_grad():
-        taught, criterion = teacher({"image": images}), DistillationLoss(method_weights("tokens"))
+        taught, criterion = teacher({"image": images}), DistillationLoss(*loss_settings("tokens"))
         criterion.build(model({"image": images}), taught)
-    if use_compile(args.compile, device):
+    if place(args.compile, device):
         model.compile(), teacher.compile()
-    optimizer = make_optimizer("adamw", [model], 5e-4, projectors=criterion)
+    optimizer = make_optimizer(model, criterion, optimizer="adamw", lr=5e-4)
 
     def step(taught=taught):
         with precision.autocast():

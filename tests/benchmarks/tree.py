@@ -22,9 +22,9 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from common.data import load_splits  # noqa: E402
-from common.images import listed_images  # noqa: E402
-from common.loader import Loader  # noqa: E402
+from common.data import load_splits
+from common.loader import Loader
+from common.unlabeled import listed_images
 
 
 def make(folder, count, folders):
