@@ -302,7 +302,7 @@ def test_damaged_stores(tmp_path):
     store.read("embeddings", [3, 1], [0, 1])
     with pytest.raises(UserError, match="NaN or infinity at id3"):
         store.read("embeddings", [1, 3], [1, 1])
-    with pytest.raises(UserError, match="no folder of stored"):
+    with pytest.raises(UserError, match="is not a folder of stored"):
         Store(str(tmp_path / "nowhere"))
 
 
@@ -668,7 +668,7 @@ def test_stores_that_do_not_fit_the_run(extracted, tmp_path):
         ([*store, "--method", "feature"], "feature maps"),
         ([*store, "--teacher-checkpoint", "x.pth"], "cannot be combined"),
         (["--num-views", 2], "--teacher-embeddings"),
-        (["--teacher-embeddings", tmp_path], "no folder of stored"),
+        (["--teacher-embeddings", tmp_path], "is not a folder of stored"),
     ):
         done = run_script("distill.py", *flags, "--output", tmp_path / "run")
         assert done.returncode == 2 and words in done.stderr and len(done.stderr.splitlines()) == 1, (

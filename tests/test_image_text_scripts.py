@@ -421,10 +421,10 @@ def test_select_by_a_task_s_loss_takes_the_lowest(tmp_path, runs):
 
 
 @pytest.mark.parametrize("script", ["train_teacher.py", "evaluate.py"])
-def test_a_copied_script_reads_texts_with_the_three_files_more(tmp_path, folder, runs, script):
+def test_a_copied_script_reads_texts_with_the_four_files_more(tmp_path, folder, runs, script):
     (tmp_path / "common").mkdir()
     shutil.copy(ROOT / script, tmp_path)
-    for name in [*needed_files(script), "image_text.py", "medical.py", "multimodal.py"]:
+    for name in [*needed_files(script), "image_text.py", "groups.py", "medical.py", "multimodal.py"]:
         shutil.copy(ROOT / "common" / name, tmp_path / "common")
     args = (
         [runs / "teacher/best.pth"]
