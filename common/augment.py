@@ -17,15 +17,15 @@ from dataclasses import asdict, dataclass, fields
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 CROPS = ("none", "pad", "resized")
 CROP_MODES = ("center", "squash")
 COLOURS = ("brightness", "contrast", "saturation", "hue")
 CROP_TRIES = 10  # at a random resized crop that fits into the image
 POSITION_STEPS = 1024  # source positions are rounded to 1/1024 pixel, see `render`
-PIXELS_A_CORE = (
-    400_000  # of images and of their fine samples, resampled together by one core of a CPU (measured on AMD EPYC)
-)
+# of images and of their fine samples, resampled together by one core of a CPU (measured on AMD EPYC)
+PIXELS_A_CORE = 400_000
 
 
 class PolicyError(ValueError):
@@ -54,28 +54,25 @@ class Policy:
     hue: float = 0.0  # uniform in +-hue turns of the colour circle, at most 0.5
 
     def __post_init__(self):
-        if self.crop not in CROPS:
-            raise PolicyError(f"--crop {self.crop} is not one of {', '.join(CROPS)}")
-        if self.crop_mode not in CROP_MODES:
-            raise PolicyError(f"--crop-mode {self.crop_mode} is not one of {', '.join(CROP_MODES)}")
-        for name in ("padding", "hflip", "vflip", "brightness", "contrast", "saturation"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise PolicyError(f"--{name} {getattr(self, name)} is not in 0 to 1")
-        if not 0 <= self.hue <= 0.5:
-            raise PolicyError(f"--hue {self.hue} is not in 0 to 0.5")
-        if not 0 <= self.rotation <= 180:
-            raise PolicyError(f"--rotation {self.rotation} is not in 0 to 180 degrees")
+        for flag, value, choices in (("crop", self.crop, CROPS), ("crop-mode", self.crop_mode, CROP_MODES)):
+            if value not in choices:
+                raise PolicyError(f"--{flag} {value} is not one of {', '.join(choices)}")
+        most = {**dict.fromkeys(("padding", "hflip", "vflip", *COLOURS), 1), "hue": 0.5, "rotation": 180}
+        for name, limit in most.items():
+            if not 0 <= getattr(self, name) <= limit:
+                unit = " degrees" if name == "rotation" else ""
+                raise PolicyError(f"--{name} {getattr(self, name)} is not in 0 to {limit}{unit}")
         if not 0 < self.scale[0] <= self.scale[1]:
             raise PolicyError(f"--scale {self.scale[0]} {self.scale[1]} must be positive and ascend")
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             raise PolicyError(f"--crop-scale {self.crop_scale[0]} {self.crop_scale[1]} must ascend within 0 to 1")
 
-    def to_dict(self):
+    def to_dict(self) -> dict:
         """Plain types, for a checkpoint or a store's meta."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
     @classmethod
-    def from_dict(cls, values):
+    def from_dict(cls, values: dict) -> "Policy":
         """What `to_dict` gave; an unknown setting is refused, for without it stored views could not be made again."""
         unknown = sorted(set(values) - {f.name for f in fields(cls)})
         if unknown:
@@ -95,7 +92,7 @@ PRESETS = {
 # ---------------------------------------------------------------------------------------------- counter-based random
 
 
-def hash_id(sample_id):
+def hash_id(sample_id: str) -> int:
     """64-bit key of a sample's id (str) as a signed int: BLAKE2b, so that an added file shifts no other sample."""
     name = sample_id.encode(errors="surrogateescape")  # a file's name need not be UTF-8
     return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little", signed=True)
@@ -113,7 +110,7 @@ def _mix(x):
     return x ^ ((x >> 31) & ((1 << 33) - 1))
 
 
-def uniform(seed, view, stream, key, count=1):
+def uniform(seed: int, view: int | Tensor, stream: int, key: Tensor, count: int = 1) -> Tensor:
     """Uniform numbers in [0, 1) that depend on the arguments alone.
 
     seed, stream: int; view: int or (B,) int64; key: (B,) int64, see `hash_id`.  Returns (B, count) float64 of 53
@@ -135,8 +132,7 @@ def _resized_crop(scale, draws, size):
 
     As torchvision's RandomResizedCrop: the first try that fits into the image counts; where none does, the largest crop
     of an allowed aspect ratio.  draws: (B, 2 * tries), of area and aspect ratio (3/4 to 4/3) in turn; size: (2, B),
-    width
-    and height.
+    width and height.
     """
     area = (scale[0] + draws[:, ::2] * (scale[1] - scale[0])) * size.prod(0)[:, None]  # (B, tries)
     ratio = torch.exp((draws[:, 1::2] * 2 - 1) * math.log(4 / 3))
@@ -147,7 +143,9 @@ def _resized_crop(scale, draws, size):
     return torch.where(fits.any(1), sides.gather(2, first)[:, :, 0], central), fits.any(1)
 
 
-def sample_parameters(policy, seed, view, key, sizes, stream=0):
+def sample_parameters(
+    policy: Policy, seed: int, view: Tensor, key: Tensor, sizes: Tensor, stream: int = 0
+) -> dict[str, Tensor]:
     """Draw what happens to each sample of a batch; a few numbers a sample, computed on the CPU.
 
     view: (B,) int64, 0 gives the plain image; key: (B,) int64; sizes: (B, 2) height and width in pixels; all on the
@@ -209,7 +207,7 @@ def sample_parameters(policy, seed, view, key, sizes, stream=0):
 # ------------------------------------------------------------------------------------------------------------- render
 
 
-def render(images, sizes, params, resolution):
+def render(images: Tensor, sizes: Tensor, params: dict[str, Tensor], resolution: int) -> Tensor:
     """Resample and colour a batch once.
 
     images: (B, 3, H, W) uint8 on the model's device, each image in the top left corner; sizes: (B, 2) on the CPU,
@@ -244,8 +242,10 @@ def _padded_side(images):
 
 
 def _images_at_once(images, samples):
-    """How many a CPU resamples together, so that they stay in its caches: 1.8 times as fast for 16 of 176 px to 96 px.
-    A GPU takes all."""
+    """How many images a CPU resamples together, so that they stay in its caches; a GPU takes all.
+
+    1.8 times as fast for 16 images of 176 px to 96 px.
+    """
     if images.device.type != "cpu":
         return len(images)
     pixels = _padded_side(images) ** 2 + samples
@@ -264,9 +264,9 @@ def _pad_to_power_of_two(images):
 
 
 def _grid_positions(along_x, along_y, shift, size, side):
-    """One coordinate of grid_sample's positions: (B, 1, S_x) + (B, S_y, 1) + shift, relative to the image -> (B, S_y,
-    S_x) of the padded side.
+    """One coordinate of grid_sample's positions, (B, S_y, S_x) of the padded side.
 
+    It is along_x (B, 1, S_x) + along_y (B, S_y, 1) + shift, relative to the image.
     In place, for the passes over memory, not the arithmetic, are what it costs.  Scaling by powers of two is exact.
     """
     grid = along_x + along_y
@@ -284,8 +284,7 @@ def _shrink(samples, count, resolution):
     """Rows (B, 3, S, W), of which each image has its own first `count` (B,), resized to (B, 3, R, W) by a triangle.
 
     It reaches count / R rows to both sides and ends with the rows, as torchvision's with antialias=True.  One product
-    and
-    one sum a tap, for a fused sum's last bit depends on the batch's size.
+    and one sum a tap, for a fused sum's last bit depends on the batch's size.
     """
     images, channels, most, _ = samples.shape
     if most == resolution:
@@ -364,29 +363,28 @@ def _turn_hue(images, turn):
     return torch.where(turn[:, None, None, None] == 0, images, turned)  # view 0 to the last bit
 
 
-def normalize(images, mean, std):
+def normalize(images: Tensor, mean: list | Tensor, std: list | Tensor) -> Tensor:
     """(B, 3, R, R) in 0..1 -> zero mean and unit variance by channel; mean, std: three numbers each, or tensors."""
     mean, std = (torch.as_tensor(v, device=images.device, dtype=images.dtype).view(3, 1, 1) for v in (mean, std))
     return (images - mean) / std
 
 
 class Augmenter:
-    """A policy and a seed, applied to raw batches; stream: 0 is the view's own, each local crop of it has one of its
-    own.
+    """A policy and a seed, applied to raw batches; stream: 0 of the view itself, others of its local crops.
 
     `augmenter(batch, resolution)` -> (B, 3, R, R) float32 in 0..1.  batch: `image` (B, 3, H, W) uint8 on the model's
     device; `size` (B, 2), `key` (B,), `view` (B,) int64 on the CPU.
     """
 
-    def __init__(self, policy, seed, stream=0):
+    def __init__(self, policy: Policy, seed: int, stream: int = 0):
         self.policy, self.seed, self.stream = policy, seed, stream
 
-    def __call__(self, batch, resolution):
-        made = batch.get("pixels")  # teacher and student of one resolution share the work
-        if made is None or made["view"] is not batch["view"]:  # a copy of the batch may have another view
-            made = batch["pixels"] = {"view": batch["view"]}
+    def __call__(self, batch: dict, resolution: int) -> Tensor:
+        rendered = batch.get("pixels")  # teacher and student of one resolution share the work
+        if rendered is None or rendered["view"] is not batch["view"]:  # a copy of the batch may have another view
+            rendered = batch["pixels"] = {"view": batch["view"]}
         key = (self.policy, self.seed, self.stream, resolution)
-        if key not in made:
+        if key not in rendered:
             params = sample_parameters(self.policy, self.seed, batch["view"], batch["key"], batch["size"], self.stream)
-            made[key] = render(batch["image"], batch["size"], params, resolution)
-        return made[key]
+            rendered[key] = render(batch["image"], batch["size"], params, resolution)
+        return rendered[key]

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -247,9 +247,10 @@ def sorted_classes(path: str, names: list[str]) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------- decoding
 
 
-def _is_deep_colour(image: Image.Image) -> bool:
+def _is_deep_colour(image):
     """Whether an opened file has 16 bits a colour channel, of which Pillow keeps the upper eight and says nothing."""
-    raw_mode = image.tile[0][3] if image.tile else ""
+    tile = getattr(image, "tile", None)  # an image made in memory has none
+    raw_mode = tile[0][3] if tile else ""
     if isinstance(raw_mode, (tuple, list)):
         raw_mode = raw_mode[0] if raw_mode else ""
     return not image.mode.startswith("I") and str(raw_mode).endswith((";16B", ";16L", ";16N"))
@@ -730,7 +731,7 @@ def _limited(train, images, labels, seed):
     if images is not None:
         train = limit(train, images, seed)
     if labels is not None:
-        unlabelled = np.flatnonzero(~np.isin(train.ids, kept))
+        unlabelled = ~np.isin(train.ids, kept)
         for values in train.targets.values():
             values[unlabelled] = -1
     return train
@@ -765,20 +766,20 @@ def without_bad_images(dataset: ImageDataset) -> ImageDataset:
     if dataset.paths is None:
         return dataset
 
-    def complaint(i):
+    def problem(i):
         try:
             dataset.read(i)
         except DataError as error:
             return str(error)
 
     with ThreadPoolExecutor(available_cpus()) as pool:
-        complaints = list(pool.map(complaint, range(len(dataset))))
-    bad = [text for text in complaints if text]
-    if len(bad) == len(complaints):
+        problems = list(pool.map(problem, range(len(dataset))))
+    bad = [text for text in problems if text]
+    if len(bad) == len(problems):
         raise DataError(f"all {len(bad)} images are broken, as {bad[0]}")
     for text in bad:
         print(f"skipped: {text}", flush=True)
-    good = np.array([i for i, text in enumerate(complaints) if not text], int)
+    good = np.flatnonzero([text is None for text in problems])
     lost = {label for labels in dataset.targets.values() for label in set(labels.tolist()) - set(labels[good].tolist())}
     if lost:
         raise DataError(f"after skipping {len(bad)} broken images a class has none left (label {min(lost)})")
@@ -805,7 +806,7 @@ def read_cifar(name: str, root: str | None, download: bool) -> tuple[dict, list]
 
     if root is None:
         raise DataError(f"--dataset {name} needs --data-root (or $DATA_ROOT): where the files are or shall go")
-    parts, source = {}, {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
+    parts, source = {}, getattr(torchvision.datasets, name.upper())  # CIFAR10, CIFAR100
     for split in ("train", "test"):
         try:
             if download and rank():
@@ -826,10 +827,7 @@ def read_imagefolder(
     root: str | None, splits: set, classes: list | None, decode_size: int = 512, window: list | None = None
 ) -> tuple[dict, list]:
     """root/SPLIT/CLASS/...; classes: those of a checkpoint, in its order; by default train's folders."""
-    if root is None:
-        raise DataError("--dataset imagefolder needs --data-root FOLDER with train/ and test/ (val/ if there is one)")
-    if not os.path.isdir(root):
-        raise DataError(f"--data-root {root} is not a folder")
+    check_folder("imagefolder", root, "train/ and test/ (val/ if there is one)")
     folders, parts, wanted = _split_folders(root), {}, set(splits)
     if "train" in wanted or ("val" in wanted and "val" not in folders):  # val is split off train where it has no folder
         wanted |= {"train", "val"}
@@ -877,7 +875,7 @@ def _split_folders(root):
     return folders
 
 
-def refuse_without_images(what: str, folder: str) -> NoReturn:
+def refuse_without_images(what: str, folder: str) -> None:
     """Raise DataError for a folder that holds no images, with what else it holds; what: what was named."""
     others = []
     images_below(folder, others=others)

@@ -135,9 +135,6 @@ class _Readable(torch.utils.data.Dataset):
     def __init__(self, dataset):
         self.dataset = dataset
 
-    def __len__(self):
-        return len(self.dataset)
-
     def __getitem__(self, i):
         try:
             return self.dataset[i]
@@ -265,19 +262,19 @@ class Loader:
         earlier = [torch.zeros_like(rows) for rows in batches]  # times that an image came before in this epoch
         if self.balanced:
             earlier = repeats(torch.cat(batches)).split(self.batch_size)
-        steps = list(zip(range(len(batches)), batches, earlier))
+        steps = list(enumerate(zip(batches, earlier)))[start:]
         if self.shuffle:
             count = world_size() * self.accumulate
             share = slice(rank() * self.accumulate, (rank() + 1) * self.accumulate)
             parts = [
                 (step, whole, *part)
-                for step, whole, earlier in steps[start:]
+                for step, (whole, earlier) in steps
                 for part in list(zip(whole.chunk(count), earlier.chunk(count)))[share]
             ]
         else:
-            parts = [(step, rows, rows, earlier) for step, rows, earlier in steps[start:][rank() :: world_size()]]
+            parts = [(step, rows, rows, earlier) for step, (rows, earlier) in steps[rank() :: world_size()]]
         rows = [part[2] for part in parts]
-        images = self._cached(rows) if self.cache else self._loaded(rows)
+        images = map(self.cache.batch, rows) if self.cache else self._loaded(rows)
         for number, ((step, whole, index, earlier), (image, size)) in enumerate(zip(parts, images), 1):
             targets = self._targets(index)
             pinned = image.pin_memory() if self.device.type == "cuda" and not image.is_cuda else image
@@ -297,10 +294,6 @@ class Loader:
     def _targets(self, rows):
         rows = rows.to(self.device, non_blocking=True)
         return {task: labels[rows] for task, labels in self.targets.items()}
-
-    def _cached(self, rows):
-        for index in rows:
-            yield self.cache.batch(index)
 
     def _worker_init(self):
         ending = multiprocessing.RawValue("b", 0)  # no Event: a second signal in the handler would wait for its lock

@@ -1,6 +1,6 @@
-"""Metrics of classification, calibration and fidelity.  Needs numpy, scikit-learn and the scipy that it brings, and no
-other file of `common`.
+"""Metrics of classification, calibration and fidelity.
 
+Needs numpy, scikit-learn and the scipy that it brings, and no other file of `common`.
 Inputs are numpy arrays: logits (N, C) float, labels (N,) int.  Everything is computed from float64 log-softmax, so
 logits and log-probabilities give the same values.  Fractions, not per cent; a metric that is undefined is None.
 """
@@ -25,7 +25,7 @@ FIDELITY = ("agreement", "teacher_right_kept", "teacher_kl")
 RESAMPLED = ("accuracy", "balanced_accuracy", "auc", "average_precision", "pauc")  # metrics that get intervals
 
 
-def log_softmax(logits):
+def log_softmax(logits: np.ndarray) -> np.ndarray:
     """(N, C) -> (N, C) float64; rows that hold NaN or infinity become NaN."""
     logits = np.asarray(logits, dtype=np.float64)
     with np.errstate(invalid="ignore"):
@@ -33,12 +33,12 @@ def log_softmax(logits):
     return shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
 
 
-def finite_or_none(values):
+def finite_or_none(values: dict) -> dict:
     """{name: number or None} with None for what is not finite: a model that overflows must not end a run."""
     return {name: value if value is not None and np.isfinite(value) else None for name, value in values.items()}
 
 
-def classification(logits, labels, positive=1):
+def classification(logits: np.ndarray, labels: np.ndarray, positive: int = 1) -> dict:
     """All metrics of one task: {name: float or None}; positive: of two classes, the index of the positive one.
 
     loss: mean negative log-likelihood in nats; top5_accuracy: from ten classes on; balanced_accuracy: mean recall of
@@ -64,14 +64,13 @@ def classification(logits, labels, positive=1):
 
 
 def ranking(scores, labels, names=("auc", "average_precision", "pauc", "sensitivity_at_90_specificity"), positive=1):
-    """Metrics of the order in which samples are ranked: {name: float or None}; scores (N, C) logits or
-    log-probabilities.
+    """Metrics of the order in which samples are ranked: {name: float or None}.
 
+    scores: (N, C) logits or log-probabilities;
     auc: area under the ROC curve; average_precision: mean precision over the positives' ranks; pauc: see
     `partial_auc`; sensitivity_at_90_specificity: the largest true-positive rate at a false-positive rate up to 0.1.
     Of two classes number `positive` is the positive one; of more, each stands against the rest, and the mean is over
-    the
-    classes that have both kinds.  Samples are ranked by log-odds, as by probability but without its ties near 1.
+    the classes that have both kinds.  Samples are ranked by log-odds, as by probability but without its ties near 1.
     None where no class has both kinds or the scores hold NaN.
     """
     log_odds, classes, broken = ranked_scores(scores, np.asarray(labels), positive)
@@ -100,10 +99,10 @@ def ranked_scores(scores, labels, positive=1):
     return log_odds, classes, broken
 
 
-def partial_auc(positive, scores, min_tpr=0.8):
-    """Area between the ROC curve and the line of a true-positive rate of min_tpr: 0 to 1 - min_tpr, chance is 0.02 at
-    0.8.
+def partial_auc(positive: np.ndarray, scores: np.ndarray, min_tpr: float = 0.8) -> float:
+    """Area between the ROC curve and the line of a true-positive rate of min_tpr: 0 to 1 - min_tpr.
 
+    Chance is 0.02 at 0.8.
     positive (N,) bool; scores (N,) of any scale, higher is likelier.  The ISIC 2024 challenge's definition: with labels
     and scores negated it is the area under the first part of the curve, up to a false-positive rate of 1 - min_tpr.
     Scores are negated by sign, not as 1 - score, so that logits and probabilities give the same.
@@ -115,25 +114,23 @@ def partial_auc(positive, scores, min_tpr=0.8):
     return float(sk.auc(np.append(fpr[:stop], max_fpr), np.append(tpr[:stop], last)))
 
 
-def sensitivity_at_specificity(positive, scores, specificity=0.9):
+def sensitivity_at_specificity(positive: np.ndarray, scores: np.ndarray, specificity: float = 0.9) -> float:
     """The largest true-positive rate of any threshold with at least this true-negative rate."""
     fpr, tpr, _ = sk.roc_curve(positive, scores, drop_intermediate=False)
     return float(tpr[fpr <= 1 - specificity + 1e-12].max())
 
 
-def class_recalls(logits, labels):
+def class_recalls(logits: np.ndarray, labels: np.ndarray) -> list:
     """Recall of each class (C floats); None for a class that does not occur."""
     labels, predicted = np.asarray(labels), np.asarray(logits).argmax(1)
-    return [
-        float(np.mean(predicted[labels == c] == c)) if (labels == c).any() else None for c in range(np.shape(logits)[1])
-    ]
+    classes = range(np.shape(logits)[1])
+    return [float(np.mean(predicted[labels == c] == c)) if (labels == c).any() else None for c in classes]
 
 
 def resamples(count, groups=None, repeats=1000, seed=0):
-    """Weights (N, R) int32, some columns at a time: how often each of N = count samples is drawn in each of `repeats`
-    resamples.
+    """Weights (N, R) int32, a part of the columns at a time: how often each of N = count samples is drawn.
 
-    groups (N,): drawn whole, with replacement, as many as there are; None: samples are.
+    repeats: resamples in all; groups (N,): drawn whole, with replacement, as many as there are; None: samples are.
     """
     rng = np.random.default_rng(seed)
     _, group = np.unique(np.arange(count) if groups is None else np.asarray(groups), return_inverse=True)
@@ -154,11 +151,11 @@ def bootstrap(logits, labels, groups=None, repeats=1000, seed=0, names=RESAMPLED
     """
     values, weighed = {name: [] for name in names}, weighing(logits, labels, names, positive)
     for weights in resamples(len(labels), groups, repeats, seed):
-        for name, found in weighed(weights).items():
-            values[name].extend(found[np.isfinite(found)])
+        for name, numbers in weighed(weights).items():
+            values[name].extend(numbers[np.isfinite(numbers)])
     return {
-        name: [float(v) for v in np.percentile(found, (2.5, 97.5))] if len(found) >= repeats / 2 else None
-        for name, found in values.items()
+        name: [float(v) for v in np.percentile(numbers, (2.5, 97.5))] if len(numbers) >= repeats / 2 else None
+        for name, numbers in values.items()
     }
 
 
@@ -166,35 +163,26 @@ def weighing(logits, labels, names, positive=1):
     """A function of weights (N, R) int32, how often each sample occurs: {name: (R,) float64, NaN where undefined}.
 
     names: accuracy, balanced_accuracy and those of `ranking`; positive: see `ranking`.  Equal to `classification` of
-    the
-    samples repeated that often.  Each class is sorted once, here; what sums the weights is a sparse matrix.
+    the samples repeated that often.  Each class is sorted once, here; what sums the weights is a sparse matrix.
     """
     labels, right = np.asarray(labels), np.asarray(logits).argmax(1) == labels
-    of_class, curves = (
-        np.unique(labels, return_inverse=True)[1],
-        [name for name in names if not name.endswith("accuracy")],
-    )
-    members, hits = sums(of_class, np.ones_like(right)), sums(of_class, right)
+    class_number = np.unique(labels, return_inverse=True)[1]  # of the classes that occur
+    curves = [name for name in names if not name.endswith("accuracy")]
+    members, hits = sums(class_number, np.ones_like(right)), sums(class_number, right)
     log_odds, classes, broken = ranked_scores(log_softmax(logits), labels, positive) if curves else (None, (), None)
-    thresholds = [
-        bends(labels == c, log_odds[:, c]) for c in classes
-    ]  # rounded as `classification` does: the same ties
+    thresholds = [bends(labels == c, log_odds[:, c]) for c in classes]  # the same ties as in `classification`
 
     def weighed(weights):
         with np.errstate(invalid="ignore", divide="ignore"):  # 0 / 0: no such sample is drawn
-            there, correct = members @ weights, hits @ weights  # (classes that occur, R)
+            present, correct = members @ weights, hits @ weights  # (classes that occur, R)
             result = {
-                "accuracy": correct.sum(0) / there.sum(0),
-                "balanced_accuracy": np.nanmean(correct / there, axis=0),
+                "accuracy": correct.sum(0) / present.sum(0),
+                "balanced_accuracy": np.nanmean(correct / present, axis=0),
             }
             by_class = [curve_metrics(*(above(matrix @ weights) for matrix in pair), curves) for pair in thresholds]
             for name in curves:
-                values = [scores[name] for scores in by_class]
-                mean = (
-                    np.nansum(values, axis=0) / np.isfinite(values).sum(0)
-                    if values
-                    else np.full(weights.shape[1], np.nan)
-                )
+                values = np.array([metrics[name] for metrics in by_class]).reshape(-1, weights.shape[1])
+                mean = np.nansum(values, axis=0) / np.isfinite(values).sum(0)  # NaN where no class has both kinds
                 result[name] = np.where(weights[broken].any(0), np.nan, mean)
         return {name: result[name] for name in names}
 
@@ -202,8 +190,10 @@ def weighing(logits, labels, names, positive=1):
 
 
 def sums(rows, chosen):
-    """Sparse (rows, N) int32 matrix that adds up, for each row number in rows (N,), the samples that are chosen (N,)
-    bool."""
+    """Sparse (rows, N) int32 matrix: for each row number in rows (N,) the sum of the samples that are chosen.
+
+    chosen: (N,) bool.
+    """
     columns = np.flatnonzero(chosen)
     return sparse.csr_matrix(
         (np.ones(len(columns), np.int32), (rows[columns], columns)), shape=(rows.max() + 1, len(rows))
@@ -231,8 +221,10 @@ def above(counts):
 
 
 def curve_metrics(tps, fps, names, min_tpr=0.8, specificity=0.9):
-    """`ranking`'s metrics of one class from its positives and negatives above falling thresholds (S, R): {name: (R,)},
-    NaN where a kind is absent."""
+    """`ranking`'s metrics of one class: {name: (R,)}, NaN where a kind is absent.
+
+    tps, fps: (S, R) its positives and negatives above falling thresholds.
+    """
     tpr, fpr = tps / tps[-1], fps / fps[-1]
     up, right, result = np.diff(tpr, axis=0), np.diff(fpr, axis=0), {}
     undefined = 0 * fpr[-1]  # NaN without negatives, else 0
@@ -242,9 +234,8 @@ def curve_metrics(tps, fps, names, min_tpr=0.8, specificity=0.9):
         result["average_precision"] = (up * tps[1:] / np.maximum(tps[1:] + fps[1:], 1)).sum(0) + undefined
     if "pauc" in names:  # what is right of the curve and above the line
         low = np.maximum(tpr[:-1], min_tpr)
-        left = fpr[:-1] + right * (low - tpr[:-1]) / np.where(
-            up > 0, up, 1
-        )  # false-positive rate where the step passes `low`
+        part = (low - tpr[:-1]) / np.where(up > 0, up, 1)
+        left = fpr[:-1] + right * part  # false-positive rate where the step passes `low`
         result["pauc"] = (np.maximum(tpr[1:] - low, 0) * (1 - (left + fpr[1:]) / 2)).sum(0)
     if "sensitivity_at_90_specificity" in names:
         result["sensitivity_at_90_specificity"] = np.where(fpr <= 1 - specificity + 1e-12, tpr, 0).max(0) + undefined
@@ -264,7 +255,7 @@ def class_log_odds(log_probabilities):
     return log_odds
 
 
-def expected_calibration_error(probabilities, labels, bins=15):
+def expected_calibration_error(probabilities: np.ndarray, labels: np.ndarray, bins: int = 15) -> float:
     """Mean gap between confidence and accuracy over equal-width bins, weighted by their counts.
 
     Guo et al. 2017, arXiv:1706.04599, 15 bins, (low, high] as there.
@@ -275,12 +266,12 @@ def expected_calibration_error(probabilities, labels, bins=15):
     return float(np.abs(gaps).sum() / len(labels))
 
 
-def confusion_matrix(logits, labels):
+def confusion_matrix(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """(C, C) int64 counts: rows are the true classes, columns the predicted ones."""
     return sk.confusion_matrix(labels, np.asarray(logits).argmax(1), labels=np.arange(logits.shape[1]))
 
 
-def fidelity(student_logits, teacher_logits, labels=None):
+def fidelity(student_logits: np.ndarray, teacher_logits: np.ndarray, labels: np.ndarray | None = None) -> dict:
     """How the student follows the teacher: {name: float or None}.
 
     agreement: share of equal predictions; teacher_kl: mean KL(teacher || student) in nats at temperature 1;

@@ -1,4 +1,4 @@
-"""`--model FILE.py:FUNCTION`: a module of the user's own through the contract, every script, and every error."""
+"""`--model` and `--dataset` FILE.py:FUNCTION, of the user's own: the contract, every script, and every error."""
 
 import copy
 import json
@@ -7,9 +7,12 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_models import forward, images, refusal
 from torch.nn import functional as F
 
+import report
+from common.data import DataError, load_splits
 from common.models import build_model, multiply_adds
 from common.weights import load_weights
 
@@ -322,3 +325,279 @@ def test_labelfree_student(here, folder, tmp_path):
     more = ["--model", "mine/my.py:small", "--init-checkpoint", "runs/distill/best.pth", "--output", "tuned"]
     code, out, errors = here("train_student.py", *SMALL, *more)
     assert code == 0 and "with a new head of 10 classes" in out, errors
+
+
+# ------------------------------------------------------------------------------------------------------------- dataset
+
+# Bars: class "across" or "down" by their direction, which any small network learns.
+DATA = """
+import numpy as np
+from PIL import Image
+
+KINDS = ["across", "down"]
+
+
+def bar(i, size=16):
+    pixels = np.full((size, size, 3), 20, np.uint8)
+    place = i % (size - 4) + 1
+    pixels[(slice(place, place + 3),) if i % 2 == 0 else (slice(None), slice(place, place + 3))] = 200 + i % 50
+    return pixels
+
+
+class Samples:
+    # as a dataset of torchvision
+    def __init__(self, count, first=0, folder=None):
+        self.count, self.first, self.folder = count, first, folder
+        self.targets = [i % 2 for i in range(first, first + count)]
+        self.classes = KINDS
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, row):
+        return Image.fromarray(bar(self.first + row)), self.targets[row]
+
+
+def bars(root):
+    return {"train": Samples(96), "val": Samples(24, 96), "test": Samples(32, 120)}
+
+
+def files(root):
+    return {"train": [(f"{root}/{i:02d}.png", KINDS[i % 2]) for i in range(48)]}
+
+
+def arrays(root):
+    return {"train": [(bar(i)[:, :, 0], i % 2) for i in range(60)], "test": [(bar(i), i % 2) for i in range(60, 80)]}
+
+
+def patients(root):
+    train = Samples(60)
+    train.groups = np.arange(60) // 6
+    return {"train": train}
+
+
+def undecoded(root):
+    train = Samples(40)
+    train.__class__ = type("NoImages", (Samples,), {"__getitem__": lambda self, row: 1 / 0})
+    return {"train": train}
+
+
+def lists(root):
+    return [Samples(10)]
+
+
+def raises(root):
+    return {"train": open(root + "/nothing.txt")}
+
+
+def named_valid(root):
+    return {"train": Samples(10), "valid": Samples(10)}
+
+
+def no_samples(root):
+    return {"train": 17}
+
+
+def empty(root):
+    return {"train": []}
+
+
+def halves(root):
+    return {"train": [(bar(i), i / 2) for i in range(8)]}
+
+
+def mixed(root):
+    return {"train": [(bar(0), 0), (bar(1), "down")]}
+
+
+def unknown(root):
+    return {"train": [(bar(0), "across"), (bar(1), "down")], "test": [(bar(2), "aslant")]}
+
+
+def twice(root):
+    train = Samples(10)
+    train.classes = ["bar", "bar"]
+    return {"train": train}
+
+
+def short_targets(root):
+    train = Samples(10)
+    train.targets = [0, 1]
+    return {"train": train}
+
+
+def short_groups(root):
+    train = Samples(10)
+    train.groups = ["a", "b"]
+    return {"train": train}
+
+
+def half_groups(root):
+    splits = bars(root)
+    splits["train"].groups = list(range(96))
+    return splits
+
+
+def shared_groups(root):
+    splits = bars(root)
+    for samples in splits.values():
+        samples.groups = ["patient 7"] * len(samples)
+    return splits
+
+
+def broken(root):
+    return {"train": [(bar(i), i % 2) for i in range(40)] + [("gone.png", 1)]}
+
+
+def deep(root):
+    return {"train": [(bar(i)[:, :, 0].astype(np.uint16) * 16, i % 2) for i in range(40)]}
+
+
+number = 3
+"""
+DATA_RUN = ["--resolution", 16, "--batch-size", 16, "--model", "resnet8", "--device", "cpu"]
+
+
+@pytest.fixture
+def data(tmp_path):
+    """mine/data.py."""
+    path = tmp_path / "mine"
+    path.mkdir()
+    (path / "data.py").write_text(DATA)
+    return path / "data.py"
+
+
+def pixels(i, size=16):
+    """The image that DATA calls bar(i), pixel by pixel."""
+    image, place = np.full((size, size, 3), 20, np.uint8), i % (size - 4) + 1
+    for a in range(size):
+        for b in range(3):
+            image[(place + b, a) if i % 2 == 0 else (a, place + b)] = 200 + i % 50
+    return image
+
+
+def test_a_dataset_of_pillow_images(data):
+    """Its own splits, classes and targets; an id is the split and the row."""
+    splits = load_splits(f"{data}:bars")
+    assert splits.classes == ["across", "down"] and splits.domain == "custom"
+    assert {name: len(part) for name, part in splits.parts.items()} == {"train": 96, "val": 24, "test": 32}
+    assert splits.val.ids[5] == "val/000005" and splits.val.labels[5] == 1
+    assert np.array_equal(splits.val[5]["image"].numpy(), pixels(101).transpose(2, 0, 1))
+    assert splits.val[5]["targets"] == {"label": 1}
+
+
+def test_a_dataset_of_files_and_of_arrays(data, tmp_path):
+    """What is missing is split off train: test is a fixed fifth, val follows --val-split and --split-seed."""
+    for i in range(48):
+        Image.fromarray(pixels(i)).save(tmp_path / f"{i:02d}.png")
+    first, second = (load_splits(f"{data}:files", str(tmp_path), val_split=0.25, split_seed=seed) for seed in (0, 1))
+    assert first.classes == ["across", "down"] and [len(part) for part in first.parts.values()] == [28, 10, 10]
+    assert first.test.ids == second.test.ids and first.val.ids != second.val.ids
+    assert sorted(sum((part.ids for part in first.parts.values()), [])) == [f"train/{i:06d}" for i in range(48)]
+    for row, name in enumerate(first.test.ids):
+        i = int(name.split("/")[1])
+        assert first.test.labels[row] == i % 2 and np.array_equal(first.test.read(row), pixels(i))
+
+    splits = load_splits(f"{data}:arrays", decode_size=8)
+    assert splits.classes == ["0", "1"] and [len(part) for part in splits.parts.values()] == [54, 6, 20]
+    assert splits.test.read(3).shape == (8, 8, 3)  # as any image, shrunk to --decode-size
+    grey = load_splits(f"{data}:arrays").train
+    assert np.array_equal(grey.read(0)[..., 2], pixels(int(grey.ids[0].split("/")[1]))[..., 0])
+
+
+def test_groups_stay_whole_and_targets_spare_reading(data):
+    for options in ({}, {"folds": 5, "fold": 2}):
+        parts = load_splits(f"{data}:patients", **options).parts
+        groups = [{int(name.split("/")[1]) // 6 for name in part.ids} for part in parts.values()]
+        assert len(parts) == 3 and sum(map(len, groups)) == 10 == len(set.union(*groups))
+    assert len(load_splits(f"{data}:undecoded").train) == 29  # of 40, 8 are test and a tenth of 32 is val
+
+
+def test_deep_grey_levels_and_broken_images(data):
+    with pytest.raises(DataError, match=r"data.py:deep train\[\d+\] has uint16 grey levels .* --window LOW HIGH"):
+        load_splits(f"{data}:deep").train.read(0)
+    train = load_splits(f"{data}:deep", window=[0, 4080]).train  # 255 * 16
+    assert np.array_equal(train.read(0), pixels(int(train.ids[0].split("/")[1]))[..., :1].repeat(3, 2))
+    parts = load_splits(f"{data}:broken", on_bad_image="skip").parts
+    assert sum(map(len, parts.values())) == 40
+    with pytest.raises(DataError, match=r"cannot read image .*data.py:broken train\[40\]: .*gone.png"):
+        for part in load_splits(f"{data}:broken").parts.values():
+            [part.read(row) for row in range(len(part))]
+
+
+@pytest.mark.parametrize(
+    "function, words",
+    [
+        ("lists", ["must return a dict of train, val and test (train at least), not list"]),
+        ("named_valid", ["must return a dict of train, val and test", "not a dict of 'train', 'valid'"]),
+        (
+            "raises",
+            ["FileNotFoundError", "nothing.txt", f"(line {DATA[: DATA.index('nothing.txt')].count(chr(10)) + 1} of "],
+        ),
+        ("no_samples", ["train is not a sequence of (image, label) (TypeError: object of type 'int' has no len())"]),
+        ("empty", ["train is not a sequence of (image, label)", "it has 0 samples and 0 labels"]),
+        ("halves", ["train is not a sequence of (image, label)", "'float' object cannot be interpreted as an integer"]),
+        ("mixed", ["the labels of train are ints and class names: write them in one way"]),
+        ("unknown", ["test[0] has the label 'aslant'; the classes are across, down"]),
+        ("twice", ["the classes of train have one name twice: bar, bar"]),
+        ("short_targets", ["it has 10 samples and 2 labels"]),
+        ("short_groups", ["train has 10 samples and 2 groups"]),
+        ("half_groups", ["val has no groups, other splits have: give them to all or to none"]),
+        ("shared_groups", ["the group 'patient 7' is in train and in val"]),
+        ("number", ["has no function 'number'; it has bar, Samples, bars, files"]),
+        ("nothing", ["has no function 'nothing'"]),
+    ],
+)
+def test_what_a_dataset_must_be(data, refused, function, words):
+    flags = ["--data-root", data.parent, *DATA_RUN]
+    refused("train_student.py", "--dataset", "mine/data.py:" + function, *flags, words=words)
+
+
+def test_a_dataset_whose_file_is_not_there(refused):
+    refused("train_student.py", "--dataset", "gone.py:bars", words=["gone.py", "does not exist"])
+
+
+def test_a_dataset_through_every_script(here, refused, data, tmp_path):
+    """Teacher, student, resume from another folder, evaluate with --predict, stored embeddings, report's gallery."""
+
+    def run(name, *flags):
+        code, out, errors = here(name, *flags)
+        assert code == 0, errors
+        return out
+
+    named = ["--dataset", "mine/data.py:bars", *DATA_RUN]
+    run("train_teacher.py", *named, "--epochs", 3, "--output", "runs/teacher")
+    assert torch.load("runs/teacher/best.pth", weights_only=True)["flags"]["dataset"] == f"{data}:bars"
+    teacher = results(tmp_path / "runs" / "teacher")["dataset"]
+    assert teacher["classes"] == ["across", "down"] and teacher["sizes"] == {"train": 96, "val": 24, "test": 32}
+    run("train_student.py", *named, "--epochs", 1, "--output", "runs/student")
+    # the teacher's dataset counts where none is named
+    teacher = ["--teacher-checkpoint", tmp_path / "runs" / "teacher" / "best.pth", "--allow-weak-teacher"]
+    run("distill.py", *DATA_RUN, *teacher, "--epochs", 1)
+    assert results(tmp_path / "runs" / "distill")["dataset"]["name"] == f"{data}:bars"
+
+    (tmp_path / "elsewhere").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path / "elsewhere")
+        run("distill.py", "--resume", tmp_path / "runs" / "distill", "--epochs", 2)
+    assert results(tmp_path / "runs" / "distill")["last_epoch"] == 2
+
+    run("evaluate.py", "runs/distill/best.pth", "--device", "cpu")
+    evaluation = json.loads((tmp_path / "runs" / "evaluate" / "evaluation.json").read_text())
+    recorded = results(tmp_path / "runs" / "distill")["test"]["accuracy"]
+    assert evaluation["student"]["accuracy"] == pytest.approx(recorded)
+    Image.fromarray(pixels(7)).save(tmp_path / "seven.png")
+    run(
+        "evaluate.py", "runs/distill/best.pth", "--predict", "seven.png", "--device", "cpu", "--output", "predicted.csv"
+    )
+    assert "seven.png" in (tmp_path / "predicted.csv").read_text()
+    run("extract_embeddings.py", "--checkpoint", "runs/distill/best.pth", "--device", "cpu")
+    assert len(np.load(tmp_path / "embeddings" / "test_embeddings" / "embeddings.npy")) == 32
+    assert "no gallery" not in run("report.py", "runs", "--output", "page")
+    notes, (records, _) = [], report.read_runs(report.find_run_folders(["runs/distill"]))
+    images = report.open_test_set(records[0], {}, notes)  # for the gallery
+    assert not notes and np.array_equal(images.read(2), pixels(122))
+
+    data.unlink()
+    refused("evaluate.py", "runs/distill/best.pth", "--device", "cpu", words=[data, "does not exist"])
+    refused("distill.py", "--resume", "runs/distill", "--epochs", 3, words=[data, "does not exist"])
