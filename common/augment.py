@@ -14,6 +14,7 @@ number of processes: on a CPU the same sample gives the same bits in every batch
 import hashlib
 import math
 from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -77,8 +78,9 @@ class Policy:
         unknown = sorted(set(values) - {f.name for f in fields(cls)})
         if unknown:
             raise PolicyError(f"the augmentation policy has the unknown setting {', '.join(unknown)}")
-        values = {"crop_mode": "squash", **values}  # as it was before there was a choice
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        arguments: dict[str, Any] = {"crop_mode": "squash"}  # as it was before there was a choice
+        arguments.update((k, tuple(v) if isinstance(v, list) else v) for k, v in values.items())
+        return cls(**arguments)
 
 
 PRESETS = {
@@ -219,8 +221,8 @@ def render(images: Tensor, sizes: Tensor, params: dict[str, Tensor], resolution:
     device = images.device
     extent = params["extent"]
     count = torch.where(extent > resolution, torch.ceil(extent - 1e-6).long(), resolution)  # (B, 2), samples
-    affine = [params["matrix"].flatten(1), params["shift"], sizes.float(), params["border"], count.float()]
-    affine = torch.cat(affine, 1)  # (B, 12), one transfer
+    columns = [params["matrix"].flatten(1), params["shift"], sizes.float(), params["border"], count.float()]
+    affine = torch.cat(columns, 1)  # (B, 12), one transfer
     affine, parts, shrinks = affine.to(device, non_blocking=True), [], count > resolution
     for kind in shrinks.unique(dim=0):
         rows = (shrinks == kind).all(1).nonzero()[:, 0]

@@ -315,12 +315,21 @@ class Loader:
                 generator=torch.Generator(),  # its seeds shall not come from the model's generator
             )
         self._order[:] = [index.tolist() for index in rows]
-        for item in self._workers:
+        for item in self._received():
             if isinstance(item, str):
                 self._workers = None  # ends them now, not when the traceback is gone
                 with contextlib.nullcontext() if item.startswith("/dev/shm") else _advice():
                     raise DataError(item)
             yield item
+
+    def _received(self):
+        """What the workers send; one that is killed while it sends leaves a broken connection, not torch's error."""
+        try:
+            yield from self._workers
+        except (ConnectionError, EOFError, FileNotFoundError) as error:
+            if not self.workers:
+                raise
+            raise RuntimeError(f"DataLoader worker has ended: {type(error).__name__}") from None
 
 
 def save_sample_grid(path: str, rows: list[torch.Tensor], columns: int = 16) -> None:

@@ -363,6 +363,25 @@ def test_a_worker_that_is_killed_is_one_line(equal, monkeypatch, capsys):
     )
 
 
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "reset"), EOFError(), FileNotFoundError(2, "socket")])
+def test_a_worker_that_dies_while_it_sends_is_one_line(equal, monkeypatch, capsys, error):
+    """Whichever end of the pipe notices first."""
+
+    def main(args):
+        loader = Loader(equal, 1, "cpu", cache="off", workers=1)
+        batches = loader.batches()
+        next(batches)
+        monkeypatch.setattr(type(loader._workers._iterator), "_next_data", lambda self: (_ for _ in ()).throw(error))
+        list(batches)
+
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    with pytest.raises(SystemExit) as stop:
+        cli.run_script(main, lambda: cli.Parser("trains"))
+    errors = capsys.readouterr().err
+    assert stop.value.code == 1 and len(errors.splitlines()) == 1
+    assert errors.startswith("error: a process that decodes images was killed")
+
+
 def test_a_broken_image_found_when_choosing_a_cache(tmp_path, tiles):
     dataset = dataset_of(tmp_path, tiles, False)
     os.remove(dataset.paths[0])
