@@ -354,7 +354,7 @@ def make_source(args, stores, path, checkpoint, weights, splits, augment, precis
     """The teacher: stored outputs, or a model that is run."""
     flags, classes = vars(args), splits.classes
     if stores:
-        return stored_source(stores, weights, splits, **cli.options(stored_source, flags))
+        return stored_source(stores, weights, splits, precision.device, **cli.options(stored_source, flags))
     on_logits = bool(terms_on(weights, "logits"))
     has_head = bool(classes) and (on_logits or checkpoint is not None and checkpoint["classes"] == classes)
     info, crop_mode = dataset_info(args.dataset), augment.policy.crop_mode
@@ -403,9 +403,20 @@ def make_loss(args, weights, options, classes, targets):
     return criterion
 
 
-def build_projectors(criterion, model, preprocess, source, train, augment):
+def make_planner(source, augment, local_augment, global_crops):
+    """plan(batch) for `Loader.batches`: the views that are shown, and what is drawn for them and for local crops."""
+
+    def plan(batch):
+        for crop in local_augment:
+            batch = crop.plan(batch)
+        return augment.plan(source.choose_view(several_views(batch, global_crops)))
+
+    return plan
+
+
+def build_projectors(criterion, model, preprocess, source, train, augment, plan):
     """The loss's projectors, for what a dry batch shows, before the optimizer sees the parameters."""
-    batch = source.choose_view(next(train.batches()))
+    batch = next(train.batches(1, plan=plan))
     with torch.no_grad():
         out = model.eval()(preprocess.inputs(batch, augment(batch, preprocess.resolution)))
         criterion.build(out, source.targets(batch))
@@ -473,14 +484,13 @@ def show_dry_run(args, recorder, splits, loaders, preprocess, weights_from, sour
     dry_run.show(recorder, splits, loaders, preprocess, weights_from, args.save_samples, source=source, views=views)
 
 
-def draw_samples(args, train, source, augment, local_augment):
+def draw_samples(args, train, source, augment, local_augment, plan):
     """--save-samples: the views of teacher and student, and the local crops."""
     if not args.save_samples:
         return
-    raw = next(train.batches(1))
-    batch = source.choose_view(several_views(raw, args.global_crops))
+    batch = next(train.batches(1, plan=plan))
     rows = [part for r in (source.resolution, args.resolution) for part in augment(batch, r).chunk(args.global_crops)]
-    save_sample_grid(args.save_samples, rows + [crop(raw, args.local_resolution) for crop in local_augment])
+    save_sample_grid(args.save_samples, rows + [crop(batch, args.local_resolution) for crop in local_augment])
 
 
 # --------------------------------------------------------------------------------------------------------------- main
@@ -496,6 +506,7 @@ def main(args):
     # data; stored views are made again with the policy and seed of the store
     policy = stores["train"].policy if stores else cli.augment_policy(flags, dataset_info(args.dataset).policy)
     augment = Augmenter(policy, stores["train"].seed if stores else args.seed)
+    local_augment = local_augmenters(args, policy)
     splits, train, val = read_data(args, precision.device, labelled)
     neighbours = open_neighbours(args, precision)
 
@@ -504,7 +515,8 @@ def main(args):
     classes = splits.classes if labelled else type(splits.classes)()  # of several tasks a dict
     model, preprocess, weights_from = make_student(args, classes, weights, splits, train, policy.crop_mode)
     criterion = make_loss(args, weights, options, classes, splits.train.targets)
-    build_projectors(criterion, model, preprocess, source, train, augment)
+    plan = make_planner(source, augment, local_augment, args.global_crops)
+    build_projectors(criterion, model, preprocess, source, train, augment, plan)
     updater = make_updater(args, model, criterion, precision, len(train), labelled)
 
     # run folder; the teacher is judged before it teaches
@@ -518,18 +530,16 @@ def main(args):
     recorder.open(flags, args.seed)
     lines = start_lines(model, preprocess, splits, train, precision, weights_from)
     run.log("\n".join(lines + sum_lines(args.method, weights, options)))
-    local_augment = local_augmenters(args, policy)
-    draw_samples(args, train, source, augment, local_augment)
+    draw_samples(args, train, source, augment, local_augment, plan)
 
     with recorder:
         for epoch in range(recorder.start_epoch, args.epochs + 1):
             model.train()
             criterion.warm_up(epoch, args.distillation_warmup_epochs)
-            for raw in recorder.batches(train, epoch):
-                batch = source.choose_view(several_views(raw, args.global_crops))  # G * B rows
+            for batch in recorder.batches(train, epoch, plan):  # G * B rows
                 targets = source.targets(batch)  # {"logits": (G * B, C), ...}, of the same views
                 inputs = preprocess.inputs(batch, augment(batch, args.resolution))  # "image" (G * B, 3, R, R)
-                local = [preprocess(crop(raw, args.local_resolution)) for crop in local_augment]  # N of (B, 3, r, r)
+                local = [preprocess(crop(batch, args.local_resolution)) for crop in local_augment]  # N of (B, 3, r, r)
                 labels = batch["targets"]  # {task: (G * B,)}
                 with precision.autocast():
                     out, loss = updater.parallel(inputs, targets, labels, batch["batch_targets"], local)

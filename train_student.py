@@ -106,7 +106,7 @@ def main(args):
     with recorder:
         for epoch in range(recorder.start_epoch, args.epochs + 1):
             model.train()
-            for batch in recorder.batches(train, epoch):
+            for batch in recorder.batches(train, epoch, augment.plan):
                 inputs = preprocess.inputs(batch, augment(batch, resolution))  # "image" (B, 3, R, R), "input_ids"
                 targets, whole = batch["targets"], batch["batch_targets"]  # {task: (B,)}
                 with precision.autocast():

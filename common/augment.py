@@ -11,6 +11,7 @@ View 0 is the plain image.  Nothing here depends on the batch's size, on workers
 number of processes: on a CPU the same sample gives the same bits in every batch.
 """
 
+import functools
 import hashlib
 import math
 from dataclasses import asdict, dataclass, fields
@@ -157,8 +158,8 @@ def sample_parameters(
     across and down the output, and, where the policy has colour, `brightness`, `contrast`, `saturation`, `hue` (B,)
     float32.
     """
-    # always all of them, so that a flag changes its own draw alone
-    u = uniform(seed, view, stream, key, 10 + 2 * CROP_TRIES).unbind(1)
+    # each draw has a number of its own, so that a flag changes that alone
+    u = uniform(seed, view, stream, key, 12 + (2 * CROP_TRIES - 2) * (policy.crop == "resized")).unbind(1)
     plain = torch.as_tensor(view) == 0
     height, width = sizes.double().unbind(1)
     one, zero = torch.ones_like(u[0]), torch.zeros_like(u[0])
@@ -209,6 +210,20 @@ def sample_parameters(
 # ------------------------------------------------------------------------------------------------------------- render
 
 
+def source_geometry(params: dict[str, Tensor], sizes: Tensor) -> Tensor:
+    """Where the output lies in each source image, (5, B, 2, 1, 1) float32, x before y, in pixels of the source.
+
+    What one unit to the right and one unit down in the output (-1..1) adds to the position; the position of its centre;
+    `border`; and the whole pixels that lie across and down the output.  params: from `sample_parameters`; sizes:
+    (B, 2).
+    """
+    half = sizes.flip(1).double() / 2
+    right, down = (params["matrix"] * half[:, :, None]).unbind(2)
+    centre = (params["shift"] + 1) * half - 0.5
+    parts = torch.stack([right, down, centre, params["border"].double(), torch.ceil(params["extent"] - 1e-6)])
+    return parts.float()[..., None, None]
+
+
 def render(images: Tensor, sizes: Tensor, params: dict[str, Tensor], resolution: int) -> Tensor:
     """Resample and colour a batch once.
 
@@ -218,68 +233,108 @@ def render(images: Tensor, sizes: Tensor, params: dict[str, Tensor], resolution:
     shrinks, it is sampled at the source's resolution (bilinear) and then shrunk as torchvision's resize does with
     antialias=True, else it is bilinear at once.
     """
-    device = images.device
-    extent = params["extent"]
-    count = torch.where(extent > resolution, torch.ceil(extent - 1e-6).long(), resolution)  # (B, 2), samples
-    columns = [params["matrix"].flatten(1), params["shift"], sizes.float(), params["border"], count.float()]
-    affine = torch.cat(columns, 1)  # (B, 12), one transfer
-    affine, parts, shrinks = affine.to(device, non_blocking=True), [], count > resolution
+    geometry = source_geometry(params, sizes)
+    colours = {name: params[name].view(-1, 1, 1, 1).to(images.device) for name in COLOURS if name in params}
+    most = geometry[4].amax((0, 2, 3)).tolist()
+    return _render(images, geometry.to(images.device).unbind(0), colours, most, resolution)
+
+
+def _render(images, geometry, colours, most, resolution):
+    """As `render`, of what lies on the device; most: the largest number of source pixels across and down, in Python,
+    so that nothing waits for the device."""
+    if _exact(images):
+        out = _resample_in_parts(images, geometry, resolution)
+    else:
+        shrinks = max(most) > resolution
+        samples = -int(-max(most) // 16) * 16 if shrinks else resolution  # few shapes, and both axes at once
+        out = _resample(images, geometry, resolution, samples, samples)
+    return _colour(out, colours) if colours else out
+
+
+def _resample_in_parts(images, geometry, resolution):
+    """`_resample` of as many images at a time as stay in a CPU's caches: 1.8 times as fast for 16 of 176 to 96 px."""
+    count = geometry[4].flatten(1).clamp(min=resolution).long()  # (B, 2), samples
+    parts, shrinks = [], count > resolution
     for kind in shrinks.unique(dim=0):
         rows = (shrinks == kind).all(1).nonzero()[:, 0]
         rows = rows[count[rows].prod(1).argsort()]  # alike together: a part is sampled as finely as its largest
-        parts += rows.split(_images_at_once(images, count[rows[-1]].prod().item()))
+        pixels = _padded_side(images) ** 2 + count[rows[-1]].prod().item()
+        # grid_sample gives each thread whole images
+        parts += rows.split(max(1, PIXELS_A_CORE // pixels) * torch.get_num_threads())
     if len(parts) == 1:
-        out = _resample(images, affine, resolution, *count.amax(0).tolist())
-    else:
-        out = torch.empty(len(images), 3, resolution, resolution, device=device)
-        for part in parts:
-            rows = part.to(device)
-            out[rows] = _resample(images[rows], affine[rows], resolution, *count[part].amax(0).tolist())
-    colours = {name: params[name].to(device, non_blocking=True) for name in COLOURS if name in params}
-    return _colour(out, colours) if colours else out
+        return _resample(images, geometry, resolution, *count.amax(0).tolist())
+    out = torch.empty(len(images), 3, resolution, resolution)
+    for rows in parts:
+        some = [values[rows] for values in geometry]
+        out[rows] = _resample(images[rows], some, resolution, *count[rows].amax(0).tolist())
+    return out
+
+
+@functools.cache
+def _constant(values, device):
+    """A float32 tensor that is copied to the device once, not in each step."""
+    return torch.tensor(values, dtype=torch.float32, device=device)
+
+
+@functools.cache
+def _centres(count, device, scale=1.0):
+    """0.5, 1.5, ... (count,), times scale"""
+    return (torch.arange(count, device=device) + 0.5) * scale
+
+
+@functools.cache
+def _positions(resolution, device):
+    """(1, 2, 1, R) of the output's pixels, in -1..1, across and down"""
+    return ((torch.arange(resolution, device=device) * 2 + 1) / resolution - 1).expand(1, 2, 1, -1)
+
+
+def _exact(images):
+    """Whether the same image must have the same bits in any batch; a GPU's products and sums are faster without."""
+    return images.device.type == "cpu"
 
 
 def _padded_side(images):
     return 1 << (max(images.shape[-2:]) - 1).bit_length()
 
 
-def _images_at_once(images, samples):
-    """How many images a CPU resamples together, so that they stay in its caches; a GPU takes all.
+def _resample(images, geometry, resolution, most_x, most_y):
+    """images: (B, 3, H, W) uint8; geometry: five (B, 2, 1, 1); most: samples across and down -> (B, 3, R, R) float32
+    of 0..1.
 
-    1.8 times as fast for 16 images of 176 px to 96 px.
-    """
-    if images.device.type != "cpu":
-        return len(images)
-    pixels = _padded_side(images) ** 2 + samples
-    return max(1, PIXELS_A_CORE // pixels) * torch.get_num_threads()  # grid_sample gives each thread whole images
-
-
-def _pad_to_power_of_two(images):
-    """(B, 3, H, W) uint8 -> (B, 3, P, P) float32.
-
-    `grid_sample` wants positions in units of the padded side.  With that side a power of two and positions rounded to
-    1/1024 pixel its float32 arithmetic is exact, so the padding (which other images of the batch decide) leaves no
+    On a CPU the image is padded to a side that is a power of two, and positions are rounded to 1/1024 pixel: then the
+    float32 arithmetic of `grid_sample` is exact, so that the padding (which other images of the batch decide) leaves no
     trace in the result.
     """
-    (height, width), side = images.shape[-2:], _padded_side(images)
-    return F.pad(images, (0, side - width, 0, side - height)).float()
-
-
-def _grid_positions(along_x, along_y, shift, size, side):
-    """One coordinate of grid_sample's positions, (B, S_y, S_x) of the padded side.
-
-    It is along_x (B, 1, S_x) + along_y (B, S_y, 1) + shift, relative to the image.
-    In place, for the passes over memory, not the arithmetic, are what it costs.  Scaling by powers of two is exact.
-    """
-    grid = along_x + along_y
-    grid += shift
-    grid += 1
-    grid *= size * (POSITION_STEPS / 2)  # steps from the source's edge
-    grid -= POSITION_STEPS / 2  # from the centre of its pixel 0
-    grid.round_()
-    grid += POSITION_STEPS / 2
-    grid *= 2 / (POSITION_STEPS * side)
-    return grid.sub_(1)
+    right, down, centre, border, pixels = geometry
+    device, most, exact = images.device, max(most_x, most_y), _exact(images)
+    if exact:
+        side = _padded_side(images)
+        images = F.pad(images, (0, side - images.shape[-1], 0, side - images.shape[-2]))
+    height, width = images.shape[-2:]
+    at, count = _positions(resolution, device), None
+    if most > resolution:
+        count = pixels.clamp(min=resolution)
+        at = _centres(most, device, 2.0) / count - 1  # (B, 2, 1, S)
+    # past the centres of its outermost pixels a crop goes on as they are: neither black nor what was cut off
+    x, y = at.clamp(-border, border).unbind(1)  # (B, 1, S)
+    if most_x != most_y:
+        x, y = x[..., :most_x], y[..., :most_y]
+    # in place, for the passes over memory, not the arithmetic, are what it costs
+    grid = right * x[:, None] + (down * y.mT[:, None]).add_(centre)  # (B, 2, S_y, S_x), x and y in pixels
+    grid.mul_(POSITION_STEPS).round_()
+    if width == height:
+        grid.mul_(2 / (POSITION_STEPS * width)).add_(1 / width - 1)
+    else:
+        grid.mul_(_constant((((2 / (POSITION_STEPS * width),),), ((2 / (POSITION_STEPS * height),),)), device))
+        grid.add_(_constant((((1 / width - 1,),), ((1 / height - 1,),)), device))
+    # past the image is padding or nothing: black
+    out = F.grid_sample(images.float(), grid.permute(0, 2, 3, 1), mode="bilinear", align_corners=False)
+    if count is not None and exact:
+        count_x, count_y = count.flatten(1).unbind(1)
+        out = _shrink(_shrink(out, count_y, resolution).mT, count_x, resolution).mT.contiguous()
+    elif count is not None:
+        out = _shrink_at_once(out, count, resolution)
+    return out * (1 / 255)
 
 
 def _shrink(samples, count, resolution):
@@ -292,7 +347,7 @@ def _shrink(samples, count, resolution):
     if most == resolution:
         return samples
     scale = (count / resolution)[:, None]  # (B, 1)
-    centre = (torch.arange(resolution, device=count.device) + 0.5) * scale  # (B, R)
+    centre = _centres(resolution, count.device) * scale  # (B, R)
     first = torch.floor(centre - scale + 0.5).clamp(min=0)
     row = first + torch.arange(-(-2 * most // resolution), device=count.device)[:, None, None]  # (taps, B, R)
     weights = (1 - (row + 0.5 - centre).abs() / scale).clamp(min=0) * (row < count[:, None])
@@ -305,43 +360,43 @@ def _shrink(samples, count, resolution):
     return sum(tap * weight[:, None, :, None] for tap, weight in zip(taps, weights)).clamp(max=255)
 
 
-def _resample(images, affine, resolution, most_x, most_y):
-    """images: (B, 3, H, W) uint8; affine (B, 12); most: samples across and down -> (B, 3, R, R) float32 of 0..1."""
-    images = _pad_to_power_of_two(images)
-    side = images.shape[-1]
-    *affine, count_x, count_y = affine.unbind(1)
-    xx, xy, yx, yy, shift_x, shift_y, size_y, size_x, border_x, border_y = (v[:, None, None] for v in affine)
-    centres = (torch.arange(most, device=images.device) * 2 + 1.0 for most in (most_x, most_y))
-    x, y = (at / count[:, None] - 1 for at, count in zip(centres, (count_x, count_y)))  # (B, S), -1..1 in the output
-    # past the centres of its outermost pixels a crop goes on as they are: neither black nor what was cut off
-    x = torch.maximum(torch.minimum(x[:, None, :], border_x), -border_x)  # (B, 1, S_x)
-    y = torch.maximum(torch.minimum(y[:, :, None], border_y), -border_y)  # (B, S_y, 1)
-    grid_x = _grid_positions(xx * x, xy * y, shift_x, size_x, side)
-    grid_y = _grid_positions(yx * x, yy * y, shift_y, size_y, side)
-    grid = torch.stack([grid_x, grid_y], -1)  # past the image is padding or nothing: black
-    out = F.grid_sample(images, grid, mode="bilinear", align_corners=False)
-    out = _shrink(_shrink(out, count_y, resolution).mT, count_x, resolution).mT
-    return out.contiguous() * (1 / 255)
+def _shrink_at_once(samples, count, resolution):
+    """Both axes of (B, 3, S, S) by two matrix products, to rounding what `_shrink` does; count: (B, 2, 1, 1)."""
+    batch, channels, most, _ = samples.shape
+    device = samples.device
+    position = _centres(most, device, resolution) / count  # (B, 2, 1, S), in output pixels
+    position = torch.where(_centres(most, device) < count, position, _constant(math.inf, device))
+    weights = 1 - (position - _centres(resolution, device)[:, None]).abs_()  # (B, 2, R, S)
+    weights = weights.clamp_(min=0)
+    across, down = (weights / weights.sum(-1, keepdim=True)).unbind(1)
+    rows = torch.bmm(samples.view(batch, -1, most), across.mT).view(batch, channels, most, resolution)
+    out = torch.bmm(down, rows.transpose(1, 2).flatten(2))  # (B, R, 3 * R)
+    return out.view(batch, resolution, channels, resolution).transpose(1, 2)
 
 
 def _blend(images, other, factor):
-    factor = factor[:, None, None, None]
-    return (factor * images + (1 - factor) * other).clamp(0, 1)
+    if _exact(images):  # a fused product's last bit depends on the batch's size
+        return (factor * images + (1 - factor) * other).clamp_(0, 1)
+    return torch.lerp(other.expand_as(images), images, factor).clamp_(0, 1)
 
 
 def _grey(images):
     """(B, 3, H, W) -> (B, 1, H, W), ITU-R 601 weights as in torchvision."""
-    return 0.2989 * images[:, :1] + 0.587 * images[:, 1:2] + 0.114 * images[:, 2:]
+    return (images * _constant((((0.2989,),), ((0.587,),), ((0.114,),)), images.device)).sum(1, keepdim=True)
 
 
 def _colour(images, params):
-    """Brightness, contrast, saturation, hue, in this order; images (B, 3, R, R) in 0..1."""
+    """Brightness, contrast, saturation, hue, in this order; images (B, 3, R, R) in 0..1, each factor (B, 1, 1, 1)."""
     if "brightness" in params:
-        images = (images * params["brightness"][:, None, None, None]).clamp(0, 1)
-    if "contrast" in params:  # the mean is summed in integers: a float sum's last bit depends on the batch's size
-        grey = torch.round(_grey(images) * 2**20).long().flatten(1)
-        mean = (grey.sum(1).double() / (grey.shape[1] * 2**20)).float()
-        images = _blend(images, mean[:, None, None, None], params["contrast"])
+        images = (images * params["brightness"]).clamp_(0, 1)
+    if "contrast" in params:
+        grey = _grey(images)
+        if _exact(images):  # summed in integers: a float sum's last bit depends on the batch's size
+            total = torch.round(grey * 2**20).long().flatten(1).sum(1).double() / (grey[0].numel() * 2**20)
+            mean = total.float()[:, None, None, None]
+        else:
+            mean = grey.mean((1, 2, 3), keepdim=True)
+        images = _blend(images, mean, params["contrast"])
     if "saturation" in params:
         images = _blend(images, _grey(images), params["saturation"])
     if "hue" in params:
@@ -350,43 +405,62 @@ def _colour(images, params):
 
 
 def _turn_hue(images, turn):
-    """Turn the hue of (B, 3, R, R) images by (B,) turns, through HSV."""
-    value, low = images.amax(1), images.amin(1)  # (B, R, R)
+    """Turn the hue of (B, 3, R, R) images by (B, 1, 1, 1) turns, through HSV."""
+    (value, largest), low = images.max(1, keepdim=True), images.amin(1, keepdim=True)  # (B, 1, R, R)
     chroma = value - low
-    r, g, b = images.unbind(1)
-    span = torch.where(chroma > 0, chroma, torch.ones_like(chroma))
-    sextant = torch.where(value == r, (g - b) / span, torch.where(value == g, (b - r) / span + 2, (r - g) / span + 4))
-    sextant = sextant + turn[:, None, None] * 6
-    channels = []
-    for offset in (5, 3, 1):  # red, green, blue of an HSV colour: value - chroma * clamp(min(k, 4 - k), 0, 1)
-        k = torch.remainder(sextant + offset, 6)
-        channels.append(value - chroma * torch.minimum(k, 4 - k).clamp(0, 1))
-    turned = torch.stack(channels, 1).clamp(0, 1)
-    return torch.where(turn[:, None, None, None] == 0, images, turned)  # view 0 to the last bit
+    # of the largest channel: the next one but that after it, and where its third of the circle begins, in sextants
+    ahead = (images.roll(-1, 1) - images.roll(-2, 1)).gather(1, largest)
+    sextant = (ahead / chroma.clamp(min=1e-9)).add_(largest, alpha=2).add_(turn * 6)
+    # value - chroma * clamp(min(k, 4 - k), 0, 1), of red, green and blue
+    k = torch.remainder(sextant + _constant((((5.0,),), ((3.0,),), ((1.0,),)), images.device), 6)
+    turned = value - chroma * torch.minimum(k, 4 - k).clamp_(0, 1)  # not below `low`, which is not negative
+    # view 0 to the last bit
+    return torch.where(turn == 0, images, turned) if _exact(images) else turned
 
 
 def normalize(images: Tensor, mean: list | Tensor, std: list | Tensor) -> Tensor:
-    """(B, 3, R, R) in 0..1 -> zero mean and unit variance by channel; mean, std: three numbers each, or tensors."""
-    mean, std = (torch.as_tensor(v, device=images.device, dtype=images.dtype).view(3, 1, 1) for v in (mean, std))
-    return (images - mean) / std
+    """(B, 3, R, R) in 0..1 -> zero mean and unit variance by channel; mean, std: three numbers each, or (3, 1, 1)."""
+    mean, std = (torch.as_tensor(v, device=images.device, dtype=images.dtype) for v in (mean, std))
+    return (images - (mean if mean.dim() == 3 else mean.view(3, 1, 1))) / (std if std.dim() == 3 else std.view(3, 1, 1))
 
 
 class Augmenter:
     """A policy and a seed, applied to raw batches; stream: 0 of the view itself, others of its local crops.
 
     `augmenter(batch, resolution)` -> (B, 3, R, R) float32 in 0..1.  batch: `image` (B, 3, H, W) uint8 on the model's
-    device; `size` (B, 2), `key` (B,), `view` (B,) int64 on the CPU.
+    device; `size` (B, 2), `key` (B,), `view` (B,) int64 on the CPU, or the parameters that `plan` has made of them.
     """
 
     def __init__(self, policy: Policy, seed: int, stream: int = 0):
-        self.policy, self.seed, self.stream = policy, seed, stream
+        self.policy, self.key = policy, (policy, seed, stream)
+
+    def plan(self, batch: dict) -> dict:
+        """The batch with the parameters of its views; each value may be (S, B, ...), of S steps at once."""
+        if "size" not in batch:  # not known before the images are decoded
+            return batch
+        shape, size = batch["view"].shape, batch["size"].flatten(0, -2)
+        policy, seed, stream = self.key
+        params = sample_parameters(policy, seed, batch["view"].flatten(), batch["key"].flatten(), size, stream)
+        geometry = source_geometry(params, size).unflatten(1, shape)  # (5, S, B, 2, 1, 1)
+        planned = {
+            "geometry": geometry.unbind(0),
+            "colours": {name: params[name].view(*shape, 1, 1, 1) for name in COLOURS if name in params},
+            "most": geometry[4].amax((-4, -2, -1)).tolist(),
+        }
+        return {**batch, "parameters": {**batch.get("parameters", {}), self.key: planned}}
 
     def __call__(self, batch: dict, resolution: int) -> Tensor:
-        rendered = batch.get("pixels")  # teacher and student of one resolution share the work
+        planned = batch.get("parameters", {}).get(self.key)
+        images, rendered = batch["image"], batch.get("pixels")
         if rendered is None or rendered["view"] is not batch["view"]:  # a copy of the batch may have another view
             rendered = batch["pixels"] = {"view": batch["view"]}
-        key = (self.policy, self.seed, self.stream, resolution)
-        if key not in rendered:
-            params = sample_parameters(self.policy, self.seed, batch["view"], batch["key"], batch["size"], self.stream)
-            rendered[key] = render(batch["image"], batch["size"], params, resolution)
+        key = (*self.key, resolution)
+        if key not in rendered:  # teacher and student of one resolution share the work
+            if planned:
+                rows = len(planned["geometry"][0])  # local crops are of the first B of G * B images
+                images = images if len(images) == rows else images[:rows]
+                rendered[key] = _render(images, **planned, resolution=resolution)
+            else:
+                params = sample_parameters(*self.key[:2], batch["view"], batch["key"], batch["size"], self.key[2])
+                rendered[key] = render(images, batch["size"], params, resolution)
         return rendered[key]

@@ -8,19 +8,21 @@
 
 View 0 is the plain image; view v is that of `Augmenter(store.policy, store.seed)`, so that a student can be shown it
 again.
-Needs augment.py, data.py and run.py of `common`, torch and numpy.
+Needs augment.py, data.py, loader.py and run.py of `common`, torch and numpy.
 """
 
 import contextlib
 import json
 import math
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 
 from common.augment import Policy, uniform
 from common.data import TASK
+from common.loader import free_memory
 from common.run import UserError, read_json, write_array, write_json
 
 FORMAT = 1
@@ -354,10 +356,25 @@ class Store:
         if name not in self.arrays:
             raise UserError(f"{self.folder} holds no {name}: extract them with --save-{name}")
         values = self.arrays[name][np.asarray(rows), np.asarray(views)].astype(np.float32)
+        self._check(name, rows, values)
+        return values
+
+    def views(self, name, rows, count, device, chunk=4096):
+        """(B * count, ...) tensor on the device, as stored, of the first `count` views of each row.  Raises
+        UserError."""
+        shape = len(rows) * count, *self.arrays[name].shape[2:]
+        kept = torch.empty(shape, dtype=getattr(torch, self.meta["dtype"]), device=device)
+        for start in range(0, len(rows), chunk):
+            some = rows[start : start + chunk]
+            values = self.arrays[name][some, :count]
+            self._check(name, some, values)
+            kept[start * count : (start + len(some)) * count] = torch.from_numpy(values).flatten(0, 1)
+        return kept
+
+    def _check(self, name, rows, values):
         if not np.isfinite(values).all():
             bad = np.asarray(rows)[~np.isfinite(values).reshape(len(values), -1).all(1)][0]
             raise UserError(f"{self.folder}/{name}.npy holds NaN or infinity at {self.ids[bad]}: extract it again")
-        return values
 
     def plain(self, ids):
         """{"embedding": (N, D), "logits": (N, C)} float32 of the plain view of these images; logits only of a trained
@@ -441,15 +458,15 @@ class StoredTeacher:
     """What a frozen teacher said, in its place: `targets(batch) -> dict`, and the view of which it said so.
 
     stores: {"train", "val", "test": Store}; datasets: {the same: dataset}, whose ids must be there; num_views: the
-    first
-    K stored views are used (None: all).  Raises UserError.
+    first K stored views are used (None: all); device: where the outputs are wanted.  Those of train are kept there if
+    they take less than a quarter of its free memory, else read from the files a step ahead.  Raises UserError.
     """
 
     KEYS = {"embeddings": "embedding", "logits": "logits", "tokens": "tokens"}
 
-    def __init__(self, stores, datasets, wanted, num_views=None, seed=0):
+    def __init__(self, stores, datasets, wanted, num_views=None, seed=0, device="cpu"):
         self.store, self.stores, self.datasets, self.seed = stores["train"], stores, datasets, seed
-        self.num_views = num_views or self.store.num_views
+        self.num_views, self.device = num_views or self.store.num_views, torch.device(device)
         self.store.check_views(self.num_views)
         for name in wanted:
             if name not in self.store.arrays:
@@ -458,23 +475,60 @@ class StoredTeacher:
                 )
         self.wanted = wanted
         self.rows = {split: stores[split].rows(dataset.ids) for split, dataset in datasets.items()}
+        size = len(self.rows["train"]) * self.num_views * sum(self.store.arrays[name][0, 0].nbytes for name in wanted)
+        self.kept = None
+        if size < free_memory(self.device) / 4:  # (N * K, ...), in the dataset's order
+            rows = self.rows["train"]
+            self.kept = {name: self.store.views(name, rows, self.num_views, self.device) for name in wanted}
 
     def choose_view(self, batch):
-        """In a training batch the view becomes a stored one: a start drawn from (seed, key), then one after another."""
-        start = uniform(self.seed, 0, STREAM_VIEW, batch["key"])[:, 0] * self.num_views
-        return {**batch, "view": (start.long() + batch["view"]) % self.num_views}
+        """In training the view becomes a stored one: a start drawn from (seed, key), then one after another.
+
+        batch: a batch, or a plan of many, see loader.Loader.batches.
+        """
+        start = uniform(self.seed, 0, STREAM_VIEW, batch["key"].flatten()).view_as(batch["key"]) * self.num_views
+        view = (start.long() + batch["view"]) % self.num_views
+        if self.kept is not None:
+            return {**batch, "view": view, "stored": batch["index"] * self.num_views + view}
+        if view.dim() > 1:
+            return {**batch, "view": view, "stored": Reads(self.read, batch["index"], view, self.device)}
+        return {**batch, "view": view}
+
+    def read(self, index, view, split="train"):
+        """{"embedding": (B, D), ...} float32 from the files, on the CPU."""
+        rows = self.rows[split][index.numpy()]
+        read = self.stores[split].read
+        return {self.KEYS[name]: torch.from_numpy(read(name, rows, view.numpy())) for name in self.wanted}
 
     def targets(self, batch, split="train"):
-        """{"embedding": (B, D), "logits": (B, C), ...} float32 on the batch's device, of view batch["view"] of a
-        split."""
-        rows, views, device = self.rows[split][batch["index"].numpy()], batch["view"].numpy(), batch["image"].device
-        store = self.stores[split]
-        return {
-            self.KEYS[name]: torch.from_numpy(store.read(name, rows, views)).to(device, non_blocking=True)
-            for name in self.wanted
-        }
+        """{"embedding": (B, D), "logits": (B, C), ...} float32 on the device, of view batch["view"] of a split."""
+        stored = batch.get("stored")
+        if isinstance(stored, torch.Tensor):
+            rows = stored.to(self.device)
+            return {self.KEYS[name]: values.index_select(0, rows).float() for name, values in self.kept.items()}
+        values = stored or self.read(batch["index"], batch["view"], split)
+        return {key: value.to(self.device, non_blocking=True) for key, value in values.items()}
 
     def logits(self, split):
         """(N, C) float32 of the plain images of a split, or None where they are not stored."""
         rows, store = self.rows[split], self.stores[split]
         return store.read("logits", rows, np.zeros(len(rows), int)) if "logits" in store.arrays else None
+
+
+class Reads:
+    """What is read for each of many steps; for a GPU the next step's is read while the model works on this one's."""
+
+    def __init__(self, read, index, view, device):
+        self.read, self.index, self.view, self.pinned = read, index, view, device.type == "cuda"
+        self.pool, self.ahead = ThreadPoolExecutor(1), {}
+
+    def __getitem__(self, step):
+        if not self.pinned:
+            return self.read(self.index[step], self.view[step])
+        now = self.ahead.pop(step, None) or self.pool.submit(self._pinned, step)
+        if step + 1 < len(self.index):
+            self.ahead[step + 1] = self.pool.submit(self._pinned, step + 1)
+        return now.result()
+
+    def _pinned(self, step):
+        return {key: value.pin_memory() for key, value in self.read(self.index[step], self.view[step]).items()}

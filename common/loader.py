@@ -12,7 +12,8 @@ import multiprocessing
 import multiprocessing.util
 import os
 import signal
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -23,6 +24,8 @@ from common.augment import uniform
 from common.data import DataError, ImageDataset, available_cpus, note
 from common.run import launched_processes, rank, world_size
 
+ON_HOST = ("index", "key", "view", "size")  # of a batch: what is planned is computed of these on the CPU
+PLANNED = 2**16  # images whose steps are planned together
 REPEAT_STRIDE = 1_000_003  # views between an image's repeats in an epoch: a prime, so that stored views differ too
 
 
@@ -41,26 +44,46 @@ class ImageCache:
     """Decoded images of a dataset, in memory once: one tensor where all are of one size, else a flat one."""
 
     def __init__(self, dataset: ImageDataset, device: torch.device | str):
+        self.on_device = torch.device(device).type != "cpu"
         if dataset.images is not None:
             images = torch.from_numpy(dataset.images)  # (N, H, W) or (N, H, W, 3)
             images = images[:, None].expand(-1, 3, -1, -1) if images.dim() == 3 else images.permute(0, 3, 1, 2)
-            self.uniform = images.contiguous().to(device)
-            self.sizes = torch.tensor(self.uniform.shape[2:]).repeat(len(dataset), 1)
+            images = images.contiguous()
+        else:
+            with ThreadPoolExecutor(available_cpus()) as pool:  # Pillow decodes without Python's lock
+                images = list(pool.map(lambda i: dataset[i]["image"], range(len(dataset))))
+        self.hold(images, device)
+
+    def hold(self, images: torch.Tensor | list[torch.Tensor], device: torch.device | str) -> None:
+        """Take (N, 3, H, W) uint8, or a list of (3, H, W)."""
+        if torch.is_tensor(images):
+            self.sizes = torch.tensor(images.shape[2:]).repeat(len(images), 1)
+            self.uniform = images.to(device)
             return
-        with ThreadPoolExecutor(available_cpus()) as pool:  # Pillow decodes without Python's lock
-            images = list(pool.map(lambda i: dataset[i]["image"], range(len(dataset))))
         self.sizes = torch.tensor([image.shape[1:] for image in images])
         self.uniform = torch.stack(images).to(device) if (self.sizes == self.sizes[0]).all() else None
-        if self.uniform is None:
-            self.offsets = [0, *(3 * self.sizes.prod(1)).cumsum(0).tolist()]
-            self.flat = torch.cat([image.flatten() for image in images]).to(device)
+        if self.uniform is None:  # a pixel a row for a gather, else an image after another
+            pixels = self.sizes.prod(1)
+            self.offsets = (pixels.cumsum(0) - pixels).to(device)  # of each image, in pixels
+            flat = [image.permute(1, 2, 0).reshape(-1, 3) if self.on_device else image.flatten() for image in images]
+            self.flat, self.device_sizes = torch.cat(flat).to(device), self.sizes.to(device)
 
-    def batch(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """rows (B,) int64 on the CPU -> images (B, 3, H, W) uint8 where the cache lies, sizes (B, 2)."""
+    def batch(self, batch: dict, count: int) -> torch.Tensor:
+        """Images (count, 3, H, W) uint8 of the first rows of a batch (`rows` on the device, `index` and `size` on the
+        CPU), where the cache lies."""
+        rows = batch["rows" if self.on_device else "index"]
+        rows = rows if len(rows) == count else rows[:count]
         if self.uniform is not None:
-            return self.uniform[rows.to(self.uniform.device)], self.sizes[rows]
-        parts = [self.flat[self.offsets[i] : self.offsets[i + 1]].view(3, *self.sizes[i]) for i in rows.tolist()]
-        return pad_images(parts)
+            return self.uniform.index_select(0, rows)
+        if not self.on_device:
+            places = zip((3 * self.offsets[rows]).tolist(), self.sizes[rows].tolist())
+            return pad_images([self.flat[at : at + 3 * h * w].view(3, h, w) for at, (h, w) in places])[0]
+        height, width = batch["size"].amax(0).tolist()
+        high, wide = self.device_sizes[rows][:, :, None, None].unbind(1)  # (B, 1, 1)
+        y, x = torch.arange(height, device=rows.device)[:, None], torch.arange(width, device=rows.device)
+        inside = (y < high) & (x < wide)
+        at = (self.offsets[rows][:, None, None] + y * wide + x) * inside  # (B, H, W)
+        return (self.flat[at] * inside[..., None]).permute(0, 3, 1, 2)
 
 
 def choose_cache(dataset: ImageDataset, cache: str, device: torch.device) -> str:
@@ -71,10 +94,15 @@ def choose_cache(dataset: ImageDataset, cache: str, device: torch.device) -> str
         return cache
     probe = range(0, len(dataset), max(1, len(dataset) // 16))
     needed = len(dataset) * np.mean([dataset.read(i).size for i in probe])
-    if device.type == "cuda" and needed < torch.cuda.mem_get_info(device)[0] / 4:
+    if device.type == "cuda" and needed < free_memory(device) / 4:
         return "device"
     needed *= launched_processes().local_size  # each process of this node keeps its own
     return "ram" if needed < available_memory() / 4 else "off"
+
+
+def free_memory(device: torch.device) -> int:
+    """Free memory in bytes of a GPU, else the machine's."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
 
 
 def available_memory() -> int:
@@ -188,6 +216,19 @@ def _train_batch(wanted, count, accumulate):
     return batch_size
 
 
+def _each_step(value, device, steps):
+    """What was planned of `steps` steps as a list of one value a step: of tensors (S, ...), which go to the device,
+    tuples and dicts of them, and lists."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device).unbind(0)
+    if isinstance(value, tuple):
+        return list(zip(*(_each_step(part, device, steps) for part in value)))
+    if isinstance(value, dict):
+        parts = {k: _each_step(part, device, steps) for k, part in value.items()}
+        return [{k: part[step] for k, part in parts.items()} for step in range(steps)]
+    return value
+
+
 class Loader:
     """Batches of a dataset on a device.
 
@@ -216,10 +257,10 @@ class Loader:
         self.accumulate, self.balanced = accumulate, balanced
         self.batch_size = _train_batch(batch_size, len(dataset), accumulate) if shuffle else batch_size
         self.keys = torch.from_numpy(dataset.keys)
-        self.targets = {task: torch.from_numpy(labels).to(self.device) for task, labels in dataset.targets.items()}
+        self.targets = {task: torch.from_numpy(labels) for task, labels in dataset.targets.items()}
         sharing = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's processes share the cores, srun's do not
         self.workers = max(1, min(8, available_cpus() // sharing)) if workers is None else workers
-        self.cache = self._workers = None
+        self.cache = self._workers = self.stream = None
         with _advice():
             self.cache_kind = choose_cache(dataset, cache, self.device)
             if self.cache_kind == "off" and shuffle and dataset.hair_removal:
@@ -236,8 +277,8 @@ class Loader:
         """Batches an epoch."""
         return len(self.dataset) // self.batch_size if self.shuffle else -(-len(self.dataset) // self.batch_size)
 
-    def rows(self, epoch: int) -> list[torch.Tensor]:
-        """Lists of rows, a batch of all processes each."""
+    def order(self, epoch: int) -> torch.Tensor:
+        """(S, B) rows of the dataset, a batch of all processes in each of S steps."""
         if self.shuffle:
             seed = int(uniform(self.seed, epoch, 0, torch.zeros(1, dtype=torch.int64))[0, 0] * 2**53)
             generator = torch.Generator().manual_seed(seed)
@@ -247,53 +288,70 @@ class Loader:
                 order = torch.randperm(len(self.dataset), generator=generator)
         else:
             order = torch.arange(len(self) * self.batch_size).clamp(max=len(self.dataset) - 1)
-        return [order[i * self.batch_size : (i + 1) * self.batch_size] for i in range(len(self))]
+        return order[: len(self) * self.batch_size].view(-1, self.batch_size)
 
-    def batches(self, epoch: int = 0, start: int = 0) -> Iterator[dict]:
+    def batches(self, epoch: int = 0, start: int = 0, plan: Callable[[dict], dict] | None = None) -> Iterator[dict]:
         """Yield batches from number `start` on.  In training the view is the epoch (from 1), else 0, the plain image;
         an image that comes again in an epoch gets another view.
 
-        A batch: `dataset`, whose texts `index` finds; `index`, `key`, `view` (B,) and `size` (B, 2) on the CPU; `image`
-        (B, 3, H, W) uint8 and `targets` {task: (B,)} on the device; `valid`, the rows that count; `batch_targets`, as
-        targets, of the whole batch where this is a process's share or a part of it; `last_part`, whether it completes
-        the batch.
+        plan: takes what is known of many steps at once, a dict of (S, B) `index`, `key`, `view`, `size` (S, B, 2),
+        `targets` and `batch_targets` on the CPU, and returns it with what it computes of them, as `Augmenter.plan`;
+        so a step waits for nothing.  All tensors but those four are moved to the device at once.
+
+        A batch: `dataset`, whose texts `index` finds; `index`, `key`, `view` (B,) and `size` (B, 2) on the CPU; on the
+        device `image` (B, 3, H, W) uint8, `rows`, which are `index`, and `targets` {task: (B,)}; `valid`, the rows that
+        count; `batch_targets`, as targets, of the whole batch where this is a process's share or a part of it;
+        `last_part`, whether it completes the batch; and what `plan` added.
         """
-        batches = self.rows(epoch)
-        earlier = [torch.zeros_like(rows) for rows in batches]  # times that an image came before in this epoch
-        if self.balanced:
-            earlier = repeats(torch.cat(batches)).split(self.batch_size)
-        steps = list(enumerate(zip(batches, earlier)))[start:]
-        if self.shuffle:
-            count = world_size() * self.accumulate
+        order = self.order(epoch)
+        again = repeats(order.flatten()).view_as(order) if self.balanced else torch.zeros_like(order)
+        view = again * REPEAT_STRIDE + (epoch if self.shuffle else 0)
+        numbers = torch.arange(len(order))
+        if self.shuffle:  # this process's parts of every batch
+            parts, rows = world_size() * self.accumulate, self.rows_at_once
             share = slice(rank() * self.accumulate, (rank() + 1) * self.accumulate)
-            parts = [
-                (step, whole, *part)
-                for step, (whole, earlier) in steps
-                for part in list(zip(whole.chunk(count), earlier.chunk(count)))[share]
-            ]
+            numbers = numbers[start:].repeat_interleave(self.accumulate)
+            index, view = (v[start:].view(-1, parts, rows)[:, share].reshape(-1, rows) for v in (order, view))
         else:
-            parts = [(step, rows, rows, earlier) for step, (rows, earlier) in steps[rank() :: world_size()]]
-        rows = [part[2] for part in parts]
-        images = map(self.cache.batch, rows) if self.cache else self._loaded(rows)
-        for number, ((step, whole, index, earlier), (image, size)) in enumerate(zip(parts, images), 1):
-            targets = self._targets(index)
-            pinned = image.pin_memory() if self.device.type == "cuda" and not image.is_cuda else image
-            yield {
-                "dataset": self.dataset,
-                "index": index,
-                "key": self.keys[index],
-                "view": earlier * REPEAT_STRIDE + (epoch if self.shuffle else 0),
-                "size": size,
-                "image": pinned.to(self.device, non_blocking=True),
-                "targets": targets,
-                "batch_targets": targets if len(index) == len(whole) else self._targets(whole),
-                "valid": min(len(index), len(self.dataset) - step * self.batch_size),
-                "last_part": not self.shuffle or number % self.accumulate == 0,
-            }
+            numbers = numbers[start:][rank() :: world_size()]
+            index, view = order[numbers], view[numbers]
+        which = numbers.tolist()
+        # without a cache sizes are known, and so views planned, when a step's images are decoded
+        block, loaded = (max(1, PLANNED // index.shape[1]), None) if self.cache else (1, self._loaded(index))
+        for first in range(0, len(index), block):
+            some = slice(first, first + block)
+            known = {"index": index[some], "view": view[some], "key": self.keys[index[some]]}
+            decoded, known["size"] = (None, self.cache.sizes[index[some]]) if self.cache else next(loaded)
+            known["targets"] = known["batch_targets"] = self._targets(index[some])
+            if self.rows_at_once != self.batch_size:
+                known["batch_targets"] = self._targets(order[numbers[some]])
+            for at, batch in enumerate(self._steps(plan(known) if plan else known), first):
+                image = self.cache.batch(batch, index.shape[1]) if self.cache else decoded
+                batch["valid"] = min(index.shape[1], len(self.dataset) - which[at] * self.batch_size)
+                batch["last_part"] = not self.shuffle or (at + 1) % self.accumulate == 0
+                yield self._with_images(batch, image)
 
     def _targets(self, rows):
-        rows = rows.to(self.device, non_blocking=True)
         return {task: labels[rows] for task, labels in self.targets.items()}
+
+    def _steps(self, planned):
+        """The batches of what is planned, without their images."""
+        planned = {**planned, "rows": planned["index"]}
+        steps = len(planned["index"])
+        parts = {k: _each_step(v, "cpu" if k in ON_HOST else self.device, steps) for k, v in planned.items()}
+        return ({"dataset": self.dataset, **{k: part[step] for k, part in parts.items()}} for step in range(steps))
+
+    def _with_images(self, batch, image):
+        """The batch and its images, copied while the model works, as often as it has views of each."""
+        if self.device.type == "cuda" and not image.is_cuda:
+            self.stream = self.stream or torch.cuda.Stream(self.device)
+            with torch.cuda.stream(self.stream):
+                image = (image if image.is_pinned() else image.pin_memory()).to(self.device, non_blocking=True)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            image.record_stream(torch.cuda.current_stream())
+        views = len(batch["index"]) // len(image)
+        image = image.to(self.device)
+        return {**batch, "image": image.repeat(views, 1, 1, 1) if views > 1 else image}
 
     def _worker_init(self):
         ending = multiprocessing.RawValue("b", 0)  # no Event: a second signal in the handler would wait for its lock
@@ -314,13 +372,13 @@ class Loader:
                 worker_init_fn=self._worker_init() if self.workers else None,
                 generator=torch.Generator(),  # its seeds shall not come from the model's generator
             )
-        self._order[:] = [index.tolist() for index in rows]
+        self._order[:] = rows.tolist()
         for item in self._received():
             if isinstance(item, str):
                 self._workers = None  # ends them now, not when the traceback is gone
                 with contextlib.nullcontext() if item.startswith("/dev/shm") else _advice():
                     raise DataError(item)
-            yield item
+            yield item[0], item[1][None]
 
     def _received(self):
         """What the workers send; one that is killed while it sends leaves a broken connection, not torch's error."""
@@ -329,6 +387,8 @@ class Loader:
         except (ConnectionError, EOFError, FileNotFoundError) as error:
             if not self.workers:
                 raise
+            with contextlib.suppress(RuntimeError):  # torch's own comes with the signal of the worker's end
+                time.sleep(1)
             raise RuntimeError(f"DataLoader worker has ended: {type(error).__name__}") from None
 
 

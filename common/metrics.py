@@ -1,13 +1,11 @@
 """Metrics of classification, calibration and fidelity.
 
-Needs numpy, scikit-learn and the scipy that it brings, and no other file of `common`.
+Needs numpy, for intervals the scipy that scikit-learn brings, and no other file of `common`.
 Inputs are numpy arrays: logits (N, C) float, labels (N,) int.  Everything is computed from float64 log-softmax, so
 logits and log-probabilities give the same values.  Fractions, not per cent; a metric that is undefined is None.
 """
 
 import numpy as np
-from scipy import sparse
-from sklearn import metrics as sk
 
 CLASSIFICATION = (
     "accuracy",
@@ -46,16 +44,15 @@ def classification(logits: np.ndarray, labels: np.ndarray, positive: int = 1) ->
     sensitivity_at_90_specificity: see `ranking`; ece: see `expected_calibration_error`.
     """
     labels, log_probabilities = np.asarray(labels), log_softmax(logits)
-    probabilities, predicted = np.exp(log_probabilities), np.asarray(logits).argmax(1)
-    rows = np.arange(len(labels))
-    recalls = [np.mean(predicted[labels == c] == c) for c in np.unique(labels)]
+    counts = confusion_matrix(logits, labels)
+    right, true, predicted = np.diag(counts), counts.sum(1), counts.sum(0)
     result = {
-        "accuracy": float(np.mean(predicted == labels)),
-        "balanced_accuracy": float(np.mean(recalls)),
-        "macro_f1": float(sk.f1_score(labels, predicted, average="macro", zero_division=0)),
+        "accuracy": float(right.sum() / len(labels)),
+        "balanced_accuracy": float(np.mean(right[true > 0] / true[true > 0])),
+        "macro_f1": float(np.mean(2 * right[true + predicted > 0] / (true + predicted)[true + predicted > 0])),
         **ranking(log_probabilities, labels, positive=positive),
-        "ece": expected_calibration_error(probabilities, labels),
-        "loss": float(-np.mean(log_probabilities[rows, labels])),
+        "ece": expected_calibration_error(np.exp(log_probabilities), labels),
+        "loss": float(-np.mean(log_probabilities[np.arange(len(labels)), labels])),
     }
     if logits.shape[1] >= 10:
         top5 = np.argpartition(-np.asarray(logits), 5, axis=1)[:, :5]
@@ -67,8 +64,9 @@ def ranking(scores, labels, names=("auc", "average_precision", "pauc", "sensitiv
     """Metrics of the order in which samples are ranked: {name: float or None}.
 
     scores: (N, C) logits or log-probabilities;
-    auc: area under the ROC curve; average_precision: mean precision over the positives' ranks; pauc: see
-    `partial_auc`; sensitivity_at_90_specificity: the largest true-positive rate at a false-positive rate up to 0.1.
+    auc: area under the ROC curve; average_precision: mean precision over the positives' ranks; pauc: area between the
+    curve and the line of a true-positive rate of 0.8, from 0 to 0.2 (chance: 0.02), as the ISIC 2024 challenge defines
+    it; sensitivity_at_90_specificity: the largest true-positive rate at a false-positive rate up to 0.1.
     Of two classes number `positive` is the positive one; of more, each stands against the rest, and the mean is over
     the classes that have both kinds.  Samples are ranked by log-odds, as by probability but without its ties near 1.
     None where no class has both kinds or the scores hold NaN.
@@ -76,16 +74,10 @@ def ranking(scores, labels, names=("auc", "average_precision", "pauc", "sensitiv
     log_odds, classes, broken = ranked_scores(scores, np.asarray(labels), positive)
     if broken.any():
         return dict.fromkeys(names)
-    functions = {
-        "auc": sk.roc_auc_score,
-        "average_precision": sk.average_precision_score,
-        "pauc": partial_auc,
-        "sensitivity_at_90_specificity": sensitivity_at_specificity,
-    }
-    return {
-        name: float(np.mean([functions[name](labels == c, log_odds[:, c]) for c in classes])) if classes else None
-        for name in names
-    }
+    if not classes:
+        return dict.fromkeys(names)
+    by_class = [curve_metrics(*curve(labels == c, log_odds[:, c]), names) for c in classes]
+    return {name: float(np.mean([values[name] for values in by_class])) for name in names}
 
 
 def ranked_scores(scores, labels, positive=1):
@@ -99,25 +91,20 @@ def ranked_scores(scores, labels, positive=1):
     return log_odds, classes, broken
 
 
-def partial_auc(positive: np.ndarray, scores: np.ndarray, min_tpr: float = 0.8) -> float:
-    """Area between the ROC curve and the line of a true-positive rate of min_tpr: 0 to 1 - min_tpr.
+def curve(positive, scores):
+    """(tps, fps), each (S, 1) float64: positives and negatives above falling thresholds, from none to all.
 
-    Chance is 0.02 at 0.8.
-    positive (N,) bool; scores (N,) of any scale, higher is likelier.  The ISIC 2024 challenge's definition: with labels
-    and scores negated it is the area under the first part of the curve, up to a false-positive rate of 1 - min_tpr.
-    Scores are negated by sign, not as 1 - score, so that logits and probabilities give the same.
+    positive (N,) bool; scores (N,).  Of the thresholds those at which the ROC curve can bend, beside positives' scores:
+    a class with few positives takes one sort of numbers.
     """
-    max_fpr = 1 - min_tpr
-    fpr, tpr, _ = sk.roc_curve(~np.asarray(positive, bool), -np.asarray(scores, np.float64), drop_intermediate=False)
-    stop = np.searchsorted(fpr, max_fpr, "right")
-    last = np.interp(max_fpr, fpr[stop - 1 : stop + 1], tpr[stop - 1 : stop + 1])
-    return float(sk.auc(np.append(fpr[:stop], max_fpr), np.append(tpr[:stop], last)))
-
-
-def sensitivity_at_specificity(positive: np.ndarray, scores: np.ndarray, specificity: float = 0.9) -> float:
-    """The largest true-positive rate of any threshold with at least this true-negative rate."""
-    fpr, tpr, _ = sk.roc_curve(positive, scores, drop_intermediate=False)
-    return float(tpr[fpr <= 1 - specificity + 1e-12].max())
+    ours, others = np.sort(scores[positive]), np.sort(scores[~positive])
+    values, counts = np.unique(ours, return_counts=True)
+    counts = counts[::-1]
+    tied, higher = (len(others) - np.searchsorted(others, values[::-1], side) for side in ("left", "right"))
+    found = np.cumsum(counts)
+    tps = [0, *np.stack([found - counts, found], 1).flatten(), len(ours)]
+    fps = [0, *np.stack([higher, tied], 1).flatten(), len(others)]
+    return np.array(tps, np.float64)[:, None], np.array(fps, np.float64)[:, None]
 
 
 def class_recalls(logits: np.ndarray, labels: np.ndarray) -> list:
@@ -194,6 +181,8 @@ def sums(rows, chosen):
 
     chosen: (N,) bool.
     """
+    from scipy import sparse  # takes a fifth of a second, and only intervals need it
+
     columns = np.flatnonzero(chosen)
     return sparse.csr_matrix(
         (np.ones(len(columns), np.int32), (rows[columns], columns)), shape=(rows.max() + 1, len(rows))
@@ -268,7 +257,9 @@ def expected_calibration_error(probabilities: np.ndarray, labels: np.ndarray, bi
 
 def confusion_matrix(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """(C, C) int64 counts: rows are the true classes, columns the predicted ones."""
-    return sk.confusion_matrix(labels, np.asarray(logits).argmax(1), labels=np.arange(logits.shape[1]))
+    count = np.shape(logits)[1]
+    cells = np.asarray(labels, np.int64) * count + np.asarray(logits).argmax(1)
+    return np.bincount(cells, minlength=count * count).reshape(count, count)
 
 
 def fidelity(student_logits: np.ndarray, teacher_logits: np.ndarray, labels: np.ndarray | None = None) -> dict:

@@ -5,6 +5,7 @@ Imports no other file of `common`.  Needs torch and tqdm (safetensors, which com
 
 import argparse
 import contextlib
+import copy
 import csv
 import errno
 import fcntl
@@ -21,14 +22,14 @@ import platform
 import re
 import secrets
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -491,23 +492,26 @@ CHECKPOINT: dict[str, type | tuple] = {
 }
 
 
-def save_checkpoint(path: str, content: dict, also: list[str] = ()) -> None:
-    """torch.save to a file beside, then rename; `also`: further paths that get the same file (hard links)."""
+def save_checkpoint(path: str, content: dict) -> None:
+    """torch.save to a file beside, then rename."""
     try:
-        with atomic_write(path) as temporary:
-            with open(temporary, "wb") as file:
-                torch.save(content, file)
-            for other in also:
-                with atomic_write(other) as second:
-                    os.remove(second)
-                    try:
-                        os.link(temporary, second)
-                    except OSError:  # a file system without links
-                        shutil.copyfile(temporary, second)
+        with atomic_write(path) as temporary, open(temporary, "wb") as file:
+            torch.save(content, file)
     except RuntimeError as error:  # torch's writer hides the disk's error
         if "DataLoader worker" in str(error):  # raised wherever the main process is when one is killed
             raise
         raise UserError(f"cannot write {path}: {error.__cause__ or error.__context__ or error}") from None
+
+
+def copied(value: Any) -> Any:
+    """Dicts and lists with copies of their tensors on the CPU, which training does not change."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        result = copy.copy(value)  # a state dict has attributes beside its keys
+        result.update((k, copied(v)) for k, v in value.items())
+        return result
+    return [copied(v) for v in value] if isinstance(value, list) else value
 
 
 def load_tensors(path: str) -> Any:
@@ -623,7 +627,7 @@ class Recorder:
         recorder.open(vars(args), args.seed)
         with recorder:                        # a signal saves latest.pth and ends the script with the signal's code
             for epoch in range(recorder.start_epoch, args.epochs + 1):
-                for batch in recorder.batches(loader, epoch):
+                for batch in recorder.batches(loader, epoch, augment.plan):
                     ...
                     recorder.meter.add(loss=loss)
                 recorder.end_epoch({"accuracy": 0.9})
@@ -651,6 +655,7 @@ class Recorder:
         self.epoch, self.step = 1, 0  # `step` batches of `epoch` are done
         self.best, self.best_epoch, self.last_gain, self.stopped_early = None, 0, 0, False
         self.started, self.seconds_before = time.time(), 0.0
+        self.writer, self.writing = ThreadPoolExecutor(1), None
 
     def open(self, flags: dict, seed: int) -> None:
         """Lock the run folder and make it, or go on with the run that is resumed.  Raises UserError."""
@@ -697,13 +702,16 @@ class Recorder:
         """The first epoch that is left, past the last where the run had stopped early."""
         return self.epochs + 1 if self.stopped_early else self.epoch
 
-    def batches(self, loader, epoch: int) -> Iterator[dict]:
-        """The batches that are left of this epoch, with a progress bar on a terminal; stops after a signal."""
+    def batches(self, loader, epoch: int, plan: Callable[[dict], dict] | None = None) -> Iterator[dict]:
+        """The batches that are left of this epoch, with a progress bar on a terminal; stops after a signal.
+
+        plan: see loader.Loader.batches.
+        """
         if epoch != self.epoch:
             self.epoch, self.step = epoch, 0
         self.epoch_started, self.images = time.time(), 0
         bar = tqdm(
-            loader.batches(epoch, self.step),
+            loader.batches(epoch, self.step, plan),
             total=(len(loader) - self.step) * loader.accumulate,
             unit="batch",
             leave=False,
@@ -766,7 +774,8 @@ class Recorder:
             self.run.log(f"stopped early: no gain in val {self.metric} for {self.patience} epochs")
 
     def save(self, *names: str) -> None:
-        """Write latest.pth: plain tensors and built-in types, all that rebuilds and resumes. `names`: the same file."""
+        """Write latest.pth and `names` in a thread, which `wait` waits for: plain tensors and built-in types, all that
+        rebuilds and resumes, in best.pth what rebuilds alone."""
         self.updater.check_finite()
         updater = self.updater
         random = {
@@ -775,27 +784,41 @@ class Recorder:
         }  # dropout's; all else needs none
         processes = gather_objects({"random": random, "meter": self.meter.state_dict()})
         if rank() > 0:
-            return barrier()  # rank 0 writes; who ends before it has would end it too
-        content = {
+            return  # rank 0 writes
+        model = {
             **self.content,
             "kind": updater.model.kind,
             "model": updater.evaluated_model.state_dict(),
             "model_args": updater.model.build_args,
-            "raw_model": None if updater.average is None else updater.model.state_dict(),
             "loss": None if self.criterion is None else self.criterion.state_dict(),
-            "updater": updater.state_dict(),
-            "processes": processes,
             **{name: getattr(self, name) for name in self.STATE},
             "metric": self.metric,
+        }
+        rest = {
+            "raw_model": None if updater.average is None else updater.model.state_dict(),
+            "updater": updater.state_dict(),
+            "processes": processes,
             "seconds": self.seconds,
             "rows": len(self.run.rows),
             "log_bytes": self.run.log_bytes,
         }
-        stopping, stops.saving = stops.saving, True  # a slow disk may take its time
-        save_checkpoint(self.run.path("latest.pth"), content, [self.run.path(name) for name in names])
-        stops.saving = stopping
+        self.wait()
+        model, rest = copied(model), copied(rest)
+        self.writing = self.writer.submit(self._write, model, rest, names)
+
+    def _write(self, model: dict, rest: dict, names: tuple) -> None:
+        for name in (*names, "latest.pth"):  # this last: it says that all of the epoch is there
+            save_checkpoint(self.run.path(name), model if name == "best.pth" else {**model, **rest})
         stops.hint = f": {self.resume_command} continues"
-        barrier()
+
+    def wait(self) -> None:
+        """Until what `save` began is on the disk.  Raises its errors."""
+        stopping, stops.saving = stops.saving, True  # a slow disk may take its time
+        try:
+            if self.writing:
+                self.writing.result()
+        finally:
+            self.writing, stops.saving = None, stopping
 
     def restore(self, checkpoint: dict) -> None:
         """Put a latest.pth back into freshly built parts."""
@@ -821,10 +844,13 @@ class Recorder:
 
     def __exit__(self, kind, error, traceback) -> None:
         """A signal has written latest.pth by then; without one, from here on signals end the script at once."""
+        if isinstance(error, Interrupted) and self.epoch <= self.epochs and not self.stopped_early:
+            self.save()
+        self.wait()
+        if kind is None or isinstance(error, Interrupted):
+            barrier()  # who ends before rank 0 has written would end it too
         if kind is None:
             stops.finish()
         elif isinstance(error, Interrupted):
-            if self.epoch <= self.epochs and not self.stopped_early:
-                self.save()
             where = f"in epoch {self.epoch} after step {self.step}: {self.resume_command} continues"
             raise Interrupted(f"{error} {where}", error.exit_code) from None

@@ -43,7 +43,7 @@ class Source(NamedTuple):
 
     # (batch, split) -> {"logits": (B, C), "embedding": (B, D), "tokens": (B, T, D), "features": {layer: (B, C, H, W)}}
     targets: Callable
-    choose_view: Callable  # batch -> the batch with the views that are shown
+    choose_view: Callable  # training batch, or a plan of many, -> that of the views that are shown
     # (split, loader) -> {task: (N, C)} of the plain images, made once, or None without a head for these classes
     logits: Callable
     model: tuple | None  # (model, Preprocess) of a live one
@@ -228,6 +228,7 @@ def stored_source(
     stores: dict,
     loss_weights: dict,
     splits: Splits,
+    device: torch.device,
     *,
     seed: int,
     teacher_embeddings: str,
@@ -246,7 +247,7 @@ def stored_source(
     meta = stores["train"].meta
     teacher = meta["teacher"]
     stored = optional("common.embeddings", "--teacher-embeddings").StoredTeacher(
-        stores, {split: getattr(splits, split) for split in stores}, wanted, num_views, seed
+        stores, {split: getattr(splits, split) for split in stores}, wanted, num_views, seed, device
     )
     described = {
         **{key: teacher[key] for key in ("name", "family", "parameters", "checkpoint", "sha256")},
@@ -381,7 +382,7 @@ def distillation_loss(
     was_training, total, count = model.training, 0.0, 0
     model.eval(), criterion.eval()
     broadcast(model.buffers())
-    for number, batch in enumerate(loader.batches(), 1):
+    for number, batch in enumerate(loader.batches(plan=preprocess.plain_view.plan), 1):
         if number <= len(loader) // world_size():  # as many in each process
             stops.check()
         with precision.autocast():
@@ -403,13 +404,15 @@ def _first(outputs: dict, count: int) -> dict:
 
 
 def several_views(batch: dict, count: int) -> dict:
-    """A training batch `count` times over, crop after crop: of view v the views count * (v - 1) + 1 to count * v."""
+    """A training batch `count` times over, or a plan of many: of view v the views count * (v - 1) + 1 to count * v.
+
+    What is (..., B) becomes (..., count * B), crop after crop.
+    """
     if count == 1:
         return batch
-    views = torch.cat([count * (batch["view"] - 1) + 1 + g for g in range(count)])
-    repeated = {key: torch.cat([batch[key]] * count) for key in ("index", "key", "size", "image")}
-    targets = {
-        key: {task: torch.cat([labels] * count) for task, labels in batch[key].items()}
-        for key in ("targets", "batch_targets")
-    }
-    return {**batch, **repeated, **targets, "view": views}
+    axis = batch["view"].dim() - 1
+    repeated = {key: torch.cat([batch[key]] * count, axis) for key in ("index", "key", "size") if key in batch}
+    repeated["view"] = torch.cat([count * (batch["view"] - 1) + 1 + g for g in range(count)], axis)
+    for key in ("targets", "batch_targets"):
+        repeated[key] = {task: torch.cat([labels] * count, axis) for task, labels in batch[key].items()}
+    return {**batch, **repeated}

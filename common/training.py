@@ -151,6 +151,7 @@ class Preprocess:
     def __post_init__(self):
         self.mean, self.std = [float(v) for v in self.mean], [float(v) for v in self.std]
         self._tensors, self.tokens = None, None
+        self.plain_view = Augmenter(Policy(crop_mode=self.crop_mode), 0)
 
     def reads(self, model: nn.Module):
         """Take the tokenizer of a model that reads texts."""
@@ -170,12 +171,12 @@ class Preprocess:
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
         if self._tensors is None or self._tensors[0].device != pixels.device:
-            self._tensors = [torch.tensor(v, device=pixels.device) for v in (self.mean, self.std)]
+            self._tensors = [torch.tensor(v, device=pixels.device).view(3, 1, 1) for v in (self.mean, self.std)]
         return normalize(pixels, *self._tensors).contiguous(memory_format=torch.channels_last)
 
     def plain(self, batch: dict) -> dict:
         """The model's input from a raw batch without augmentation."""
-        return self.inputs(batch, Augmenter(Policy(crop_mode=self.crop_mode), 0)(batch, self.resolution))
+        return self.inputs(batch, self.plain_view(batch, self.resolution))
 
     def to_dict(self) -> dict:
         """What a checkpoint keeps."""
@@ -548,7 +549,7 @@ def model_outputs(
     model.eval()
     broadcast(model.buffers())  # each process's BatchNorm has seen other images
     with torch.no_grad():
-        for number, batch in enumerate(loader.batches(), 1):
+        for number, batch in enumerate(loader.batches(plan=preprocess.plain_view.plan), 1):
             with precision.autocast():
                 out = model(preprocess.plain(batch))
             parts.append([out[name][: batch["valid"]].float() for name in names])

@@ -33,7 +33,7 @@ def loader_of(labels=LABELS, batch_size=10, **options):
 
 def test_balanced_sampling_takes_each_class_equally_often():
     loader = loader_of()
-    orders = [torch.cat(loader.rows(epoch)) for epoch in (1, 2)]
+    orders = [loader.order(epoch).flatten() for epoch in (1, 2)]
     for order in orders:
         labels = torch.tensor(LABELS)[order]
         assert torch.bincount(labels).tolist() == [16, 17, 17]  # of 50
@@ -41,8 +41,8 @@ def test_balanced_sampling_takes_each_class_equally_often():
         assert rare.sum() == 17 and set(rare.tolist()) == {2, 3}, "all of a class before one of it comes again"
         assert torch.bincount(order)[:40].max() == 1
     assert not torch.equal(*orders), "each epoch in its own order"
-    assert torch.equal(orders[0], torch.cat(loader_of().rows(1))), "fixed by seed and epoch"
-    assert not torch.equal(orders[0], torch.cat(loader_of(seed=6).rows(1)))
+    assert torch.equal(orders[0], loader_of().order(1).flatten()), "fixed by seed and epoch"
+    assert not torch.equal(orders[0], loader_of(seed=6).order(1).flatten())
 
 
 def test_an_image_that_comes_again_is_seen_differently():
@@ -72,7 +72,7 @@ def test_balanced_batches_begin_anywhere_and_split():
 
 def test_balanced_sampling_of_an_empty_class(tmp_path):
     with pytest.raises(DataError, match="--sampler balanced: class number 3 has no image in train"):
-        loader_of(balanced=4).rows(1)
+        loader_of(balanced=4).order(1)
     flags = [*SMALL, "--limit-train", 5, "--batch-size", 5, "--sampler", "balanced", "--output", tmp_path / "run"]
     done = run_script("train_student.py", *flags)
     assert done.returncode == 2 and "has no image in train" in done.stderr and len(done.stderr.splitlines()) == 1, (

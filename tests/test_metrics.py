@@ -20,7 +20,6 @@ from common.metrics import (
     expected_calibration_error,
     fidelity,
     log_softmax,
-    partial_auc,
     ranking,
     weighing,
 )
@@ -352,7 +351,7 @@ def test_pauc_against_its_description_and_scikit_learn():
 def test_pauc_of_perfect_and_worst_and_tied_scores():
     labels = np.array([0] * 90 + [1] * 10)
     for scores, expected in ((labels, 0.2), (1 - labels, 0.0), (np.zeros(100), 0.02)):
-        assert partial_auc(labels, scores.astype(float)) == pytest.approx(expected)
+        assert ranking(np.stack([-scores, scores], 1).astype(float), labels)["pauc"] == pytest.approx(expected)
 
 
 def test_ranking_of_logits_and_probabilities_is_the_same():

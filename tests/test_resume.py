@@ -7,6 +7,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from types import SimpleNamespace
 
@@ -266,6 +267,7 @@ def run_epochs(made, values):
         done.append(epoch)
         if made.stopped_early:
             break
+    made.wait()
     return done
 
 
@@ -322,7 +324,7 @@ def test_a_process_without_labels_does_not_count(tmp_path, monkeypatch):
     """It saw 2 batches without one: the accuracy is that of the others, the loss the mean over all."""
 
     class Done(list):
-        accumulate, batches = 1, lambda self, epoch, step: self
+        accumulate, batches = 1, lambda self, epoch, step, plan: self
 
     made, other = recorder(tmp_path), Meter()
     for accuracy in (0.25, 0.75):
@@ -348,6 +350,7 @@ def test_epochs_may_not_shrink_below_what_is_done(tmp_path):
     half = recorder(tmp_path, True, epochs=4)
     half.step = 1  # stopped in epoch 4
     half.save()
+    half.wait()
     with pytest.raises(UserError, match="--epochs 3 .* 4 epochs"):
         recorder(tmp_path, True, epochs=3)
     assert run_epochs(recorder(tmp_path, True, epochs=4), [0.5] * 4) == [4]
@@ -468,8 +471,40 @@ def test_a_signal_in_the_loop_waits_for_the_step_but_not_for_ever(monkeypatch):
 def test_the_command_that_continues_can_be_pasted():
     """A run folder with spaces, in the line of an interrupted script."""
     recorder = run.Recorder.__new__(run.Recorder)
-    vars(recorder).update(epoch=2, epochs=1, step=3, stopped_early=False, run=SimpleNamespace(folder="my runs/a"))
+    vars(recorder).update(
+        epoch=2, epochs=1, step=3, stopped_early=False, run=SimpleNamespace(folder="my runs/a"), writing=None
+    )
     with pytest.raises(run.Interrupted) as stop, recorder:
         raise run.Interrupted("interrupted by SIGTERM", 143)
     words = shlex.split(str(stop.value))
     assert words[words.index("--resume") : words.index("--resume") + 3] == ["--resume", "my runs/a", "continues"]
+
+
+# ------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def test_best_pth_holds_the_model_alone_and_latest_pth_all(tmp_path):
+    """And what training changes after `save` is not in the file."""
+    made = recorder(tmp_path, epochs=1)
+    model = made.updater.model
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    made.images, made.train_means, made.train_seconds, made.epoch_started = 0, {}, 1, time.time()
+    slow = threading.Event()
+    made.writer.submit(slow.wait)  # the disk takes its time
+    made.end_epoch({"accuracy": 0.5})
+    with torch.no_grad():
+        model.weight.zero_()
+    assert not (tmp_path / "latest.pth").exists()
+    slow.set()
+    made.wait()
+    best, latest = (torch.load(tmp_path / name, weights_only=True) for name in ("best.pth", "latest.pth"))
+    for saved in (best, latest):
+        assert all(torch.equal(saved["model"][name], value) for name, value in before.items())
+    assert latest.keys() - best.keys() == {"updater", "raw_model", "processes", "seconds", "rows", "log_bytes"}
+
+
+def test_what_went_wrong_in_writing_is_said(tmp_path, monkeypatch):
+    made = recorder(tmp_path, epochs=2)
+    monkeypatch.setattr(run, "save_checkpoint", lambda *args: (_ for _ in ()).throw(UserError("the disk is full")))
+    with pytest.raises(UserError, match="the disk is full"):
+        run_epochs(made, [0.5, 0.6])

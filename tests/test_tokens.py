@@ -118,8 +118,7 @@ def test_several_views_are_numbered_on_and_on():
     loader, seen = loader_of(), []
     assert (plain := next(loader.batches(1))) is several_views(plain, 1)
     for epoch in (1, 2, 3):
-        for raw in loader.batches(epoch):
-            batch = several_views(raw, 2)
+        for raw, batch in zip(loader.batches(epoch), loader.batches(epoch, plan=lambda plan: several_views(plan, 2))):
             assert batch["view"].tolist() == [2 * epoch - 1] * 4 + [2 * epoch] * 4
             for key in ("index", "key", "image", "size"):
                 assert torch.equal(batch[key], torch.cat([raw[key], raw[key]])), key

@@ -1,0 +1,219 @@
+"""A step of each way of training, as a GPU sees it: nothing is copied to it, nothing waits for it, little dispatched.
+
+The tensors lie on torch's "meta" device, which computes shapes alone: reading a value from it raises, and a copy to it
+is seen.  So a copy or a read that someone adds to a step fails here, on a machine without a GPU.
+"""
+
+import contextlib
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common.augment import PRESETS, Augmenter, Policy
+from common.data import ImageDataset
+from common.embeddings import Store, StoredTeacher, Writer
+from common.loader import ImageCache, Loader, pad_images
+from common.losses import DistillationLoss, loss_settings, task_accuracy, task_cross_entropy
+from common.models import build_model
+from common.run import Meter
+from common.training import Precision, Preprocess, Schedule, Updater, live_teacher, make_optimizer
+from distill import Student, make_planner
+
+
+@pytest.fixture(autouse=True)
+def without_autocast(monkeypatch):
+    """The losses switch it off, which "meta" does not have."""
+    monkeypatch.setattr(torch, "autocast", lambda *args, **more: contextlib.nullcontext())
+
+
+META, BATCH = torch.device("meta"), 8
+SHIFT = Policy(crop="pad", hflip=0.5)
+COLOURS = Policy("resized", hflip=0.5, vflip=0.5, brightness=0.2, contrast=0.2, saturation=0.2, hue=0.1)
+
+
+class Watch(TorchDispatchMode):
+    """Counts operations; refuses those that take a tensor of the host, but for a number, to the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result, name = func(*args, **(kwargs or {})), str(func)
+        given, made = ([v for v in tree_leaves(tree) if torch.is_tensor(v)] for tree in ((args, kwargs), result))
+        from_host = any(v.device.type == "cpu" and v.dim() for v in given)
+        assert not (from_host and any(v.device == META for v in given + made)), f"{name} copies from the host"
+        self.names.append(name)
+        return result
+
+
+def loader_of(side, count=4 * BATCH):
+    height, width = side if isinstance(side, tuple) else (side, side)
+    images = np.random.default_rng(0).integers(0, 256, (count, height, width, 3), np.uint8)
+    dataset = ImageDataset([f"image {i}" for i in range(count)], np.arange(count) % 4, images=images)
+    return Loader(dataset, BATCH, META, shuffle=True, cache="device")
+
+
+def updater_of(model, criterion=None):
+    """Updater whose `parallel` is the model, or a distillation script's Student."""
+    module = Student(model.to(META), criterion.to(META)) if criterion is not None else model.to(META)
+    optimizer = make_optimizer(model, criterion, optimizer="sgd", lr=0.1)
+    schedule = Schedule(0.1, 4, schedule="cosine", epochs=5)
+    return Updater(model, optimizer, schedule, Precision("off", META), module, clip_grad=1.0, ema=0.9)
+
+
+def preprocess_of(side):
+    return Preprocess(side, [0.5] * 3, [0.25] * 3)
+
+
+def watch_third(batches, step):
+    """Operations of the third step: the first two fill caches and make the optimizer's state."""
+    for _ in range(2):
+        step(next(batches))
+    with Watch() as watch:
+        step(next(batches))
+    return watch.names
+
+
+@pytest.mark.parametrize(
+    "side, resolution, policy, most",
+    [
+        (32, 32, Policy(), 50),
+        (32, 32, SHIFT, 50),
+        (64, 32, SHIFT, 50),
+        ((40, 30), 32, SHIFT, 50),
+        (32, 32, PRESETS["derm"], 80),
+        (64, 32, COLOURS, 80),
+    ],
+)
+def test_the_input_of_a_step_takes_few_operations(side, resolution, policy, most):
+    """Loading, crop, flip, colours, antialiasing and normalization."""
+    augment, preprocess = Augmenter(policy, 0), preprocess_of(resolution)
+    batches = loader_of(side).batches(1, plan=augment.plan)
+    names = watch_third(batches, lambda batch: preprocess.inputs(batch, augment(batch, resolution)))
+    assert 5 < len(names) <= most, (len(names), names)
+
+
+def test_images_of_uneven_sizes_are_gathered_on_the_device():
+    loader = loader_of(32)
+    images = [
+        torch.from_numpy(loader.dataset.images[i]).permute(2, 0, 1)[:, : 20 + i % 9, : 30 - i % 7] for i in range(32)
+    ]
+    loader.cache.hold(images, META)
+    augment = Augmenter(SHIFT, 0)
+    names = watch_third(loader.batches(1, plan=augment.plan), lambda batch: augment(batch, 16))
+    assert len(names) <= 80, (len(names), names)
+
+
+def test_a_gather_on_the_device_gives_the_images():
+    images = [torch.randint(0, 256, (3, 5 + i % 4, 9 - i % 3), dtype=torch.uint8) for i in range(12)]
+    rows = torch.tensor([3, 11, 0, 3])
+    there = ImageCache.__new__(ImageCache)
+    there.on_device = True  # though it is not
+    there.hold(images, "cpu")
+    batch = {"rows": rows, "index": rows, "size": there.sizes[rows]}
+    assert torch.equal(there.batch(batch, 4), pad_images([images[i] for i in rows])[0])
+    assert torch.equal(there.batch(batch, 2)[:, :, :8, :9], pad_images([images[3], images[11]])[0])
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_supervised_step_waits_for_nothing(smoothing):
+    augment, preprocess, meter = Augmenter(SHIFT, 0), preprocess_of(32), Meter()
+    updater = updater_of(build_model("resnet8", 4, 32))
+
+    def step(batch):
+        out = updater.parallel(preprocess.inputs(batch, augment(batch, 32)))
+        loss = task_cross_entropy(out, batch["targets"], smoothing)
+        updater(loss)
+        meter.add(loss=loss, accuracy=task_accuracy(out, batch["targets"]))
+
+    watch_third(loader_of(32).batches(1, plan=augment.plan), step)
+
+
+def store_of(folder, ids, shapes):
+    folder = folder / "train_embeddings"
+    writer = Writer(
+        str(folder), {"seed": 0, "policy": SHIFT.to_dict(), "num_views": 2}, ids, np.arange(len(ids)), shapes
+    )
+    writer.write(np.arange(len(ids)), {name: np.ones((len(ids), *shape)) for name, shape in shapes.items()})
+    writer.finish()
+    return Store(str(folder))
+
+
+@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize("method", ["response", "dkd", "rkd", "tokens"])
+def test_a_distillation_step_waits_for_nothing(tmp_path, method, stored):
+    """A live teacher at twice the resolution, or a store; of tokens with two global and three local crops."""
+    tokens = method == "tokens"
+    name, classes = ("vit_6_192", 0) if tokens else ("resnet8", 4)
+    loader = loader_of(32)
+    weights, options = loss_settings(method)
+    criterion, student = DistillationLoss(weights, options), build_model(name, classes, 32, dynamic=tokens)
+    student.with_tokens = tokens
+    augment, preprocess, meter = Augmenter(SHIFT, 0), preprocess_of(32), Meter()
+    teacher = build_model(name, classes, 64)
+    teacher.with_tokens = tokens
+    shown = teacher({"image": torch.zeros(2, 3, 64, 64)})
+    if stored:
+        names = {"logits": "logits", "embedding": "embeddings", "tokens": "tokens"}
+        shapes = {names[key]: (2, *value.shape[1:]) for key, value in shown.items() if key in names}
+        store = store_of(tmp_path, loader.dataset.ids, shapes)
+        source = StoredTeacher({"train": store}, {"train": loader.dataset}, list(shapes), device=META)
+        choose_view, targets = source.choose_view, source.targets
+    else:
+        choose_view, targets = (
+            lambda batch: batch,
+            live_teacher(teacher.to(META), preprocess_of(64), augment, Precision("off", META)),
+        )
+    criterion.build(student({"image": torch.zeros(2, 3, 32, 32)}), shown)
+    local = [Augmenter(COLOURS, 0, stream) for stream in (1, 2, 3)] if tokens else []
+    plan = make_planner(SimpleNamespace(choose_view=choose_view), augment, local, 2 if tokens else 1)
+    updater = updater_of(student, criterion)
+
+    def step(batch):
+        taught = targets(batch)
+        inputs = preprocess.inputs(batch, augment(batch, 32))
+        crops = [preprocess(crop(batch, 16)) for crop in local]
+        out, loss = updater.parallel(inputs, taught, batch["targets"], batch["batch_targets"], crops)
+        updater(loss)
+        meter.add(loss=loss, **criterion.terms)
+
+    watch_third(loader.batches(1, plan=plan), step)
+
+
+def test_what_is_refused_in_a_step():
+    """The watch itself: copies from the host and reads of the device are seen."""
+    there, here = torch.empty(3, device=META), torch.ones(3)
+    for act in (lambda: here.to(META), lambda: there.sum().item(), lambda: there.copy_(here), lambda: there.nonzero()):
+        with pytest.raises((AssertionError, RuntimeError, NotImplementedError)), Watch():
+            act()
+
+
+# ------------------------------------------------------------------------------------- what a GPU computes, on the CPU
+
+
+@pytest.mark.parametrize("policy", [SHIFT, COLOURS, PRESETS["derm"]])
+@pytest.mark.parametrize("resolution", [16, 48, 100])
+def test_the_gpu_s_way_gives_the_cpu_s_images_to_rounding(monkeypatch, policy, resolution):
+    rng = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (12, 3, 70, 50), dtype=torch.uint8, generator=rng)
+    images[:6, :, 40:] = 0
+    batch = {
+        "image": images,
+        "size": torch.tensor([[40, 50]] * 6 + [[70, 50]] * 6),
+        "key": torch.arange(12),
+        "view": torch.arange(12) % 4,
+    }
+    exact = Augmenter(policy, 0)(dict(batch), resolution)
+    monkeypatch.setattr("common.augment._exact", lambda images: False)
+    monkeypatch.setattr("common.augment._resample_in_parts", None)
+    other = Augmenter(policy, 0)(dict(batch), resolution)
+    assert (exact - other).abs().max() < 1e-4 and not torch.equal(exact, torch.zeros_like(exact))
