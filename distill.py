@@ -115,7 +115,11 @@ def add_teacher_flags(parser):
     add = parser.add_argument_group("teacher").add_argument
     add("--teacher-checkpoint", metavar="FILE", help=f"a checkpoint of these scripts ({DEFAULT_TEACHER})")
     add("--teacher-model", type=cli.name_or_file, help="a model by name, as --model takes it")
-    cli.switch(add, "--teacher-pretrained", "the hub's weights for --teacher-model")
+    cli.switch(
+        add,
+        "--teacher-pretrained",
+        "--teacher-model has weights: the hub's, or those that FILE.py:FUNCTION loads itself",
+    )
     add("--teacher-weights", metavar="FILE", help="a foreign state dict for --teacher-model, strictly")
     add("--teacher-embeddings", metavar="DIR", help="stored outputs (extract_embeddings.py) in place of a teacher")
     add("--num-views", type=cli.POSITIVE, metavar="K", help="use the first K stored views; else all")
@@ -189,7 +193,12 @@ def add_loss_flags(parser):
         type=float,
         help="weight of ce in response and feature, of feature in feature_matching; 1 - alpha of the other term (0.5)",
     )
-    add("--temperature", type=cli.ABOVE_ZERO, metavar="T", help="of all terms on logits; else each term's")
+    add(
+        "--temperature",
+        type=cli.ABOVE_ZERO,
+        metavar="T",
+        help="of the terms on logits, but for those that --loss-options sets; else each term's",
+    )
     add(
         "--limit-labels",
         type=cli.NATURAL,

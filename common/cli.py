@@ -616,6 +616,9 @@ def parse_flags(parser: Parser, argv: list[str]) -> argparse.Namespace:
     path = config or os.path.join(resume, "config.json")
     values = read_json(path)
     if isinstance(values, dict) and isinstance(values.get("flags"), dict):
+        script = str((values.get("environment") or {}).get("command") or parser.prog).split()[0]
+        if resume and script != parser.prog:
+            raise UserError(f"--resume {resume} is a run of {script}: python {script} --resume {resume}")
         values = values["flags"]
     if not isinstance(values, dict):
         raise UserError(f"{path} is not a JSON object of flags")
@@ -625,8 +628,12 @@ def parse_flags(parser: Parser, argv: list[str]) -> argparse.Namespace:
         before = parser.parse_args(saved)
         for dest, value in vars(flags).items():
             if dest not in RESUME_MAY_CHANGE and value != getattr(before, dest):
+                now, then = (
+                    " ".join(map(str, v)) if isinstance(v, list) else "none" if v is None else v
+                    for v in (value, getattr(before, dest))
+                )
                 raise UserError(
-                    f"--{dest.replace('_', '-')} {value} with --resume: the run has {getattr(before, dest)}; "
+                    f"--{dest.replace('_', '-')} {now} with --resume: the run has {then}; "
                     "only device, workers, epochs and data-root may change"
                 )
         if flags.output not in (parser.get_default("output"), resume):

@@ -8,6 +8,7 @@ Needs augment.py, data.py and run.py of `common`, torch, numpy and pillow (torch
 
 import contextlib
 import functools
+import math
 import multiprocessing
 import multiprocessing.util
 import os
@@ -29,12 +30,19 @@ PLANNED = 2**16  # images whose steps are planned together
 REPEAT_STRIDE = 1_000_003  # views between an image's repeats in an epoch: a prime, so that stored views differ too
 
 
-def pad_images(images: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """List of (3, H, W) uint8 -> (B, 3, H_max, W_max), each in the top left corner, and their sizes (B, 2)."""
+def pad_images(images: list[torch.Tensor], shared: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """List of (3, H, W) uint8 -> (B, 3, H_max, W_max), each in the top left corner, and their sizes (B, 2).
+
+    shared: in memory that other processes can read.
+    """
     sizes = torch.tensor([image.shape[1:] for image in images])
+    shape = len(images), 3, *sizes.amax(0).tolist()
+    if shared:  # written there at once, not copied
+        out = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(math.prod(shape))).view(shape)
     if (sizes == sizes[0]).all():
-        return torch.stack(images), sizes
-    out = images[0].new_zeros(len(images), 3, *sizes.amax(0).tolist())
+        return torch.stack(images, out=out if shared else None), sizes
+    out = out if shared else images[0].new_empty(shape)
+    out.zero_()
     for row, image in zip(out, images):
         row[:, : image.shape[1], : image.shape[2]] = image
     return out, sizes
@@ -136,16 +144,18 @@ def _collate(samples):
     errors = [s for s in samples if isinstance(s, str)]
     if errors:
         return errors[0]
-    images, sizes = pad_images([s["image"] for s in samples])
-    if torch.utils.data.get_worker_info():
-        try:  # here, for where the worker's queue does it, the batch would be lost and awaited for ever
-            images.share_memory_(), sizes.share_memory_()
-        except RuntimeError:
-            return (
-                f"/dev/shm is too small for batches of {images.nbytes / 1e6:,.0f} MB from several workers: take "
-                "--workers 0, a smaller --decode-size or --batch-size, or a larger /dev/shm (docker run --shm-size)"
-            )
-    return images, sizes
+    images = [s["image"] for s in samples]
+    if not torch.utils.data.get_worker_info():
+        return pad_images(images)
+    try:  # here, for where the worker's queue does it, the batch would be lost and awaited for ever
+        batch, sizes = pad_images(images, shared=True)
+        return batch, sizes.tolist()  # one tensor: each is handed over by a connection of its own
+    except RuntimeError:
+        size = sum(image.nbytes for image in images) / 1e6
+        return (
+            f"/dev/shm is too small for batches of {size:,.0f} MB from several workers: take --workers 0, a smaller "
+            "--decode-size or --batch-size, or a larger /dev/shm (docker run --shm-size)"
+        )
 
 
 def _leave_signals(ending, worker):
@@ -378,7 +388,7 @@ class Loader:
                 self._workers = None  # ends them now, not when the traceback is gone
                 with contextlib.nullcontext() if item.startswith("/dev/shm") else _advice():
                     raise DataError(item)
-            yield item[0], item[1][None]
+            yield item[0], torch.as_tensor(item[1])[None]
 
     def _received(self):
         """What the workers send; one that is killed while it sends leaves a broken connection, not torch's error."""

@@ -68,7 +68,7 @@ def find_checkpoint(
         if path:
             raise UserError("--teacher-model and --teacher-checkpoint cannot be combined: give one of them")
         if not teacher_pretrained and not teacher_weights:
-            raise UserError("--teacher-model needs --teacher-pretrained or --teacher-weights FILE")
+            raise UserError("--teacher-model needs weights: --teacher-pretrained or --teacher-weights FILE")
         return None, None
     if teacher_pretrained or teacher_weights:
         raise UserError("--teacher-pretrained and --teacher-weights need --teacher-model NAME")

@@ -508,3 +508,14 @@ def test_what_went_wrong_in_writing_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "save_checkpoint", lambda *args: (_ for _ in ()).throw(UserError("the disk is full")))
     with pytest.raises(UserError, match="the disk is full"):
         run_epochs(made, [0.5, 0.6])
+
+
+def test_another_script_s_run_is_named(tmp_path):
+    succeed("train_student.py", *SMALL, "--epochs", 1, "--output", tmp_path / "run")
+    done = run_script("train_teacher.py", "--resume", tmp_path / "run")
+    assert (
+        done.returncode == 2
+        and f"is a run of train_student.py: python train_student.py --resume {tmp_path / 'run'}" in done.stderr
+    )
+    done = run_script("train_student.py", "--resume", tmp_path / "run", "--scale", 0.9, 1.1)
+    assert done.returncode == 2 and "--scale 0.9 1.1 with --resume: the run has none" in done.stderr, done.stderr

@@ -55,11 +55,11 @@ class Watch(TorchDispatchMode):
         return result
 
 
-def loader_of(side, count=4 * BATCH):
+def loader_of(side, count=4 * BATCH, device=META):
     height, width = side if isinstance(side, tuple) else (side, side)
     images = np.random.default_rng(0).integers(0, 256, (count, height, width, 3), np.uint8)
     dataset = ImageDataset([f"image {i}" for i in range(count)], np.arange(count) % 4, images=images)
-    return Loader(dataset, BATCH, META, shuffle=True, cache="device")
+    return Loader(dataset, BATCH, device, shuffle=True, cache="device")
 
 
 def updater_of(model, criterion=None):
@@ -217,3 +217,24 @@ def test_the_gpu_s_way_gives_the_cpu_s_images_to_rounding(monkeypatch, policy, r
     monkeypatch.setattr("common.augment._resample_in_parts", None)
     other = Augmenter(policy, 0)(dict(batch), resolution)
     assert (exact - other).abs().max() < 1e-4 and not torch.equal(exact, torch.zeros_like(exact))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("side", [32, (40, 30)])
+def test_a_step_on_a_gpu_does_not_synchronize(side):
+    device = torch.device("cuda")
+    loader = loader_of(side, device=device)
+    augment, preprocess, model = Augmenter(COLOURS, 0), preprocess_of(32), build_model("resnet8", 4, 32).to(device)
+    optimizer = make_optimizer(model, optimizer="sgd", lr=0.1)
+    schedule = Schedule(0.1, 4, schedule="cosine", epochs=5)
+    updater, meter = Updater(model, optimizer, schedule, Precision("bf16", device)), Meter()
+    for number, batch in enumerate(loader.batches(1, plan=augment.plan)):
+        torch.cuda.set_sync_debug_mode("error" if number > 1 else "default")
+        try:
+            with updater.precision.autocast():
+                out = updater.parallel(preprocess.inputs(batch, augment(batch, 32)))
+                loss = task_cross_entropy(out, batch["targets"], 0.1)
+            updater(loss)
+            meter.add(loss=loss, accuracy=task_accuracy(out, batch["targets"]))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
