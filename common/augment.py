@@ -24,7 +24,11 @@ from torch import Tensor
 CROPS = ("none", "pad", "resized")
 CROP_MODES = ("center", "squash")
 COLOURS = ("brightness", "contrast", "saturation", "hue")
+EFFECTS = ("grayscale", "blur", "solarize", "random_erasing")  # after the colours, in this order
 CROP_TRIES = 10  # at a random resized crop that fits into the image
+EFFECTS_STREAM = 1000  # above that of the view, for the draws of the effects
+BLUR = (0.1, 2.0)  # standard deviations, in pixels of an output of BLUR_SIDE pixels
+BLUR_SIDE = 224
 POSITION_STEPS = 1024  # source positions are rounded to 1/1024 pixel, see `render`
 # of images and of their fine samples, resampled together by one core of a CPU (measured on AMD EPYC)
 PIXELS_A_CORE = 400_000
@@ -54,16 +58,20 @@ class Policy:
     contrast: float = 0.0  # the same
     saturation: float = 0.0  # the same
     hue: float = 0.0  # uniform in +-hue turns of the colour circle, at most 0.5
+    grayscale: float = 0.0  # probability
+    blur: float = 0.0  # probability of a Gaussian blur, see BLUR
+    solarize: float = 0.0  # probability: what is brighter than 0.5 is inverted
+    random_erasing: float = 0.0  # probability of a black box, 2 to 33 % of the area, aspect ratio 0.3 to 3.3
 
     def __post_init__(self):
         for flag, value, choices in (("crop", self.crop, CROPS), ("crop-mode", self.crop_mode, CROP_MODES)):
             if value not in choices:
                 raise PolicyError(f"--{flag} {value} is not one of {', '.join(choices)}")
-        most = {**dict.fromkeys(("padding", "hflip", "vflip", *COLOURS), 1), "hue": 0.5, "rotation": 180}
+        most = {**dict.fromkeys(("padding", "hflip", "vflip", *COLOURS, *EFFECTS), 1), "hue": 0.5, "rotation": 180}
         for name, limit in most.items():
             if not 0 <= getattr(self, name) <= limit:
                 unit = " degrees" if name == "rotation" else ""
-                raise PolicyError(f"--{name} {getattr(self, name)} is not in 0 to {limit}{unit}")
+                raise PolicyError(f"--{name.replace('_', '-')} {getattr(self, name)} is not in 0 to {limit}{unit}")
         if not 0 < self.scale[0] <= self.scale[1]:
             raise PolicyError(f"--scale {self.scale[0]} {self.scale[1]} must be positive and ascend")
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
@@ -155,8 +163,8 @@ def sample_parameters(
     CPU.  Returns a dict of tensors, relative so that they serve any resolution: `matrix` (B, 2, 2) and `shift` (B, 2)
     float32 map output positions (x, y in -1..1) to source positions of that range, `border` (B, 2) float32 is where
     in -1..1 the crop's outermost pixels have their centres, `extent` (B, 2) float64 are the source pixels that lie
-    across and down the output, and, where the policy has colour, `brightness`, `contrast`, `saturation`, `hue` (B,)
-    float32.
+    across and down the output, and, where the policy has them, `brightness`, `contrast`, `saturation`, `hue`,
+    `grayscale`, `blur`, `solarize` (B,) and `random_erasing` (B, 4) float32, see `_colour`.
     """
     # each draw has a number of its own, so that a flag changes that alone
     u = uniform(seed, view, stream, key, 12 + (2 * CROP_TRIES - 2) * (policy.crop == "resized")).unbind(1)
@@ -204,7 +212,26 @@ def sample_parameters(
             params[name] = torch.where(plain, one, 1 + (u[i] * 2 - 1) * getattr(policy, name)).float()
     if policy.hue:
         params["hue"] = torch.where(plain, zero, (u[11] * 2 - 1) * policy.hue).float()
+    if any(getattr(policy, name) for name in EFFECTS):
+        draws = uniform(seed, view, stream + EFFECTS_STREAM, key, len(EFFECTS) + 5)
+        values = {
+            "blur": (BLUR[0] + draws[:, 4] * (BLUR[1] - BLUR[0])) / BLUR_SIDE,
+            "random_erasing": _box(*draws.T[5:]),
+        }
+        for i, name in enumerate(EFFECTS):
+            if getattr(policy, name):
+                on = (draws[:, i] < getattr(policy, name)) & ~plain
+                value = values.get(name, one)
+                params[name] = (value * (on if value.dim() == 1 else on[:, None])).float()
     return params
+
+
+def _box(area, ratio, left, top):
+    """(B, 4): left, top, right and bottom of boxes in shares of the side, as torchvision's RandomErasing draws them."""
+    area, ratio = 0.02 + area * 0.31, torch.exp(math.log(0.3) + ratio * math.log(3.3 / 0.3))
+    height, width = torch.sqrt(area * ratio).clamp(max=1), torch.sqrt(area / ratio).clamp(max=1)
+    left, top = left * (1 - width), top * (1 - height)
+    return torch.stack([left, top, left + width, top + height], 1)
 
 
 # ------------------------------------------------------------------------------------------------------------- render
@@ -234,7 +261,9 @@ def render(images: Tensor, sizes: Tensor, params: dict[str, Tensor], resolution:
     antialias=True, else it is bilinear at once.
     """
     geometry = source_geometry(params, sizes)
-    colours = {name: params[name].view(-1, 1, 1, 1).to(images.device) for name in COLOURS if name in params}
+    colours = {
+        name: params[name].view(len(images), -1, 1, 1).to(images.device) for name in COLOURS + EFFECTS if name in params
+    }
     most = geometry[4].amax((0, 2, 3)).tolist()
     return _render(images, geometry.to(images.device).unbind(0), colours, most, resolution)
 
@@ -386,7 +415,11 @@ def _grey(images):
 
 
 def _colour(images, params):
-    """Brightness, contrast, saturation, hue, in this order; images (B, 3, R, R) in 0..1, each factor (B, 1, 1, 1)."""
+    """Brightness, contrast, saturation, hue, grey, blur, inversion and box, in this order, as torchvision has them.
+
+    images: (B, 3, R, R) in 0..1; params: each (B, 1, 1, 1), factors, turns, the blur's standard deviation in shares of
+    the side, 1 for what is done; of boxes (B, 4, 1, 1), their edges in shares of the side.  0 leaves an image as it is.
+    """
     if "brightness" in params:
         images = (images * params["brightness"]).clamp_(0, 1)
     if "contrast" in params:
@@ -401,6 +434,30 @@ def _colour(images, params):
         images = _blend(images, _grey(images), params["saturation"])
     if "hue" in params:
         images = _turn_hue(images, params["hue"])
+    if "grayscale" in params:
+        images = torch.where(params["grayscale"] > 0, _grey(images), images)
+    if "blur" in params:
+        images = _blur(images, params["blur"] * images.shape[-1])
+    if "solarize" in params:
+        images = torch.where((params["solarize"] > 0) & (images >= 0.5), 1 - images, images)
+    if "random_erasing" in params:
+        left, top, right, bottom = (params["random_erasing"] * images.shape[-1]).round().unsqueeze(1).unbind(2)
+        at = _centres(images.shape[-1], images.device)
+        inside = (at > left) & (at < right) & (at[:, None] > top) & (at[:, None] < bottom)  # (B, 1, R, R)
+        images = torch.where(inside, 0.0, images)
+    return images
+
+
+def _blur(images, deviation):
+    """Gaussian blur of (B, 3, R, R), the border mirrored; deviation (B, 1, 1, 1) in pixels, up to that of BLUR."""
+    side = images.shape[-1]
+    radius = min(side - 1, math.ceil(3 * BLUR[1] * side / BLUR_SIDE))
+    steps = torch.arange(-radius, radius + 1, device=images.device).view(1, -1, 1, 1)
+    taps = torch.exp(-0.5 * (steps / deviation.clamp(min=1e-6)) ** 2)
+    taps = (taps / taps.sum(1, keepdim=True)).unsqueeze(2).unbind(1)  # each (B, 1, 1, 1)
+    for axis in (3, 2):  # one product and one sum a tap, see `_shrink`
+        padded = F.pad(images, (radius, radius, 0, 0) if axis == 3 else (0, 0, radius, radius), mode="reflect")
+        images = sum(tap * padded.narrow(axis, start, side) for start, tap in enumerate(taps))
     return images
 
 
@@ -444,7 +501,7 @@ class Augmenter:
         geometry = source_geometry(params, size).unflatten(1, shape)  # (5, S, B, 2, 1, 1)
         planned = {
             "geometry": geometry.unbind(0),
-            "colours": {name: params[name].view(*shape, 1, 1, 1) for name in COLOURS if name in params},
+            "colours": {name: params[name].view(*shape, -1, 1, 1) for name in COLOURS + EFFECTS if name in params},
             "most": geometry[4].amax((-4, -2, -1)).tolist(),
         }
         return {**batch, "parameters": {**batch.get("parameters", {}), self.key: planned}}

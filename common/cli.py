@@ -403,6 +403,10 @@ def add_augment_flags(parser: Parser) -> None:
     add("--contrast", type=float, metavar="X", help="factor within 1 +- X")
     add("--saturation", type=float, metavar="X", help="factor within 1 +- X")
     add("--hue", type=float, metavar="X", help="turn of the colour circle, at most 0.5")
+    add("--grayscale", type=float, metavar="P", help="probability of a grey image")
+    add("--blur", type=float, metavar="P", help="probability of a Gaussian blur, up to 2 pixels of 224")
+    add("--solarize", type=float, metavar="P", help="probability that bright pixels are inverted")
+    add("--random-erasing", type=float, metavar="P", help="probability of a black box, 2 to 33 %% of the area")
 
 
 def augment_policy(flags: dict, default: Policy) -> Policy:

@@ -31,6 +31,10 @@ EVERYTHING = Policy(
     contrast=0.3,
     saturation=0.3,
     hue=0.2,
+    grayscale=0.3,
+    blur=0.5,
+    solarize=0.2,
+    random_erasing=0.4,
 )
 
 
@@ -219,8 +223,8 @@ def test_policy_round_trip():
     import json
 
     assert Policy.from_dict(json.loads(json.dumps(EVERYTHING.to_dict()))) == EVERYTHING
-    with pytest.raises(PolicyError, match="solarize"):
-        Policy.from_dict({"hflip": 0.5, "solarize": 1})
+    with pytest.raises(PolicyError, match="shear"):
+        Policy.from_dict({"hflip": 0.5, "shear": 1})
 
 
 # ------------------------------------------------------------------------------------- geometry, against torchvision
@@ -456,6 +460,40 @@ def test_colours_in_order():
         expected.append(TF.adjust_hue(image, (2 * u[11] - 1) * 0.3) * 255)
     policy = Policy(brightness=0.6, contrast=0.7, saturation=0.8, hue=0.3)
     assert difference(view_of(photos, policy, 64), expected) < 0.02
+
+
+def chances(count):
+    """(count, 9) uniform numbers of the effects' own stream."""
+    return [splitmix_uniform(SEED, VIEW, 1000, int(k), 9) for k in keys(count)]
+
+
+@pytest.mark.parametrize("side", [32, 64])
+def test_effects_are_torchvision_s(square, side):
+    """Each alone, with a probability of a half: the images that are chosen, and what becomes of them."""
+    square = square[:40, :, :32, :32]
+    drawn, plain = chances(len(square)), view_of(square, Policy(), side) / 255
+    radius = math.ceil(3 * 2 * side / 224)
+
+    def box(image, u):
+        area, ratio = 0.02 + u[5] * 0.31, math.exp(math.log(0.3) + u[6] * (math.log(3.3) - math.log(0.3)))
+        height, width = min(1, math.sqrt(area * ratio)), min(1, math.sqrt(area / ratio))
+        left, top = u[7] * (1 - width), u[8] * (1 - height)
+        left, top, right, bottom = (round(side * edge) for edge in (left, top, left + width, top + height))
+        return TF.erase(image, top, left, bottom - top, right - left, torch.zeros(()))
+
+    effects = {
+        "grayscale": lambda image, u: TF.rgb_to_grayscale(image, 3),
+        "blur": lambda image, u: TF.gaussian_blur(image, 2 * radius + 1, (0.1 + 1.9 * u[4]) * side / 224),
+        "solarize": lambda image, u: TF.solarize(image, 0.5),
+        "random_erasing": box,
+    }
+    for number, (name, effect) in enumerate(effects.items()):
+        expected = [effect(image, u) if u[number] < 0.5 else image for image, u in zip(plain, drawn)]
+        got = view_of(square, Policy(**{name: 0.5}), side) / 255
+        assert (got - torch.stack(expected)).abs().max() < 1e-5, name
+        assert sum(u[number] < 0.5 for u in drawn) in range(10, 31)
+        changed = (got != plain).flatten(1).any(1).tolist()
+        assert all(u[number] < 0.5 for u, one in zip(drawn, changed) if one) and (any(changed) or name == "grayscale")
 
 
 # -------------------------------------------------------------------------------------------------------- pure function

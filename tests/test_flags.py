@@ -372,6 +372,10 @@ TRAINED = """
 --contrast 0.9 | | | weights
 --saturation 0.9 | | | weights
 --hue 0.5 | | | weights
+--grayscale 0.5 | | | weights
+--blur 1 | --resolution 32 | | weights
+--solarize 1 | --brightness 1 | | weights
+--random-erasing 0.5 | | | weights
 --model vit_6_192 | | | results
 --patch-size 2 | --model vit_6_192 | | results
 --pretrained | | | calls
