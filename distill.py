@@ -84,6 +84,7 @@ from common.training import (
 )
 
 TEXT_MODEL = "bert-tiny-scratch"
+TRAIN_ONLY = ("limit_train", "limit_labels", "unlabeled_root")
 TOKEN_DEFAULTS = {
     "model": "vit_small_patch16_224",
     "epochs": 100,
@@ -205,6 +206,18 @@ def add_loss_flags(parser):
         help="all images of train, N of them with labels, as train_student.py --limit-train N has; 0: all",
     )
     add(
+        "--unlabeled-root",
+        metavar="DIR",
+        help="a tree of images that train gets beside its own: they have the teacher's terms alone",
+    )
+    add(
+        "--labelled-share",
+        type=cli.number(float, 0, 1),
+        default=0.0,
+        metavar="S",
+        help="of the images of each batch S have a label, which come again and again; 0: as they come",
+    )
+    add(
         "--distillation-warmup-epochs",
         type=cli.AMOUNT,
         default=0.0,
@@ -272,6 +285,7 @@ def check_loss(args):
             "--class-weights": args.class_weights != "none",
             "--sampler balanced": args.sampler == "balanced",
             "--limit-labels": args.limit_labels,
+            "--labelled-share": args.labelled_share,
             "--positive": args.positive,
         }
         for flag in (flag for flag, value in given.items() if value):
@@ -308,11 +322,13 @@ def settle_flags(args, weights, labelled, stores=None, path=None, checkpoint=Non
     if args.distillation_warmup_epochs > args.epochs:
         warmup = f"--distillation-warmup-epochs {args.distillation_warmup_epochs:g}"
         raise UserError(f"{warmup} is longer than --epochs {args.epochs}")
-    if args.limit_labels and args.sampler == "balanced":
-        raise UserError(
-            f"--sampler balanced cannot be combined with --limit-labels {args.limit_labels}, "
-            "whose other images are of no class: --limit-labels 0 is all"
-        )
+    for flag in ("limit_labels", "unlabeled_root") if args.sampler == "balanced" else ():
+        if getattr(args, flag):
+            given = f"--{flag.replace('_', '-')} {getattr(args, flag)}"
+            raise UserError(
+                f"--sampler balanced cannot be combined with {given}, which gives images of no class: --limit-labels 0 "
+                "is all"
+            )
     return args
 
 
@@ -339,9 +355,8 @@ def read_data(args, device, labelled):
     splits = load_splits(args.dataset, root, download=args.download, labels=labelled, **options)
     balanced = cli.balanced_classes(args.sampler, tasks_of(splits.classes))
     parts, reading = args.accumulation_steps, {"cache": args.cache, "workers": args.workers}
-    train = Loader(
-        splits.train, args.batch_size, device, True, args.seed, accumulate=parts, balanced=balanced, **reading
-    )
+    mixing = {"accumulate": parts, "balanced": balanced, "labelled_share": args.labelled_share}
+    train = Loader(splits.train, args.batch_size, device, True, args.seed, **mixing, **reading)
     return splits, train, Loader(splits.val, args.batch_size, device, **reading)
 
 
@@ -353,7 +368,7 @@ def open_neighbours(args, precision):
     options = split_options(vars(args))
     if not same:
         options = {name: options[name] for name in ("split_seed", "decode_size", "on_bad_image") if name in options}
-    options = {name: value for name, value in options.items() if name not in ("limit_train", "limit_labels")}
+    options = {name: value for name, value in options.items() if name not in TRAIN_ONLY}
     root = cli.data_root(args.eval_data_root or (args.data_root if same else None))
     splits = load_splits(args.eval_dataset, root, splits=("train", "val"), **options)
     return Neighbours(splits, precision, **cli.options(Neighbours, vars(args)))

@@ -131,7 +131,8 @@ def checkpoint_splits(checkpoint, dataset=None, data_root=None, split="test", **
     same = dataset in (None, flags["dataset"])
     divided = same and split != "test"  # train and val are the run's own division
     options = {**split_options(flags), "positive": checkpoint["classes"] and checkpoint.get("positive")}
-    options.pop("limit_labels", None)  # to be judged, an image needs its label
+    for name in ("limit_labels", "unlabeled_root"):  # to be judged, an image needs its label
+        options.pop(name, None)
     if not same:  # how images are read stays; which samples there are is another dataset's own matter
         kept = ("split_seed", "decode_size", "window", "hair_removal", "positive")
         options = {k: v for k, v in options.items() if k in kept}

@@ -103,6 +103,7 @@ def build_parser():
     cli.switch(add, "--pretrained", "the hub's weights for --model")
     add("--weights", metavar="FILE", help="a foreign state dict for --model, strictly; without weights they are random")
     add("--splits", nargs="+", choices=SPLITS, help="parts of the dataset, each with all its images; else all three")
+    add("--unlabeled-root", metavar="DIR", help="a tree of images that train gets beside its own, as in distill.py")
     add("--images", metavar="FOLDER", help="in place of a dataset: the unlabelled images anywhere below a folder")
     add(
         "--reference",

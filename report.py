@@ -154,7 +154,7 @@ def open_test_set(run, opened, notes):
         from common.data import load_splits, split_options
 
         options = split_options(flags)
-        for train_only in ("limit_train", "limit_labels", "include_list", "extra_train"):
+        for train_only in ("limit_train", "limit_labels", "unlabeled_root", "include_list", "extra_train"):
             options.pop(train_only, None)
         classes, folder = run["id"]["classes"] or None, find_data_root(flags.get("data_root"))
         splits = load_splits(flags["dataset"], folder, classes=classes, splits=("test",), **options)

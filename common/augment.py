@@ -213,16 +213,19 @@ def sample_parameters(
     if policy.hue:
         params["hue"] = torch.where(plain, zero, (u[11] * 2 - 1) * policy.hue).float()
     if any(getattr(policy, name) for name in EFFECTS):
-        draws = uniform(seed, view, stream + EFFECTS_STREAM, key, len(EFFECTS) + 5)
-        values = {
-            "blur": (BLUR[0] + draws[:, 4] * (BLUR[1] - BLUR[0])) / BLUR_SIDE,
-            "random_erasing": _box(*draws.T[5:]),
-        }
-        for i, name in enumerate(EFFECTS):
-            if getattr(policy, name):
-                on = (draws[:, i] < getattr(policy, name)) & ~plain
-                value = values.get(name, one)
-                params[name] = (value * (on if value.dim() == 1 else on[:, None])).float()
+        params.update(_effects(policy, uniform(seed, view, stream + EFFECTS_STREAM, key, len(EFFECTS) + 5), plain))
+    return params
+
+
+def _effects(policy, draws, plain):
+    """Parameters of the effects that the policy has; draws: (B, 9), who gets which, and how much of it."""
+    params, values = {}, {"random_erasing": _box(*draws.T[5:])}  # (B, 4)
+    values["blur"] = ((BLUR[0] + draws[:, 4] * (BLUR[1] - BLUR[0])) / BLUR_SIDE)[:, None]
+    for i, name in enumerate(EFFECTS):
+        chance = getattr(policy, name)
+        if chance:
+            on = ((draws[:, i] < chance) & ~plain).double()[:, None]
+            params[name] = (on * values.get(name, 1.0)).float()
     return params
 
 

@@ -64,8 +64,9 @@ def run_script(main: Callable, build_parser: Callable) -> None:
             for number, (argv, flags) in enumerate(runs):
                 sys.argv[1:] = argv  # what results.json tells to repeat
                 stops.hint, stops.seeds = "", [later.seed for _, later in runs[number:]] if len(runs) > 1 else []
-                if getattr(flags, "data_root", None) and "KD_STAGED" not in os.environ:  # a job's stage is gone later
-                    flags.data_root = os.path.abspath(flags.data_root)  # saved so: a run is resumed from any folder
+                for name in ("data_root", "unlabeled_root") if "KD_STAGED" not in os.environ else ():
+                    if getattr(flags, name, None):  # a job's stage is gone later
+                        setattr(flags, name, os.path.abspath(getattr(flags, name)))  # a run is resumed from any folder
                 code = main(flags) or 0
             leave_processes()
             sys.exit(code)

@@ -131,7 +131,7 @@ NEGATIVE = ("0", "benign", "control", "false", "healthy", "negative", "no", "nor
 # flags of a run that say what its samples are; stores hold images with one label
 STORED_FLAGS = (
     *("val_split", "split_seed", "decode_size", "window", "hair_removal", "folds", "fold", "binary", "negatives"),
-    *("table", "image_column", "label_column", "group_column", "split_column", "hf_dataset"),
+    *("table", "image_column", "label_column", "group_column", "split_column", "hf_dataset", "unlabeled_root"),
 )
 SAMPLE_FLAGS = (*STORED_FLAGS, "text_fields", "tasks", "positive")
 SPLIT_FLAGS = ("limit_train", "limit_labels", "on_bad_image", "include_list", "extra_train", *SAMPLE_FLAGS)
@@ -565,6 +565,7 @@ def load_splits(
     decode_size: int = 512,
     window: list | None = None,
     hair_removal: bool = False,
+    unlabeled_root: str | None = None,
     **options,
 ) -> Splits:
     """Read the splits of a dataset; see DATASETS for the names, or FILE.py:FUNCTION (custom.py).
@@ -578,7 +579,8 @@ def load_splits(
     their labels, the images that limit_train would leave; the others get -1); folds, fold: see `_divide`; include_list:
     see medical.only_listed.  Patients and lesions are never cut, where the dataset has groups.
 
-    window: see medical.to_uint8; hair_removal: see medical.remove_hair; options: see DATASET_OPTIONS.  Raises
+    unlabeled_root: a tree of images that train gets beside its own, without labels.  window: see medical.to_uint8;
+    hair_removal: see medical.remove_hair; options: see DATASET_OPTIONS.  Raises
     DataError.
     """
     info = dataset_info(name)
@@ -616,6 +618,10 @@ def load_splits(
     if result.train is not None:
         result.train = _limited(result.train, limit_train, limit_labels, split_seed)
         result.labelled = limit_labels
+        if unlabeled_root:
+            result.labelled = limit_labels or len(result.train)
+            add_images = optional("common.unlabeled", "--unlabeled-root").add_images
+            result.train = add_images(result.train, unlabeled_root, on_bad_image)
     if hair_removal:
         medical.mark_for_hair_removal(result.parts)
     return result

@@ -207,6 +207,24 @@ def balanced_order(labels: torch.Tensor, num_classes: int, generator: torch.Gene
     return order[torch.randperm(count, generator=generator)]
 
 
+def mixed_order(labels: torch.Tensor, batch_size: int, share: float, generator: torch.Generator) -> torch.Tensor:
+    """Rows for as many whole batches as there are labels (N,), in each of which `share` of the images have a label.
+
+    Those with and those without (-1) are gone through in random order before an image comes again.  Raises DataError.
+    """
+    steps, wanted, parts = len(labels) // batch_size, round(share * batch_size), []
+    pools = (labels >= 0).nonzero()[:, 0], (labels < 0).nonzero()[:, 0]
+    if not all(map(len, pools)) or not 0 < wanted < batch_size:
+        images = f"{len(pools[0])} images with and {len(pools[1])} without a label"
+        raise DataError(f"--labelled-share {share:g} of --batch-size {batch_size} cannot be had of {images}")
+    for pool, count in zip(pools, (wanted, batch_size - wanted)):
+        rounds = range(-(-steps * count // len(pool)))
+        rows = torch.cat([pool[torch.randperm(len(pool), generator=generator)] for _ in rounds])
+        parts.append(rows[: steps * count].view(steps, count))
+    places = torch.rand(steps, batch_size, generator=generator).argsort(1)  # each process gets some of both
+    return torch.cat(parts, 1).gather(1, places).flatten()
+
+
 def repeats(order: torch.Tensor) -> torch.Tensor:
     """How often each row of `order` (N,) stood in it before: (N,) int64."""
     by_row = order.argsort(stable=True)
@@ -246,6 +264,7 @@ class Loader:
     filled up by repeating its last row (`valid` rows count), so that every batch has one shape.
 
     balanced: number of classes, which then come equally often in training, see `balanced_order`; 0: images do.
+    labelled_share: of the images of each training batch, see `mixed_order`; 0: as they come.
 
     Several processes: in training each gets an equal share of every batch, else every size-th batch.  accumulate:
     parts into which a process's share is cut, yielded one after another.
@@ -262,9 +281,10 @@ class Loader:
         workers: int | None = None,
         accumulate: int = 1,
         balanced: int = 0,
+        labelled_share: float = 0.0,
     ):
         self.dataset, self.device, self.shuffle, self.seed = dataset, torch.device(device), shuffle, seed
-        self.accumulate, self.balanced = accumulate, balanced
+        self.accumulate, self.balanced, self.labelled_share = accumulate, balanced, labelled_share
         self.batch_size = _train_batch(batch_size, len(dataset), accumulate) if shuffle else batch_size
         self.keys = torch.from_numpy(dataset.keys)
         self.targets = {task: torch.from_numpy(labels) for task, labels in dataset.targets.items()}
@@ -294,6 +314,9 @@ class Loader:
             generator = torch.Generator().manual_seed(seed)
             if self.balanced:
                 order = balanced_order(torch.from_numpy(self.dataset.labels), self.balanced, generator)
+            elif self.labelled_share:
+                labels = torch.from_numpy(self.dataset.labels)
+                order = mixed_order(labels, self.batch_size, self.labelled_share, generator)
             else:
                 order = torch.randperm(len(self.dataset), generator=generator)
         else:
@@ -314,7 +337,9 @@ class Loader:
         `last_part`, whether it completes the batch; and what `plan` added.
         """
         order = self.order(epoch)
-        again = repeats(order.flatten()).view_as(order) if self.balanced else torch.zeros_like(order)
+        again = torch.zeros_like(order)
+        if self.balanced or self.labelled_share:
+            again = repeats(order.flatten()).view_as(order)
         view = again * REPEAT_STRIDE + (epoch if self.shuffle else 0)
         numbers = torch.arange(len(order))
         if self.shuffle:  # this process's parts of every batch

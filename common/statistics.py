@@ -26,7 +26,7 @@ from common.run import UserError, better
 NOT_SETTINGS = set(
     "seed fold limit_train limit_labels output device workers overwrite resume cache config sweep sweep_index "
     "save_every save_samples download data_root teacher_checkpoint dataset model method resolution eval_dataset "
-    "eval_data_root eval_every positive".split()
+    "eval_data_root eval_every positive unlabeled_root".split()
 )
 # The parts of results.json and their types
 OPTIONAL = {

@@ -62,6 +62,26 @@ def load_folder(
     return without_bad_images(dataset) if on_bad_image == "skip" else dataset
 
 
+def add_images(dataset: ImageDataset, folder: str, on_bad_image: str = "error") -> ImageDataset:
+    """A labelled dataset with the images anywhere below a folder beside its own, unlabelled (label -1).
+
+    Their ids begin with "unlabeled/".  Raises DataError.
+    """
+    if type(dataset) is not ImageDataset:
+        raise DataError("--unlabeled-root is for images with one label, without texts")
+    more = _tree("--unlabeled-root", folder, dataset.decode_size, dataset.window)
+    more = without_bad_images(more) if on_bad_image == "skip" else more
+    ids = [*dataset.ids, *(f"unlabeled/{name}" for name in more.ids)]
+    own = dataset.paths
+    if own is None:
+        sample_image = optional("common.custom", "--unlabeled-root beside images in one array").SampleImage
+        own = [sample_image(dataset.images[:, None], row, name) for row, name in enumerate(dataset.ids)]
+    groups = None if dataset.groups is None else [*dataset.groups, *ids[len(dataset) :]]
+    labels = np.concatenate([dataset.labels, more.labels])
+    kept = {"decode_size": dataset.decode_size, "window": dataset.window, "groups": groups}
+    return ImageDataset(ids, labels, paths=[*own, *more.paths], **kept)
+
+
 def _tree(flag, folder, decode_size, window):
     """The images anywhere below a folder, unlabelled; an id is the path below the folder."""
     if not os.path.isdir(folder):

@@ -432,6 +432,8 @@ DISTILLED = """
 --method dkd | TAUGHT | | weights
 --alpha 0.9 | TAUGHT | | weights
 --limit-labels 8 | TAUGHT | | weights
+--unlabeled-root table | TAUGHT | | weights
+--labelled-share 0.5 | TAUGHT --limit-labels 8 | | weights
 --temperature 8 | TAUGHT | | weights
 --distillation-warmup-epochs 2 | TAUGHT | | weights
 --loss ce=0.5 kl=3 | TAUGHT | | weights
@@ -459,6 +461,7 @@ EXTRACTED = """
 --pretrained | STORED | | calls
 --weights narrow.pth | STORED | | arrays
 --splits val | STORED | | files
+--unlabeled-root table | STORED | | arrays
 --images table | --model resnet8 | --dataset medmnist --data-root a.npz | files
 --reference made --keep-fraction 0.5 | STORED | | files
 --keep-fraction 0.9 | STORED --reference made | --keep-fraction 0.5 | arrays

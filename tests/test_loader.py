@@ -336,10 +336,10 @@ def test_a_pipe_is_no_image(tmp_path, tiles, cache):
 def test_too_little_shared_memory_is_one_line(equal, monkeypatch):
     """The worker that cannot hand its batch over says so; the batch would be awaited for ever."""
 
-    def full(tensor):
+    def full(*args, **more):
         raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
 
-    monkeypatch.setattr(torch.Tensor, "share_memory_", full)  # the worker is forked
+    monkeypatch.setattr(torch.UntypedStorage, "_new_shared", full)  # the worker is forked
     with pytest.raises(DataError, match="/dev/shm is too small.*--workers 0.*--shm-size") as caught:
         list(Loader(equal, 5, "cpu", cache="off", workers=1).batches())
     assert "--on-bad-image" not in str(caught.value)
@@ -409,3 +409,34 @@ def test_sample_grid(tmp_path, tiles):
     assert Image.open(tmp_path / "few.png").size == (2 + 3 * 66, 2 + 66)
     with pytest.raises(DataError, match="cannot draw samples to .*grid.xyz"):
         save_sample_grid(str(tmp_path / "grid.xyz"), [teacher])
+
+
+# -------------------------------------------------------------------------------------------------- labels in a batch
+
+
+@pytest.mark.parametrize("share, wanted", [(0.25, 2), (0.5, 4), (0.875, 7)])
+def test_each_batch_has_its_share_of_labels(share, wanted):
+    labels = np.where(np.arange(100) < 10, np.arange(100) % 3, -1)
+    dataset = ImageDataset([str(i) for i in range(100)], labels, images=np.zeros((100, 4, 4, 3), np.uint8))
+
+    def loader(seed=0):
+        return Loader(dataset, 8, "cpu", shuffle=True, cache="ram", labelled_share=share, seed=seed)
+
+    seen = []
+    for batch in loader().batches(3):
+        assert (batch["targets"]["label"] >= 0).sum() == wanted
+        seen += list(zip(batch["index"].tolist(), batch["view"].tolist()))
+    assert len(seen) == 96 and len(set(seen)) == 96, "an image that comes again has another view"
+    counts = np.bincount([row for row, _ in seen], minlength=100)
+    for pool, drawn in ((counts[:10], 12 * wanted), (counts[10:], 12 * (8 - wanted))):
+        assert pool.sum() == drawn and pool.max() - pool.min() <= 1
+    order = loader().order(3)
+    assert torch.equal(order, loader().order(3)) and not torch.equal(order, loader(1).order(3))
+    halves = torch.from_numpy(labels)[order].view(-1, 2, 4)  # of two processes
+    assert ((halves >= 0).any(2).float().mean(0) > 0.3).all(), "each process gets some of both"
+
+
+def test_a_share_that_cannot_be_had():
+    dataset = ImageDataset(list("abcd"), np.zeros(4), images=np.zeros((4, 4, 4, 3), np.uint8))
+    with pytest.raises(DataError, match="--labelled-share 0.5 of --batch-size 4 .* 4 images with and 0 without"):
+        Loader(dataset, 4, "cpu", shuffle=True, cache="ram", labelled_share=0.5).order(1)

@@ -69,6 +69,44 @@ def test_few_labels_many_images(here, refused, teacher):
     refused("distill.py", *taught, "--limit-train", 200, "--limit-labels", 201, words=["--limit-labels 201", "200"])
 
 
+def pictures(folder, count=30, side=12):
+    rng = np.random.default_rng(9)
+    for i in range(count):
+        (folder / f"part {i % 2}").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (side, side, 3), np.uint8)).save(folder / f"part {i % 2}" / f"{i}.png")
+
+
+def test_images_without_labels_beside_the_labelled(here, refused, teacher, tmp_path):
+    """The labelled ones are a plain student's; live and from a store; a resumed run equals one that was not stopped."""
+    pictures(tmp_path / "more")
+    flags = ["--dataset", "digits", "--epochs", 2, "--batch-size", 32, "--device", "cpu", "--resolution", 8]
+    more = ["--limit-train", 64, "--unlabeled-root", "more", "--labelled-share", 0.25]
+    live = [*flags, *more, "--teacher-checkpoint", teacher / "best.pth", "--allow-weak-teacher"]
+    assert here("train_student.py", *flags, "--limit-train", 64, "--output", "alone")[0] == 0
+    code, log, errors = here("distill.py", *live, "--output", "live")
+    assert code == 0 and "94 train (64 with labels)" in log, errors
+    alone, kd = (read(Path(name, "results.json")) for name in ("alone", "live"))
+    assert kd["dataset"]["labelled"] == {"train": 64, "sha256": alone["dataset"]["sha256"]["train"]}
+    assert kd["flags"]["unlabeled_root"] == str(tmp_path / "more")
+    assert here("distill.py", *live, "--epochs", 1, "--schedule", "constant", "--output", "part")[0] == 0
+    assert here("distill.py", *live, "--schedule", "constant", "--output", "whole")[0] == 0
+    assert here("distill.py", "--resume", "part", "--epochs", 2)[0] == 0
+    part, whole = (torch.load(Path(name, "latest.pth"), weights_only=True)["model"] for name in ("part", "whole"))
+    assert all(torch.equal(part[name], whole[name]) for name in whole)
+    assert here("evaluate.py", "live/best.pth", "--knn", "--device", "cpu")[0] == 0, "train there has labels"
+
+    store = ["extract_embeddings.py", "--checkpoint", teacher / "best.pth", "--save-logits", "--device", "cpu"]
+    code, _, errors = here(*store, "--unlabeled-root", "more", "--output", "store")
+    assert code == 0, errors
+    stored = ["--teacher-embeddings", "store", "--allow-weak-teacher", *flags, "--limit-labels", 64]
+    code, log, errors = here("distill.py", *stored, "--labelled-share", 0.5, "--output", "stored")
+    assert code == 0 and "838 train (64 with labels)" in log, errors
+
+    refused("distill.py", *live, "--labelled-share", 0.001, words=["--labelled-share 0.001", "64 images with and 30"])
+    refused("distill.py", *live, "--unlabeled-root", "nowhere", words=["--unlabeled-root", "nowhere", "not a folder"])
+    refused("distill.py", *live, "--sampler", "balanced", words=["--sampler balanced", "--unlabeled-root"])
+
+
 def test_the_stages_one_after_the_other(tmp_path, teacher):
     """Teacher, student, distilled student, evaluation, report: files, figures that agree, and a second time."""
     shutil.copytree(teacher, tmp_path / "runs" / "teacher")
