@@ -674,3 +674,41 @@ def test_a_teacher_at_chance_level_by_knn(taught, tmp_path):
     assert done.returncode == 2 and "by k-NN no better than chance" in done.stderr
     done = run_script("distill.py", *args, "--allow-weak-teacher", "--epochs", 1, "--limit-train", 64)
     assert done.returncode == 0, done.stderr
+
+
+# -------------------------------------------------------------------------------------- teachers of today, CNN students
+
+
+@pytest.mark.parametrize(
+    "name, side, prefix",
+    [
+        ("vit_tiny_patch16_dinov3_qkvb", 64, 5),
+        ("vit_pe_spatial_tiny_patch16_512", 64, 1),
+        ("vit_small_patch14_reg4_dinov2", 56, 5),
+    ],
+)
+def test_prefix_tokens_are_no_patches(name, side, prefix):
+    if not timm.is_model(name):
+        pytest.skip(f"this timm has no {name}")
+    model = build_model(name, 0, side).eval()
+    model.with_tokens = True
+    assert model.backbone.num_prefix_tokens == prefix
+    with torch.no_grad():
+        out = model({"image": torch.rand(2, 3, side, side)})
+        every = model.backbone.forward_features(torch.rand(2, 3, side, side))
+    assert out["tokens"].shape == (2, 16, every.shape[2]) and every.shape[1] == 16 + prefix
+
+
+def test_a_cnn_learns_a_vit_s_tokens(here, tmp_path):
+    """Its feature map is the grid, its embedding the class token; of another grid and width."""
+    teacher = build_model("vit_6_192", 0, 16)
+    torch.save(teacher.backbone.state_dict(), tmp_path / "teacher.pth")
+    flags = ["--teacher-model", "vit_6_192", "--teacher-weights", "teacher.pth", "--teacher-resolution", 16]
+    flags += ["--dataset", "digits", "--resolution", 16, "--model", "resnet8", "--limit-train", 64, "--batch-size", 16]
+    code, log, errors = here(
+        "distill.py", "--method", "tokens", *flags, "--epochs", 3, "--device", "cpu", "--output", "run"
+    )
+    rows = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert code == 0, errors
+    assert rows[-1]["val_distillation_loss"] < rows[0]["val_distillation_loss"], "it learns something"
+    assert all(rows[-1][f"train_{term}"] < rows[0][f"train_{term}"] for term in ("cls", "patch"))
