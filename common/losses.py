@@ -204,6 +204,31 @@ def standardized_kl(student_logits: Tensor, teacher_logits: Tensor, temperature:
     return temperature_kl(_standardized(student_logits, FLAT), _standardized(teacher_logits, 1e-7), temperature)
 
 
+@in_float32
+def hard_label(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """Mean cross-entropy of the student's logits (B, C) with the class that the teacher finds most likely.
+
+    Touvron et al. 2021 (DeiT), arXiv:2012.12877, equation 3, which halves it and the cross-entropy with the labels.
+    """
+    return F.cross_entropy(student_logits, teacher_logits.argmax(1))
+
+
+@in_float32
+def plackett_luce(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
+    """PLD: cross-entropies of choosing the classes one by one, the label first, the others as the teacher ranks them.
+
+    Each is over the classes that are left and weighs what softmax(teacher / T) gives the class that is chosen; summed
+    over classes, averaged over the batch.  The first is the labels' cross-entropy.  Logits (B, C); labels (B,) int64,
+    where one is -1 the teacher's class is the first.  Bassam et al. 2025, arXiv:2506.12542, section 4.2.
+    """
+    labels = torch.where(labels < 0, teacher_logits.argmax(1), labels)
+    order = teacher_logits.scatter(1, labels[:, None], math.inf).argsort(dim=1, descending=True, stable=True)
+    weights = (teacher_logits / temperature).softmax(1).gather(1, order)  # (B, C)
+    chosen = student_logits.clamp(min=torch.finfo(student_logits.dtype).min).gather(1, order)  # no -inf - -inf
+    left = chosen.flip(1).logcumsumexp(1).flip(1)  # of each class and those ranked below it
+    return (weights * (left - chosen)).sum(1).mean()
+
+
 # -------------------------------------------------------------------------------------------------------- several tasks
 
 
@@ -297,6 +322,19 @@ def attention_transfer(student: Tensor, teacher: Tensor) -> Tensor:
             "choose earlier layers"
         )
     return F.mse_loss(maps[0], maps[1])
+
+
+@in_float32
+def gaussian_wasserstein(student: Tensor, teacher: Tensor, mean_weight: float = 4.0) -> Tensor:
+    """mean_weight * ||mean difference||^2 + ||deviation difference||^2 of each channel's values over the positions.
+
+    Maps (B, C, H, W) of equal width and any size; summed over channels, averaged over the batch.  The squared
+    2-Wasserstein distance of diagonal Gaussians at mean_weight 1.  WKD-F, Lv et al. 2024, arXiv:2412.08139; the sum,
+    the variance's eps of 1e-5 and the 4 are those of a copy of their code, for CIFAR-100.
+    """
+    means = student.mean((2, 3)) - teacher.mean((2, 3))  # (B, C)
+    deviations = [(x.var((2, 3), correction=0) + 1e-5).sqrt() for x in (student, teacher)]
+    return (mean_weight * means.square() + (deviations[0] - deviations[1]).square()).sum(1).mean()
 
 
 # ------------------------------------------------------------------------------------------ terms on embeddings, tokens
@@ -420,6 +458,53 @@ def mmd(student: Tensor, teacher: Tensor, scales: tuple[float, ...] = (0.25, 0.5
     return kernel[:count, :count].mean() + kernel[count:, count:].mean() - 2 * kernel[:count, count:].mean()
 
 
+def _directions(rows):
+    """Rows (B, D) at unit length; one next to zero has no direction: 0 without its gradient of 1 / length."""
+    lengths = rows.norm(dim=1, keepdim=True)
+    return rows / lengths.masked_fill(lengths <= 1e-5 * lengths.mean(), math.inf)
+
+
+@in_float32
+def probabilistic_transfer(student: Tensor, teacher: Tensor) -> Tensor:
+    """PKT: KL(teacher || student) of each image's neighbours: (1 + cosine) / 2, divided by the sum over the batch.
+
+    Embeddings (B, D_s), (B, D_t), B of at least 2.  Passalis and Tefas 2018, arXiv:1803.10837; the image itself counts,
+    the eps is 1e-7 and the mean is over all B^2 pairs, as in their code, which a weight of 30000 belongs to.
+    """
+    _need_two(student)
+    probabilities = []
+    for x in map(_directions, (student, teacher)):
+        similarity = (1 + x @ x.T) / 2  # (B, B)
+        probabilities.append(similarity / similarity.sum(1, keepdim=True))
+    q, p = probabilities
+    return (p * ((p + 1e-7) / (q + 1e-7)).log()).mean()
+
+
+@in_float32
+def similarity_preserving(student: Tensor, teacher: Tensor) -> Tensor:
+    """SP: mean squared difference of the products of all pairs of images, each image's (B,) scaled to unit length.
+
+    Embeddings (B, D_s), (B, D_t), B of at least 2.  Tung and Mori 2019, arXiv:1907.09682, equations 2 to 4; the mean
+    over B^2 pairs is what their weight of 3000 belongs to.
+    """
+    _need_two(student)
+    return F.mse_loss(*(_directions(x @ x.T) for x in (student, teacher)))
+
+
+@in_float32
+def log_sum_distance(student: Tensor, teacher: Tensor, exponent: float = 4.0) -> Tensor:
+    """SRD: log of the sum of |s - t|^exponent over batch and dimensions, both sides normalized over the batch.
+
+    Embeddings (B, D) of equal width, B of at least 2.  The normalization is BatchNorm without weights, by the
+    statistics of this batch also in evaluation.  Miles and Mikolajczyk 2023, arXiv:2303.11098; BatchNorm's eps of 1e-4
+    and the 1e-5 that keeps the log finite are their code's.
+    """
+    _need_two(student)
+    pair = (x - x[:1] for x in (student, teacher))  # shifts nothing, but equal rows have no rounding error then
+    student, teacher = (F.batch_norm(x, None, None, training=True, eps=1e-4) for x in pair)
+    return ((student - teacher).abs().pow(exponent).sum() + 1e-5).log()
+
+
 def _need_two(rows):
     if len(rows) < 2:
         raise LossError(
@@ -433,6 +518,11 @@ def _need_two(rows):
 def map_projector(student_width: int, teacher_width: int) -> nn.Module:
     """A 1x1 convolution of the student's feature maps (B, C, H, W) to the teacher's width."""
     return nn.Conv2d(student_width, teacher_width, 1)
+
+
+def linear_without_bias(student_width: int, teacher_width: int) -> nn.Module:
+    """A linear map of the student's embeddings (B, D); for `log_sum_distance`, which takes any bias away."""
+    return nn.Linear(student_width, teacher_width, bias=False)
 
 
 def orthogonal(rows: int, columns: int, seed: int = 0) -> Tensor:
@@ -519,8 +609,11 @@ TERMS = {
     "dkd": Term(decoupled_kl, "logits", "decoupled KL, T^2 (alpha target + beta others)", uses_labels=True),
     "dist": Term(dist, "logits", "1 - correlation, T^2 (beta classes + gamma images)", compares_images=True),
     "standardized_kl": Term(standardized_kl, "logits", "T^2 KL of logits with mean 0 and deviation 1"),
+    "hard": Term(hard_label, "logits", "cross-entropy with the teacher's class"),
+    "pld": Term(plackett_luce, "logits", "cross-entropies down the teacher's ranking", uses_labels=True),
     "feature": Term(feature_loss, "features", "distance of feature maps", map_projector),
     "attention": Term(attention_transfer, "features", "MSE of attention maps"),
+    "wkd": Term(gaussian_wasserstein, "features", "Wasserstein distance of mean and deviation", map_projector),
     "embedding": Term(embedding_loss, "embedding", "lambda_feat MSE + lambda_cos (1 - cosine)", EmbeddingProjectors),
     "cls": Term(normalized_mse, "embedding", "2 - 2 cosine of class tokens", nn.Linear),
     "patch": Term(patch_loss, "tokens", "2 - 2 cosine of patch tokens", nn.Linear),
@@ -529,6 +622,9 @@ TERMS = {
     "rkd_distance": Term(rkd_distance, "embedding", "distances in a batch", compares_images=True),
     "rkd_angle": Term(rkd_angle, "embedding", "angles in a batch", compares_images=True),
     "mmd": Term(mmd, "embedding", "maximum mean discrepancy", nn.Linear, compares_images=True),
+    "pkt": Term(probabilistic_transfer, "embedding", "KL of neighbours in a batch", compares_images=True),
+    "sp": Term(similarity_preserving, "embedding", "similarities in a batch", compares_images=True),
+    "srd": Term(log_sum_distance, "embedding", "log-sum distance", linear_without_bias, compares_images=True),
 }
 # --method NAME stands for these words after --loss
 METHODS = {
@@ -547,6 +643,12 @@ METHODS = {
     "logit_standardization": "ce=0.1 standardized_kl=9",  # Sun et al. 2024, arXiv:2403.01427, their code's weights
     # Zagoruyko and Komodakis 2017, arXiv:1612.03928; theirs sums over layers, ours is the mean
     "attention": "ce=1 attention=1000",
+    "pkt": "ce=1 pkt=30000",  # Passalis and Tefas 2018, arXiv:1803.10837; weight of RepDistiller, at batches of 64
+    "sp": "ce=1 sp=3000",  # Tung and Mori 2019, arXiv:1907.09682, on embeddings
+    "srd": "ce=1 srd=1",  # Miles and Mikolajczyk 2023, arXiv:2303.11098, their code's weights for ImageNet
+    "hard": "ce=0.5 hard=0.5",  # Touvron et al. 2021, arXiv:2012.12877
+    "pld": "pld=1",  # Bassam et al. 2025, arXiv:2506.12542: its first summand is a cross-entropy
+    "wkd": "ce=1 wkd=0.006",  # Lv et al. 2024, arXiv:2412.08139; for CIFAR-100 in a copy of their code
 }
 # methods that have --alpha: it weighs the first of these terms, 1 - alpha the second
 ALPHA = {"response": ("ce", "kl"), "feature": ("ce", "kl"), "feature_matching": ("feature", "ce")}

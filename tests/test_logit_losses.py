@@ -1,5 +1,5 @@
-"""Losses of logits (decoupled KL, DIST, logit standardization) and attention transfer, against the papers' formulas in
-float64."""
+"""Losses of logits (decoupled KL, DIST, logit standardization, hard labels, Plackett-Luce) and of feature maps
+(attention transfer, Wasserstein distance), against the papers' formulas in float64."""
 
 import json
 import math
@@ -18,7 +18,10 @@ from common.losses import (
     attention_transfer,
     decoupled_kl,
     dist,
+    gaussian_wasserstein,
+    hard_label,
     loss_settings,
+    plackett_luce,
     standardized_kl,
     temperature_kl,
     terms_on,
@@ -26,11 +29,18 @@ from common.losses import (
 from distill import build_parser, check_loss, settle_flags
 
 B, C = 6, 5
-LOGIT_TERMS = ("kl", "dkd", "dist", "standardized_kl")
+LOGIT_TERMS = ("kl", "dkd", "dist", "standardized_kl", "hard", "pld")
 LABELS = torch.tensor([0, 3, 4, 3, 1, 2])
 # (student, teacher) -> scalar, of logits (B, C) with LABELS
-OF_LOGITS = {"dkd": lambda s, t: decoupled_kl(s, t, LABELS[: len(s)]), "dist": dist, "standardized_kl": standardized_kl}
-ALL = {**OF_LOGITS, "attention": attention_transfer}
+OF_LOGITS = {
+    "dkd": lambda s, t: decoupled_kl(s, t, LABELS[: len(s)]),
+    "dist": dist,
+    "standardized_kl": standardized_kl,
+    "hard": hard_label,
+    "pld": lambda s, t: plackett_luce(s, t, LABELS[: len(s)]),
+}
+OF_MAPS = {"attention": attention_transfer, "wkd": gaussian_wasserstein}
+ALL = {**OF_LOGITS, **OF_MAPS}
 
 
 # -------------------------------------------------------------------------------------------------- formulas, by numpy
@@ -71,6 +81,32 @@ def dist_by_hand(student, teacher, temperature, beta, gamma, flat=0.0):
 def standardized_by_hand(student, teacher, temperature):
     pairs = zip(zscore(student, axis=1, ddof=1), zscore(teacher, axis=1, ddof=1))
     return temperature**2 * np.mean([kl(softmax(t, temperature), softmax(s, temperature)) for s, t in pairs])
+
+
+def hard_by_hand(student, teacher):
+    return -np.mean(
+        [math.log(softmax(s, 1.0)[max(range(len(t)), key=t.__getitem__)]) for s, t in zip(student, teacher)]
+    )
+
+
+def pld_by_hand(student, teacher, labels, temperature=1.0):
+    total = 0.0
+    for s, t, label in zip(student, teacher, labels):
+        confidence = softmax(t, temperature)
+        left = [int(label), *sorted((c for c in range(len(t)) if c != label), key=lambda c: -t[c])]  # noqa: B023
+        while left:
+            choices = softmax(s[left], 1.0)
+            total -= confidence[left.pop(0)] * math.log(choices[0])
+    return total / len(student)
+
+
+def wkd_by_hand(student, teacher, mean_weight=4.0):
+    total = 0.0
+    for s, t in zip(student, teacher):
+        for a, b in zip(s, t):  # channels
+            deviations = [math.sqrt(np.var(x) + 1e-5) for x in (a, b)]
+            total += mean_weight * (np.mean(a) - np.mean(b)) ** 2 + (deviations[0] - deviations[1]) ** 2
+    return total / len(student)
 
 
 def attention_by_hand(student, teacher):
@@ -169,6 +205,75 @@ def test_standardized_kl_knows_no_scale_or_shift():
     assert temperature_kl(student, student * scale + shift, 2.0) > 1e-3
 
 
+def test_hard_label():
+    """The teacher's certainty says nothing; its smoothed labels are left out."""
+    student, teacher = rand(B, C, scale=2), rand(B, C, seed=1, scale=2)
+    loss = hard_label(student, teacher).item()
+    assert loss == pytest.approx(hard_by_hand(student.numpy(), teacher.numpy()), rel=1e-10)
+    assert hard_label(student, 9 * teacher + rand(B, 1, seed=2)).item() == loss
+    tied = torch.zeros(B, C, dtype=torch.float64)  # a teacher that cannot tell names the first class
+    assert hard_label(student, tied).item() == pytest.approx(hard_by_hand(student.numpy(), tied.numpy()), rel=1e-10)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+def test_plackett_luce(temperature):
+    student, teacher = rand(B, C, scale=2), rand(B, C, seed=1, scale=2)
+    loss = plackett_luce(student, teacher, LABELS, temperature).item()
+    assert loss == pytest.approx(pld_by_hand(student.numpy(), teacher.numpy(), LABELS, temperature), rel=1e-10)
+    if temperature == 1:
+        assert plackett_luce(student, teacher, LABELS).item() == loss
+    shift = rand(B, 1, seed=3, scale=9)
+    assert plackett_luce(student + shift, teacher, LABELS, temperature).item() == pytest.approx(loss, rel=1e-10)
+    assert plackett_luce(student, teacher + shift, LABELS, temperature).item() == pytest.approx(loss, rel=1e-10)
+    unlabelled = torch.where(torch.arange(B) < 3, -1, LABELS)
+    filled = torch.where(unlabelled < 0, teacher.argmax(1), LABELS)
+    expected = pld_by_hand(student.numpy(), teacher.numpy(), filled, temperature)
+    assert expected != pytest.approx(loss, rel=1e-3)
+    assert plackett_luce(student, teacher, unlabelled, temperature).item() == pytest.approx(expected, rel=1e-10)
+
+
+def test_plackett_luce_of_a_certain_teacher_is_the_cross_entropy():
+    student = rand(B, C, grad=True)
+    teacher = 1e4 * torch.nn.functional.one_hot(LABELS, C).double()
+    value = plackett_luce(student, teacher, LABELS)
+    expected = torch.nn.functional.cross_entropy(student, LABELS)
+    assert value.item() == pytest.approx(expected.item(), rel=1e-12)
+    gradients = [torch.autograd.grad(x, student)[0] for x in (value, expected)]
+    assert torch.allclose(*gradients, rtol=1e-10, atol=1e-14)
+
+
+def test_plackett_luce_learns_the_ranking():
+    """By gradient descent on logits alone; the teacher ranks the label second, it comes first all the same."""
+    teacher = torch.tensor([[2.0, 1.5, 1.0, 0.5, 0.0]])
+    student = torch.zeros(1, C, requires_grad=True)
+    for _ in range(300):
+        (gradient,) = torch.autograd.grad(plackett_luce(student, teacher, torch.tensor([1])), student)
+        student = (student - gradient).detach().requires_grad_()
+    assert student.argsort(descending=True).tolist() == [[1, 0, 2, 3, 4]]
+
+
+@pytest.mark.parametrize("mean_weight", [0.0, 1.0, 4.0])
+@pytest.mark.parametrize("sizes", [((3, 4, 4), (3, 4, 4)), ((3, 8, 6), (3, 4, 2)), ((3, 2, 2), (3, 1, 1))])
+def test_gaussian_wasserstein(sizes, mean_weight):
+    """Of maps of any size: nothing is pooled."""
+    student, teacher = rand(B, *sizes[0]), rand(B, *sizes[1], seed=1)
+    loss = gaussian_wasserstein(student, teacher, mean_weight).item()
+    assert loss == pytest.approx(wkd_by_hand(student.numpy(), teacher.numpy(), mean_weight), rel=1e-10)
+    if mean_weight == 4:
+        assert gaussian_wasserstein(student, teacher).item() == loss
+    mixed = student.flatten(2)[..., torch.randperm(sizes[0][1] * sizes[0][2])].unflatten(2, sizes[0][1:])
+    assert gaussian_wasserstein(mixed, teacher, mean_weight).item() == pytest.approx(loss, rel=1e-10)
+    assert gaussian_wasserstein(student, -student + 2 * student.mean((2, 3), keepdim=True)).item() < 1e-20
+
+
+def test_gaussian_wasserstein_is_the_distance_of_gaussians():
+    """Of two samples of one channel that differ by shift and scale, against the sorted values of both."""
+    values = rand(1, 1, 50, 50)
+    student, teacher = 2 * values + 3, values
+    squared = (student.flatten().sort()[0] - teacher.flatten().sort()[0]).square().mean()  # W2 of one dimension
+    assert gaussian_wasserstein(student, teacher, 1.0).item() == pytest.approx(squared.item(), rel=1e-4)
+
+
 @pytest.mark.parametrize(
     "sizes", [((3, 4, 4), (6, 4, 4)), ((6, 8, 8), (3, 4, 4)), ((2, 3, 5), (5, 6, 5)), ((1, 1, 2), (4, 2, 2))]
 )
@@ -185,7 +290,7 @@ def test_attention_transfer(sizes):
 
 
 def samples(name, grad=False):
-    shape = (B, 3, 4, 4) if name == "attention" else (B, C)
+    shape = (B, 3, 4, 4) if name in OF_MAPS else (B, C)
     return rand(*shape, grad=grad), rand(*shape, seed=1)
 
 
@@ -279,6 +384,8 @@ def test_a_teacher_logit_of_minus_infinity_contributes_nothing(name, count):
     labels = LABELS % count
     if name == "dkd":
         loss = lambda s, t: decoupled_kl(s, t, labels, 3.0)  # noqa: E731
+    if name == "pld":
+        loss = lambda s, t: plackett_luce(s, t, labels)  # noqa: E731
     teacher[0, 0] = teacher[1, count - 1] = -math.inf
     teacher[2, 1:] = -math.inf  # certain of one class
     value = loss(student, teacher)
@@ -298,6 +405,14 @@ def test_a_teacher_logit_of_minus_infinity_contributes_nothing(name, count):
         for s, t in zip(student.detach().numpy(), teacher.numpy()):
             by_hand += sum(a * math.log(a / b) for a, b in zip(softmax(t, 3.0), softmax(s, 3.0)) if a)
         assert value.item() == pytest.approx(9 * by_hand / B, rel=1e-10)
+    if name in ("hard", "pld"):
+        pair = student.detach().numpy(), teacher.numpy()
+        by_hand = hard_by_hand(*pair) if name == "hard" else pld_by_hand(*pair, labels)
+        assert value.item() == pytest.approx(by_hand, rel=1e-10)
+    if name in ("kl", "hard", "pld"):  # a head that masks the class as well
+        masked = student.detach().masked_fill(teacher == -math.inf, -math.inf).requires_grad_()
+        value = loss(masked, teacher)
+        assert value.isfinite() and torch.autograd.grad(value, masked)[0].isfinite().all()
     if name == "standardized_kl" and count == C:  # standardized over the classes that there are
         kept = [
             zscore(row[np.isfinite(row)], ddof=1) if np.isfinite(row).sum() > 1 else np.zeros(1)
@@ -318,6 +433,14 @@ def test_minus_infinity_in_one_of_several_tasks():
         assert DistillationLoss({term: 1.0})(student, teacher, TARGETS).isfinite(), term
 
 
+def test_dead_maps_have_bounded_deviations():
+    """Of a constant map the deviation counts as sqrt(1e-5), without a gradient."""
+    student, teacher = torch.ones(2, 3, 4, 4, requires_grad=True), rand(2, 3, 4, 4).float()
+    value = gaussian_wasserstein(student, teacher, 0.0)
+    assert value.item() == pytest.approx(wkd_by_hand(np.ones((2, 3, 4, 4)), teacher.numpy(), 0.0), rel=1e-4)
+    assert torch.autograd.grad(value, student)[0].abs().max() < 1e-6
+
+
 def test_dead_maps_have_no_attention():
     student = torch.zeros(2, 3, 4, 4, requires_grad=True)
     value = attention_transfer(student, torch.ones(2, 5, 4, 4))
@@ -332,7 +455,7 @@ SIZES = {"organ": 4, "modality": 2}
 TARGETS = {"organ": torch.tensor([0, 3, 1, 2, 0, 0]), "modality": torch.tensor([1, 0, 0, 1, 1, 1])}
 
 
-@pytest.mark.parametrize("term", ["dkd", "dist", "standardized_kl"])
+@pytest.mark.parametrize("term", ["dkd", "dist", "standardized_kl", "hard", "pld"])
 def test_terms_are_means_over_tasks(term):
     """With their settings, the temperature of all and the tasks' weights."""
     student, teacher = (
@@ -342,11 +465,15 @@ def test_terms_are_means_over_tasks(term):
         "dkd": {"dkd.temperature": 3.0, "dkd.alpha": 0.5, "dkd.beta": 3.0},
         "dist": {"dist.temperature": 3.0, "dist.beta": 0.5, "dist.gamma": 3.0},
         "standardized_kl": {"standardized_kl.temperature": 3.0},
+        "hard": {},
+        "pld": {"pld.temperature": 3.0},
     }[term]
     by_hand = {
         "dkd": lambda s, t, task: dkd_by_hand(s, t, TARGETS[task], 3.0, 0.5, 3.0),
         "dist": lambda s, t, _: dist_by_hand(s, t, 3.0, 0.5, 3.0),
         "standardized_kl": lambda s, t, _: standardized_by_hand(s, t, 3.0),
+        "hard": lambda s, t, _: hard_by_hand(s, t),
+        "pld": lambda s, t, task: pld_by_hand(s, t, TARGETS[task], 3.0),
     }[term]
     expected = {
         task: by_hand(student[f"logits_{task}"].numpy(), teacher[f"logits_{task}"].numpy(), task) for task in SIZES
@@ -400,6 +527,22 @@ def test_warm_up_of_the_class_tokens_of_local_crops():
     assert criterion(student, teacher, local_crops=local).item() == pytest.approx(whole / 4, rel=1e-9)
 
 
+def test_wasserstein_of_projected_layers():
+    maps = {"a": rand(B, 3, 4, 4), "b": rand(B, 5, 2, 2, seed=1)}
+    guides = {"x": rand(B, 7, 2, 2, seed=2), "y": rand(B, 4, 3, 3, seed=3)}
+    criterion = DistillationLoss(*loss_settings("wkd", loss_options=["wkd.mean_weight=2"]))
+    criterion.build({"features": maps, "logits": rand(B, C)}, {"features": guides})
+    expected = []
+    for projector, s, t in zip(criterion.double().projectors["wkd"], maps.values(), guides.values(), strict=True):
+        weight, bias = (p.detach().numpy() for p in (projector.weight[:, :, 0, 0], projector.bias))
+        projected = np.einsum("oc,bchw->bohw", weight, s.numpy()) + bias[:, None, None]
+        expected.append(wkd_by_hand(projected, t.numpy(), 2.0))
+    loss = criterion({"features": maps}, {"features": guides})
+    assert loss.item() == pytest.approx(0.006 * np.mean(expected), rel=1e-9)
+    loss.backward()
+    assert all(p.grad.abs().sum() > 0 for p in criterion.parameters())
+
+
 def test_attention_is_a_mean_over_layers_and_needs_no_projector():
     maps = {"a": rand(B, 3, 4, 4), "b": rand(B, 5, 2, 2, seed=1)}
     guides = {"x": rand(B, 7, 2, 2, seed=2), "y": rand(B, 4, 3, 3, seed=3)}
@@ -441,6 +584,9 @@ def test_what_cannot_be_compared_is_refused():
         (["--method", "attention"], {"ce": 1.0, "attention": 1000.0}, 4.0),
         (["--method", "projection"], {"ce": 1.0, "kl": 1.0, "projection": 100.0}, 2.0),
         (["--method", "response"], {"ce": 0.5, "kl": 0.5}, 4.0),
+        (["--method", "hard"], {"ce": 0.5, "hard": 0.5}, None),
+        (["--method", "pld"], {"pld": 1.0}, 1.0),
+        (["--method", "pld", "--temperature", "4"], {"pld": 1.0}, 4.0),
         (["--method", "dist", "--temperature", "3"], {"ce": 1.0, "dist": 2.0}, 3.0),
         (["--method", "dkd", "--loss", "standardized_kl=2"], {"standardized_kl": 2.0}, 2.0),
         (["--loss", "standardized_kl=2", "--method", "dkd"], {"ce": 1.0, "dkd": 1.0}, 4.0),  # the later one counts
@@ -451,7 +597,7 @@ def test_weights_and_temperature_of_the_flags(flags, weights, temperature):
     args = build_parser().parse_args(flags)
     found, options, labelled = check_loss(args)
     assert found == weights
-    assert {options[f"{term}.temperature"] for term in terms_on(found, "logits")} <= {temperature}
+    assert {options[f"{term}.temperature"] for term in terms_on(found, "logits") if term != "hard"} <= {temperature}
     assert labelled is True and settle_flags(args, found, labelled).select_metric == "accuracy"
 
 
@@ -503,14 +649,16 @@ def batches(loss, *columns):
 
 
 @pytest.mark.parametrize(
-    "method, term, by_hand",
+    "method, by_hand",
     [
-        ("dkd", "dkd", lambda s, t, labels: dkd_by_hand(s, t, labels, 4.0, 1.0, 8.0)),
-        ("dist", "dist", lambda s, t, _: 2 * dist_by_hand(s, t, 1.0, 1.0, 1.0, 0.1)),  # an epoch leaves it rather flat
-        ("logit_standardization", "standardized_kl", lambda s, t, _: 9 * standardized_by_hand(s, t, 2.0)),
+        ("dkd", lambda s, t, labels: dkd_by_hand(s, t, labels, 4.0, 1.0, 8.0)),
+        ("dist", lambda s, t, _: 2 * dist_by_hand(s, t, 1.0, 1.0, 1.0, 0.1)),  # an epoch leaves it rather flat
+        ("logit_standardization", lambda s, t, _: 9 * standardized_by_hand(s, t, 2.0)),
+        ("hard", lambda s, t, _: 0.5 * hard_by_hand(s, t)),
+        ("pld", pld_by_hand),
     ],
 )
-def test_methods_of_logits_live_and_stored(extracted, teacher, tmp_path, method, term, by_hand):
+def test_methods_of_logits_live_and_stored(extracted, teacher, tmp_path, method, by_hand):
     """The same losses on plain images, up to float16; val's distillation loss is the formula on what the run wrote."""
     flags = [
         *FLAGS,
@@ -535,11 +683,11 @@ def test_methods_of_logits_live_and_stored(extracted, teacher, tmp_path, method,
     )
     succeed("distill.py", *flags, "--teacher-embeddings", extracted, "--output", tmp_path / "stored")
     live, stored = (read(tmp_path / name) for name in ("live", "stored"))
-    for key in ("loss", "ce", term):
-        assert live[f"train_{key}"] == pytest.approx(stored[f"train_{key}"], rel=0.02), key
     weights = loss_settings(method)[0]
+    for key in ("loss", *weights):
+        assert live[f"train_{key}"] == pytest.approx(stored[f"train_{key}"], rel=0.02), key
     assert live["train_loss"] == pytest.approx(
-        sum(weights[key] * live[f"train_{key}"] for key in ("ce", term)), rel=1e-4
+        sum(weight * live[f"train_{key}"] for key, weight in weights.items()), rel=1e-4
     )
     written = np.load(tmp_path / "stored/predictions_val.npz", allow_pickle=False)
     ids, taught = (np.load(extracted / f"val_embeddings/{name}.npy", allow_pickle=False) for name in ("ids", "logits"))

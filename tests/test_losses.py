@@ -280,6 +280,12 @@ def test_methods_are_sums():
         "dist": ({"ce": 1, "dist": 2}, 1),
         "logit_standardization": ({"ce": 0.1, "standardized_kl": 9}, 2),
         "attention": ({"ce": 1, "attention": 1000}, None),
+        "pkt": ({"ce": 1, "pkt": 30000}, None),
+        "sp": ({"ce": 1, "sp": 3000}, None),
+        "srd": ({"ce": 1, "srd": 1}, None),
+        "hard": ({"ce": 0.5, "hard": 0.5}, None),
+        "pld": ({"pld": 1}, 1),
+        "wkd": ({"ce": 1, "wkd": 0.006}, None),
     }
     assert expected.keys() == METHODS.keys()
     for method, (weights, temperature) in expected.items():
@@ -289,7 +295,7 @@ def test_methods_are_sums():
         assert on_logits == ({temperature} if temperature else set()), method
 
 
-LOGIT_TEMPERATURES = {f"{term}.temperature" for term in ("kl", "dkd", "dist", "standardized_kl")}
+LOGIT_TEMPERATURES = {f"{term}.temperature" for term in ("kl", "dkd", "dist", "standardized_kl", "pld")}
 
 
 def test_a_sum_of_the_user_s():
