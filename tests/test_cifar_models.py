@@ -153,7 +153,7 @@ class Official:
     ],
 )
 def test_official_weights_load_and_give_the_official_logits(name, family, options):
-    """Once with BatchNorm's counters, as their files have them, under a key and behind another entry."""
+    """Their files hold BatchNorm's counters too, and the weights under a key beside another entry."""
     official = Official()
     logits = getattr(official, family)(images().double(), *options)
     state = {}
@@ -202,7 +202,7 @@ def test_layers_have_one_name_in_all_families():
 
 
 def test_scripts(tmp_path):
-    """A teacher, a student, feature distillation of both kinds, a resumed run, and what reads their checkpoints."""
+    """A teacher, a student, feature distillation from one to the other, a resumed run, and what reads their checkpoints."""
     small = [*SMALL, "--epochs", "1"]
     succeed("train_teacher.py", *small, "--model", "cifar_wrn_16_2", "--output", "teacher", cwd=tmp_path)
     succeed("train_student.py", *small, "--model", "cifar_resnet20", "--output", "student", cwd=tmp_path)
