@@ -390,9 +390,10 @@ def build_model(
 def _build(name, num_classes, img_size, patch_size, pretrained, hf_config, dynamic):
     build_args = {"name": name, "num_classes": num_classes, "img_size": img_size}
     build_args.update({key: value for key, value in (("patch_size", patch_size), ("dynamic", dynamic)) if value})
-    if name.startswith("cifar_"):
+    foreign = ".py:" in name or name.startswith("hf:")
+    if name.startswith("cifar_") and not foreign:
         SMALL_MODELS.update(_optional("cifar_models", name).CIFAR_MODELS)
-    small, foreign = name in SMALL_MODELS, ".py:" in name or name.startswith("hf:")
+    small = name in SMALL_MODELS
     if small and name.startswith("vit"):
         patch_size = patch_size or 4
     elif patch_size and (small or foreign):

@@ -50,6 +50,7 @@ def test_all_names_are_tested_and_others_refused():
     assert set(CIFAR_MODELS) == set(PUBLISHED)
     message = refusal(build_model, "cifar_resnet2", 10)
     assert "unknown model 'cifar_resnet2'" in message and "cifar_resnet20" in message
+    assert "cifar_own.py, which does not exist" in refusal(build_model, "cifar_own.py:net", 10)
     assert "--pretrained" in refusal(build_model, "cifar_vgg8", 10, pretrained=True)
     assert "--patch-size 4" in refusal(build_model, "cifar_vgg8", 10, patch_size=4)
 
@@ -202,7 +203,7 @@ def test_layers_have_one_name_in_all_families():
 
 
 def test_scripts(tmp_path):
-    """A teacher, a student, feature distillation from one to the other, a resumed run, and what reads their checkpoints."""
+    """A teacher, a student, feature distillation, a resumed run, and what reads their checkpoints."""
     small = [*SMALL, "--epochs", "1"]
     succeed("train_teacher.py", *small, "--model", "cifar_wrn_16_2", "--output", "teacher", cwd=tmp_path)
     succeed("train_student.py", *small, "--model", "cifar_resnet20", "--output", "student", cwd=tmp_path)
