@@ -8,9 +8,10 @@
     out["features"]["layer3"]          # (B, C_l, H_l, W_l), where model.set_feature_layers(["layer3"]) asked for it
 
 Names: `resnet8` and `resnet18` are written here, for small images; `vit_6_192` and `vit_tiny` are timm's ViT of width
-192 with 6 and 12 layers and patches of 4 pixels; `FILE.py:FUNCTION` is a function of your own (see custom.py), and
-`hf:NAME_OR_FOLDER` a Hugging Face vision model (see hugging_face.py); any other name is timm's (`timm:resnet18` for
-timm's where both have it), and so are `dinov2_vits14` and its kind.
+192 with 6 and 12 layers and patches of 4 pixels; `cifar_resnet20` and the like are those of published CIFAR tables (see
+cifar_models.py); `FILE.py:FUNCTION` is a function of your own (see custom.py), and `hf:NAME_OR_FOLDER` a Hugging Face
+vision model (see hugging_face.py); any other name is timm's (`timm:resnet18` for timm's where both have it), and so are
+`dinov2_vits14` and its kind.
 """
 
 import contextlib
@@ -389,7 +390,10 @@ def build_model(
 def _build(name, num_classes, img_size, patch_size, pretrained, hf_config, dynamic):
     build_args = {"name": name, "num_classes": num_classes, "img_size": img_size}
     build_args.update({key: value for key, value in (("patch_size", patch_size), ("dynamic", dynamic)) if value})
-    small, foreign = name in SMALL_MODELS, ".py:" in name or name.startswith("hf:")
+    foreign = ".py:" in name or name.startswith("hf:")
+    if name.startswith("cifar_") and not foreign:
+        SMALL_MODELS.update(_optional("cifar_models", name).CIFAR_MODELS)
+    small = name in SMALL_MODELS
     if small and name.startswith("vit"):
         patch_size = patch_size or 4
     elif patch_size and (small or foreign):

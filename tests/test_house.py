@@ -19,7 +19,7 @@ from conftest import ROOT
 
 SCRIPTS = ("train_teacher", "train_student", "distill", "extract_embeddings", "evaluate", "report")
 TOP_LEVEL = {*(f"{name}.py" for name in SCRIPTS), "common", "slurm", "tests", "requirements.txt", "README.md"}
-GROUND = {"augment", "losses", "metrics", "models", "probes", "run"}
+GROUND = {"augment", "cifar_models", "losses", "metrics", "models", "probes", "run"}
 MIDDLE = ("cli", "data", "loader", "training", "teacher")  # from below
 OPTIONAL = set(
     "custom distributed dry_run embeddings groups hugging_face image_text medical multimodal sweep unlabeled "
@@ -226,6 +226,7 @@ def test_a_missing_optional_file_is_one_line(tmp_path):
         "common/image_text.py": ["--dataset", "medpix", "--data-root", "."],
         "common/dry_run.py": ["--dry-run"],
         "common/hugging_face.py": ["--model", "hf:nothing"],
+        "common/cifar_models.py": ["--model", "cifar_resnet20"],
     }
     code = """if True:
         import runpy, shlex, sys
