@@ -297,8 +297,8 @@ def _resample_in_parts(images, geometry, resolution):
         return _resample(images, geometry, resolution, *count.amax(0).tolist())
     out = torch.empty(len(images), 3, resolution, resolution)
     for rows in parts:
-        some = [values[rows] for values in geometry]
-        out[rows] = _resample(images[rows], some, resolution, *count[rows].amax(0).tolist())
+        part = [values[rows] for values in geometry]
+        out[rows] = _resample(images[rows], part, resolution, *count[rows].amax(0).tolist())
     return out
 
 

@@ -365,10 +365,10 @@ class Store:
         shape = len(rows) * count, *self.arrays[name].shape[2:]
         kept = torch.empty(shape, dtype=getattr(torch, self.meta["dtype"]), device=device)
         for start in range(0, len(rows), chunk):
-            some = rows[start : start + chunk]
-            values = self.arrays[name][some, :count]
-            self._check(name, some, values)
-            kept[start * count : (start + len(some)) * count] = torch.from_numpy(values).flatten(0, 1)
+            part = rows[start : start + chunk]
+            values = self.arrays[name][part, :count]
+            self._check(name, part, values)
+            kept[start * count : (start + len(part)) * count] = torch.from_numpy(values).flatten(0, 1)
         return kept
 
     def _check(self, name, rows, values):

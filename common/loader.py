@@ -352,14 +352,14 @@ class Loader:
             index, view = order[numbers], view[numbers]
         which = numbers.tolist()
         # without a cache sizes are known, and so views planned, when a step's images are decoded
-        block, loaded = (max(1, PLANNED // index.shape[1]), None) if self.cache else (1, self._loaded(index))
-        for first in range(0, len(index), block):
-            some = slice(first, first + block)
-            known = {"index": index[some], "view": view[some], "key": self.keys[index[some]]}
-            decoded, known["size"] = (None, self.cache.sizes[index[some]]) if self.cache else next(loaded)
-            known["targets"] = known["batch_targets"] = self._targets(index[some])
+        planned, loaded = (max(1, PLANNED // index.shape[1]), None) if self.cache else (1, self._loaded(index))
+        for first in range(0, len(index), planned):
+            block = slice(first, first + planned)
+            known = {"index": index[block], "view": view[block], "key": self.keys[index[block]]}
+            decoded, known["size"] = (None, self.cache.sizes[index[block]]) if self.cache else next(loaded)
+            known["targets"] = known["batch_targets"] = self._targets(index[block])
             if self.rows_at_once != self.batch_size:
-                known["batch_targets"] = self._targets(order[numbers[some]])
+                known["batch_targets"] = self._targets(order[numbers[block]])
             for at, batch in enumerate(self._steps(plan(known) if plan else known), first):
                 image = self.cache.batch(batch, index.shape[1]) if self.cache else decoded
                 batch["valid"] = min(index.shape[1], len(self.dataset) - which[at] * self.batch_size)

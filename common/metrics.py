@@ -101,8 +101,8 @@ def curve(positive, scores):
     values, counts = np.unique(ours, return_counts=True)
     counts = counts[::-1]
     tied, higher = (len(others) - np.searchsorted(others, values[::-1], side) for side in ("left", "right"))
-    found = np.cumsum(counts)
-    tps = [0, *np.stack([found - counts, found], 1).flatten(), len(ours)]
+    hits = np.cumsum(counts)
+    tps = [0, *np.stack([hits - counts, hits], 1).flatten(), len(ours)]
     fps = [0, *np.stack([higher, tied], 1).flatten(), len(others)]
     return np.array(tps, np.float64)[:, None], np.array(fps, np.float64)[:, None]
 

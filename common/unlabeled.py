@@ -72,14 +72,14 @@ def add_images(dataset: ImageDataset, folder: str, on_bad_image: str = "error") 
     more = _tree("--unlabeled-root", folder, dataset.decode_size, dataset.window)
     more = without_bad_images(more) if on_bad_image == "skip" else more
     ids = [*dataset.ids, *(f"unlabeled/{name}" for name in more.ids)]
-    own = dataset.paths
-    if own is None:
+    paths = dataset.paths
+    if paths is None:
         sample_image = optional("common.custom", "--unlabeled-root beside images in one array").SampleImage
-        own = [sample_image(dataset.images[:, None], row, name) for row, name in enumerate(dataset.ids)]
+        paths = [sample_image(dataset.images[:, None], row, name) for row, name in enumerate(dataset.ids)]
     groups = None if dataset.groups is None else [*dataset.groups, *ids[len(dataset) :]]
     labels = np.concatenate([dataset.labels, more.labels])
     kept = {"decode_size": dataset.decode_size, "window": dataset.window, "groups": groups}
-    return ImageDataset(ids, labels, paths=[*own, *more.paths], **kept)
+    return ImageDataset(ids, labels, paths=[*paths, *more.paths], **kept)
 
 
 def _tree(flag, folder, decode_size, window):
