@@ -7,13 +7,13 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 output=${1:-runs/gpu} device=${DEVICE:-cuda} steps=${STEPS:-200} python=${PYTHON:-python}
-amp=bf16 compile=on batch=128
-[ "$device" = cuda ] || amp=off compile=off batch=8
+amp=bf16 compile=on batch=128 rounds=3
+[ "$device" = cuda ] || amp=off compile=off batch=8 rounds=1
 mkdir -p "$output"
 exec > >(tee "$output/log.txt") 2>&1
 
 title() { printf '\n== %s\n' "$*"; }
-measure() { "$python" tests/benchmarks/throughput.py --device "$device" --steps "$steps" --batch-size $batch "$@"; }
+measure() { "$python" tests/benchmarks/throughput.py --device "$device" --steps "$steps" --batch-size $batch --rounds $rounds "$@"; }
 small() { "$python" "$1" --device "$device" --model resnet8 --overwrite "${@:2}"; }
 
 title tests that need a GPU
