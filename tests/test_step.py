@@ -238,3 +238,36 @@ def test_a_step_on_a_gpu_does_not_synchronize(side):
             meter.add(loss=loss, accuracy=task_accuracy(out, batch["targets"]))
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_batch_s_rows_on_the_device_are_its_index():
+    loader = loader_of(8, device=torch.device("cpu"))
+    plan = Augmenter(SHIFT, 0).plan
+    for batch in loader.batches(1, plan=plan):
+        assert torch.equal(batch["rows"], batch["index"]) and batch["parameters"]
+        assert torch.equal(batch["image"], loader.cache.uniform[batch["index"]])
+
+
+def test_a_store_that_does_not_fit_is_read_step_by_step(tmp_path, monkeypatch):
+    """The same values as from memory; with the thread that a GPU has, too."""
+    loader = loader_of(8, device=torch.device("cpu"))
+    ids, shape = loader.dataset.ids, (2, 3)
+    store = store_of(tmp_path, ids, {"embeddings": shape})
+    store.arrays["embeddings"] = np.arange(len(ids) * 6, dtype=np.float16).reshape(len(ids), *shape)
+    datasets = {"train": loader.dataset}
+    kept = StoredTeacher({"train": store}, datasets, ["embeddings"])
+    monkeypatch.setattr("common.embeddings.free_memory", lambda device: 0)
+    read = StoredTeacher({"train": store}, datasets, ["embeddings"])
+    assert kept.kept and read.kept is None
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+    for ahead in (False, True):
+
+        def plan(batch, ahead=ahead):
+            batch = read.choose_view(batch)
+            batch["stored"].pinned = ahead
+            return batch
+
+        for one, other in zip(loader.batches(1, plan=kept.choose_view), loader.batches(1, plan=plan)):
+            expected = np.stack([store.arrays["embeddings"][i, v] for i, v in zip(one["index"], one["view"])])
+            assert np.array_equal(kept.targets(one)["embedding"], expected)
+            assert np.array_equal(read.targets(other)["embedding"], expected)
