@@ -165,6 +165,8 @@ def live_source(
     preprocess.prepare(splits.train, splits.val)
     teacher.with_tokens = bool(terms_on(loss_weights, "tokens"))
     targets = live_teacher(teacher, preprocess, augment, precision)
+    plain_view = Augmenter(Policy(crop_mode=augment.policy.crop_mode), 0)  # as the student's, planned and rendered once
+    plain = live_teacher(teacher, preprocess, plain_view, precision)
     place(teacher, precision.device, compile)
 
     @functools.cache
@@ -174,7 +176,7 @@ def live_source(
     start = f"teacher: {described['weights']}; normalization: {preprocess}"
     size = f"{described['parameters']:,} parameters, {preprocess.resolution} px"
     return Source(
-        lambda batch, split="train": targets(batch),
+        lambda batch, split="train": (targets if split == "train" else plain)(batch),
         lambda batch: batch,
         logits,
         (teacher, preprocess),

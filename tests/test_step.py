@@ -5,6 +5,7 @@ is seen.  So a copy or a read that someone adds to a step fails here, on a machi
 """
 
 import contextlib
+import functools
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import common.augment as augment_module
 from common.augment import PRESETS, Augmenter, Policy
 from common.data import ImageDataset
 from common.embeddings import Store, StoredTeacher, Writer
@@ -24,7 +26,16 @@ from common.loader import ImageCache, Loader, pad_images
 from common.losses import DistillationLoss, loss_settings, task_accuracy, task_cross_entropy
 from common.models import build_model
 from common.run import Meter
-from common.training import Precision, Preprocess, Schedule, Updater, live_teacher, make_optimizer
+from common.teacher import distillation_loss, live_source
+from common.training import (
+    Precision,
+    Preprocess,
+    Schedule,
+    Updater,
+    live_teacher,
+    make_optimizer,
+    model_outputs,
+)
 from distill import Student, make_planner
 
 
@@ -238,6 +249,25 @@ def test_a_step_on_a_gpu_does_not_synchronize(side):
             meter.add(loss=loss, accuracy=task_accuracy(out, batch["targets"]))
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("what", ["model_outputs", "distillation_loss"])
+def test_evaluation_is_planned_at_once(monkeypatch, what):
+    """Not batch by batch: on a GPU each would wait for the host."""
+    calls, draw = [], augment_module.sample_parameters
+    monkeypatch.setattr(augment_module, "sample_parameters", lambda *args: calls.append(args) or draw(*args))
+    loader, model, preprocess = loader_of(32, device="cpu"), build_model("resnet8", 4, 32), preprocess_of(32)
+    precision = Precision("off", torch.device("cpu"))
+    if what == "model_outputs":
+        model_outputs(model, loader, preprocess, precision)
+    else:
+        weights, splits = {"kl": 1.0}, SimpleNamespace(train=loader.dataset, val=loader.dataset)
+        squashed = Policy(hflip=0.5, crop_mode=preprocess.crop_mode)
+        parts = build_model("resnet8", 4, 32), preprocess_of(32), {"weights": "", "parameters": 1, "name": ""}
+        source = live_source(*parts, weights, splits, Augmenter(squashed, 0), precision, True, compile="off")
+        targets = functools.partial(source.targets, split="val")
+        distillation_loss(model, DistillationLoss(weights), targets, loader, preprocess, precision)
+    assert len(loader) == 4 and len(calls) == 1
 
 
 def test_a_batch_s_rows_on_the_device_are_its_index():
