@@ -5,6 +5,7 @@
     python evaluate.py runs/student/best.pth --dataset imagefolder --data-root outside --split test
     python evaluate.py embeddings --knn --linear-probe           # stored embeddings; the plain view is used
     python evaluate.py runs/student/best.pth --predict FOLDER a.png --output predictions.csv     # new images
+    python evaluate.py runs/student/best.pth --export out/student.onnx --with-preprocessing      # or .safetensors, .pt2
 
 A checkpoint knows its model, classes, preprocessing and dataset; flags name another dataset with the same classes.
 k-NN and the probe take the embeddings of all of the run's train split, whatever its --limit-train, and are judged once
@@ -79,6 +80,12 @@ PREDICT_FLAGS = set(
     "checkpoint predict output overwrite device batch_size resolution amp workers cache decode_size window".split()
 )
 
+# with --export likewise
+EXPORT_FLAGS = set(
+    "checkpoint export with_preprocessing quantize data_licence overwrite dataset data_root split batch_size workers "
+    "cache on_bad_image text_fields tasks positive".split()
+)
+
 
 def build_parser():
     parser = cli.Parser(__doc__)
@@ -109,7 +116,13 @@ def build_parser():
         help="folder that is written; with --predict a file, else predictions.csv",
     )
     add("--predict", nargs="+", metavar="PATH", help="class probabilities of these images and folders, as CSV")
-    cli.switch(add, "--overwrite", "with --predict: replace the file")
+    add(
+        "--export", metavar="FILE", help="write the model as .safetensors, .onnx or .pt2, run it on --split and compare"
+    )
+    cli.switch(add, "--with-preprocessing", "with --export .onnx, .pt2: uint8 images in, probabilities out")
+    add("--quantize", choices=("int8",), help="with --export .onnx: a second file in 8 bits, calibrated on train")
+    add("--data-licence", metavar="TEXT", help="with --export: licence of the data, for the model card")
+    cli.switch(add, "--overwrite", "with --predict and --export: replace the file")
     cli.add_reading_flags(add)
     cli.add_positive_flag(add)
     cli.add_text_flags(add)
@@ -362,7 +375,10 @@ def check_flags(args):
     if args.teacher_resolution and not args.teacher_checkpoint:
         raise UserError("--teacher-resolution needs --teacher-checkpoint FILE")
     if args.overwrite:
-        raise UserError("--overwrite needs --predict: evaluation.json is always replaced")
+        raise UserError("--overwrite needs --predict or --export: evaluation.json is always replaced")
+    for name in ("with_preprocessing", "quantize", "data_licence"):
+        if getattr(args, name):
+            raise UserError(f"--{name.replace('_', '-')} needs --export FILE")
     if args.split == "train" and learns:
         raise UserError("--split train cannot be combined with --knn and --linear-probe, which learn from train")
     if os.path.exists(os.path.join(args.output, "config.json")):
@@ -401,15 +417,15 @@ def check_classes(args, classes):
 # ------------------------------------------------------------------------------------------------------- new images
 
 
-def check_predict_flags(parser, argv=None):
-    """Refuse what the command line says beside --predict and what would do nothing there.  Raises UserError."""
+def check_given_flags(parser, purpose, allowed, why):
+    """Refuse what the command line says beside --predict or --export and what would do nothing there.  Raises
+    UserError."""
     for action in parser._actions:
         action.default = argparse.SUPPRESS  # so that only what was given is there, be it a default's value
     parser._defaults.clear()
-    for name in vars(parser.parse_args(argv)):
-        if name not in PREDICT_FLAGS:
-            flag = f"--{name.replace('_', '-')}"
-            raise UserError(f"{flag} and --predict cannot be combined: new images have no labels, nothing is judged")
+    for name in vars(parser.parse_args()):
+        if name not in allowed:
+            raise UserError(f"--{name.replace('_', '-')} and {purpose} cannot be combined: {why}")
 
 
 def predict_files(args, path):
@@ -518,6 +534,33 @@ def counts(task, names, probabilities):
     return lines + ([f"and {len(order) - MOST_CLASSES} more classes"] if len(order) > MOST_CLASSES else [])
 
 
+# ----------------------------------------------------------------------------------------------------------- export
+
+
+def export_model(args):
+    """Write the checkpoint's model to args.export, compare it on --split and print how it went."""
+    export = optional("common.export", "--export")
+    export.check_export(args.export, args.with_preprocessing, args.quantize, args.overwrite)
+    checkpoint = load_checkpoint(args.checkpoint)
+    reading, splits = split_options(vars(args)), {}
+    for split in (args.split, "train") if args.quantize else (args.split,):
+        splits[split] = checkpoint_splits(checkpoint, args.dataset, args.data_root, split, **reading)
+    parts = {split: getattr(read, split) for split, read in splits.items()}
+    lines = export.export(
+        args.export,
+        checkpoint,
+        args.checkpoint,
+        parts[args.split],
+        parts.get("train"),
+        batch_size=args.batch_size,
+        with_preprocessing=args.with_preprocessing,
+        quantize_to=args.quantize,
+        positive=splits[args.split].positive,
+        licence=args.data_licence,
+    )
+    print("\n".join(lines))
+
+
 # ------------------------------------------------------------------------------------------------------------- main
 
 
@@ -538,8 +581,11 @@ def judge(args, path, loaders, resolution, splits, data, device, precision):
 
 def main(args):
     if args.predict:
-        check_predict_flags(build_parser())
+        check_given_flags(build_parser(), "--predict", PREDICT_FLAGS, "new images have no labels, nothing is judged")
         return predict_files(args, "predictions.csv" if args.output == OUTPUT else args.output)
+    if args.export:
+        check_given_flags(build_parser(), "--export", EXPORT_FLAGS, "the file is compared with the checkpoint alone")
+        return export_model(args)
     check_flags(args)
     device = select_device(args.device)
     precision = Precision(args.amp, device)

@@ -344,7 +344,9 @@ def _vit(depth, num_classes, img_size, patch_size):
     import timm
 
     options = {"img_size": img_size, "patch_size": patch_size, "depth": depth, "dynamic_img_size": True}
-    model = timm.create_model("vit_tiny_patch16_224", num_classes=num_classes, **options)  # width 192, 3 heads
+    arguments = {"model_name": "vit_tiny_patch16_224", "num_classes": num_classes, **options}
+    model = timm.create_model(**arguments)  # width 192, 3 heads
+    model.timm_arguments = arguments  # see export.py
     model.pretrained_cfg = {}  # that of other patches and depth
     return model
 
@@ -462,8 +464,11 @@ def _create_timm(timm_name, build_args, pretrained):
     options = {"img_size": "img_size", "patch_size": "patch_size", "dynamic": "dynamic_img_size"}
     options = {theirs: build_args[ours] for ours, theirs in options.items() if build_args.get(ours)}
     while True:
+        arguments = {"model_name": timm_name, "num_classes": build_args["num_classes"], **options}
         try:
-            return timm.create_model(timm_name, pretrained=pretrained, num_classes=build_args["num_classes"], **options)
+            model = timm.create_model(**arguments, pretrained=pretrained)
+            model.timm_arguments = arguments  # see export.py
+            return model
         except TypeError as error:
             refused = [option for option in options if f"'{option}'" in str(error)]
             if "patch_size" in refused:

@@ -526,6 +526,7 @@ ELSEWHERE = {  # flags whose whole meaning has a test of its own
     "--dry-run": "test_dry_run.py",
     "--hf-dataset": "test_tokens.py",
     "--help-all": "test_house.py",
+    **dict.fromkeys(("--export", "--with-preprocessing", "--quantize", "--data-licence"), "test_export.py"),
 }
 
 
