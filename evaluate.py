@@ -77,7 +77,8 @@ HELD_OUT, STREAM_PROBE = 0.2, 1007  # the share of train on which the probe is c
 MOST_CLASSES = 20  # are counted, or have their recall printed
 # flags that say something beside --predict; --on-bad-image does not: broken images are named and left out in any case
 PREDICT_FLAGS = set(
-    "checkpoint predict output overwrite device batch_size resolution amp workers cache decode_size window".split()
+    "checkpoint predict output overwrite device batch_size resolution amp workers cache decode_size window "
+    "frame".split()
 )
 
 # with --export likewise
@@ -147,7 +148,7 @@ def checkpoint_splits(checkpoint, dataset=None, data_root=None, split="test", **
     for name in ("limit_labels", "unlabeled_root"):  # to be judged, an image needs its label
         options.pop(name, None)
     if not same:  # how images are read stays; which samples there are is another dataset's own matter
-        kept = ("split_seed", "decode_size", "window", "hair_removal", "positive")
+        kept = ("split_seed", "decode_size", "window", "frame", "hair_removal", "positive")
         options = {k: v for k, v in options.items() if k in kept}
     if split != "train":  # what changes train alone may be gone by now
         options = {k: v for k, v in options.items() if k not in ("limit_train", "include_list", "extra_train")}
@@ -440,8 +441,8 @@ def predict_files(args, path):
     checkpoint = load_classifier(args.checkpoint)
     device = select_device(args.device)
     saved = split_options(checkpoint["flags"])
-    options = {name: saved[name] for name in ("decode_size", "window", "hair_removal") if name in saved}
-    given = {name: getattr(args, name) for name in ("decode_size", "window")}
+    options = {name: saved[name] for name in ("decode_size", "window", "frame", "hair_removal") if name in saved}
+    given = {name: getattr(args, name) for name in ("decode_size", "window", "frame")}
     options.update({name: value for name, value in given.items() if value is not None})
     dataset = new_images(args.predict, **options)
     model, preprocess = load_model(checkpoint, device, args.resolution, args.checkpoint)

@@ -188,6 +188,7 @@ def settle_flags(args):
         flags = checkpoint["flags"] if checkpoint else {}
         args.hair_removal = args.hair_removal or bool(flags.get("hair_removal"))
         args.window = args.window or flags.get("window")
+        args.frame = flags.get("frame") if args.frame is None else args.frame
         args.decode_size = args.decode_size or flags.get("decode_size", 512)
         args.split_seed = 0
         return checkpoint
@@ -206,6 +207,7 @@ def read_data(args, checkpoint, reference):
     splits = Splits("images", "custom", [])
     load_folder = optional("common.unlabeled", "--images").load_folder
     splits.images = load_folder(args.images, args.decode_size, args.window, args.on_bad_image, args.hair_removal)
+    splits.images.frame = args.frame
     base = None
     if checkpoint:
         splits.classes, base = checkpoint["classes"], checkpoint["flags"]["dataset"]

@@ -309,8 +309,10 @@ def add_reading_flags(add: Callable) -> None:
         type=float,
         nargs=2,
         metavar=("LOW", "HIGH"),
-        help="grey levels that become black and white in 16-bit images",
+        help="grey levels that become black and white, in 16-bit images and, for their own window, in DICOM files",
     )
+    add("--frame", type=NATURAL, metavar="I", help="DICOM: frame of files with several, from 0; else the middle one")
+    switch(add, "--group-by-patient", "DICOM: images of one patient (a hash of its id) stay in one split or fold")
     add("--table", metavar="FILE.csv", help="csv: the table, a row an image; else the one in --data-root")
     add(
         "--image-column",

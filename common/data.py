@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from common.augment import PRESETS, Policy, hash_id, uniform
 from common.run import UserError, barrier, optional, rank
@@ -34,7 +34,7 @@ SPLIT_NAMES = {
     **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".dcm")
 HIDDEN = (".", "@eaDir", "__MACOSX")  # so begins what a desktop, a network drive or an archive leaves beside the images
 # how tables write that a value is missing: pandas' list, without what may be a class ("none")
 MISSING = {"", "NA", "N/A", "n/a", "#N/A", "<NA>", "nan", "-nan", "NaN", "NAN", "null", "NULL", "Null", "None"}
@@ -131,11 +131,20 @@ NEGATIVE = ("0", "benign", "control", "false", "healthy", "negative", "no", "nor
 # flags of a run that say what its samples are; stores hold images with one label
 STORED_FLAGS = (
     *("val_split", "split_seed", "decode_size", "window", "hair_removal", "folds", "fold", "binary", "negatives"),
+    *("frame", "group_by_patient"),
     *("table", "image_column", "label_column", "group_column", "split_column", "hf_dataset", "unlabeled_root"),
 )
 SAMPLE_FLAGS = (*STORED_FLAGS, "text_fields", "tasks", "positive")
 SPLIT_FLAGS = ("limit_train", "limit_labels", "on_bad_image", "include_list", "extra_train", *SAMPLE_FLAGS)
-DIVISION = ("val_split", "split_seed", "folds", "fold", "group_column", "split_column")  # what makes an image val
+DIVISION = (
+    "val_split",
+    "split_seed",
+    "folds",
+    "fold",
+    "group_column",
+    "split_column",
+    "group_by_patient",
+)  # what makes an image val
 
 
 def dataset_info(name: str) -> DatasetInfo:
@@ -256,18 +265,28 @@ def _is_deep_colour(image):
     return not image.mode.startswith("I") and str(raw_mode).endswith((";16B", ";16L", ";16N"))
 
 
-def read_image(path: Any, decode_size: int = 512, window: list | None = None) -> np.ndarray:
+def _open(path, window, frame):
+    """The Pillow image of a file, not decoded yet, or decoded from DICOM."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise DataError(f"{path} is not a regular file")  # of a pipe nothing might ever come
+    try:
+        return Image.open(path)
+    except UnidentifiedImageError:
+        dicom = optional("common.dicom", f"{path}, which Pillow does not know,")
+        if not dicom.is_dicom(os.fspath(path)):
+            raise
+        return dicom.dicom_image(path, window, frame)
+
+
+def read_image(path: Any, decode_size: int = 512, window: list | None = None, frame: int | None = None) -> np.ndarray:
     """Decode a file (its path, or an object whose `image()` is a Pillow image) to (H, W, 3) uint8.
 
     Grey becomes three equal channels, transparent pixels black, EXIF rotation is applied, and what is larger than
-    decode_size (longest side, pixels) is shrunk to it; window: see medical.to_uint8.  Raises DataError, which names the
-    file.
+    decode_size (longest side, pixels) is shrunk to it; window: see medical.to_uint8 and dicom.dicom_image, frame: the
+    latter.  Raises DataError, which names the file.
     """
     try:
-        in_file = not hasattr(path, "image")
-        if in_file and not stat.S_ISREG(os.stat(path).st_mode):
-            raise DataError(f"{path} is not a regular file")  # of a pipe nothing might ever come
-        with Image.open(path) if in_file else path.image() as image:
+        with path.image() if hasattr(path, "image") else _open(path, window, frame) as image:
             if _is_deep_colour(image):
                 raise DataError(f"{path} has 16-bit colour, which --window cannot map: convert it to 8 bits a channel")
             image.draft("RGB", (decode_size, decode_size))  # a JPEG decodes at 1/2, 1/4 or 1/8, never below this size
@@ -312,10 +331,11 @@ class ImageDataset(torch.utils.data.Dataset):
         window: list | None = None,
         groups: Any = None,
         hair_removal: bool = False,
+        frame: int | None = None,
     ):
         self.ids, self.labels, self.images, self.paths = list(ids), np.asarray(labels, np.int64), images, paths
         self.keys = np.array([hash_id(i) for i in self.ids], np.int64)
-        self.decode_size, self.window, self.hair_removal = decode_size, window, hair_removal
+        self.decode_size, self.window, self.hair_removal, self.frame = decode_size, window, hair_removal, frame
         if groups is not None:
             groups = np.array([i if group in MISSING else group for i, group in zip(self.ids, groups)], dtype=str)
         self.groups = groups
@@ -331,7 +351,7 @@ class ImageDataset(torch.utils.data.Dataset):
     def read(self, i: int) -> np.ndarray:
         """(H, W, 3) uint8."""
         if self.images is None:
-            image = read_image(self.paths[i], self.decode_size, self.window)
+            image = read_image(self.paths[i], self.decode_size, self.window, self.frame)
             if self.hair_removal:
                 image = optional("common.medical", "--hair-removal").remove_hair(image)
             return image
@@ -564,6 +584,8 @@ def load_splits(
     on_bad_image: str = "error",
     decode_size: int = 512,
     window: list | None = None,
+    frame: int | None = None,
+    group_by_patient: bool = False,
     hair_removal: bool = False,
     unlabeled_root: str | None = None,
     **options,
@@ -579,9 +601,9 @@ def load_splits(
     their labels, the images that limit_train would leave; the others get -1); folds, fold: see `_divide`; include_list:
     see medical.only_listed.  Patients and lesions are never cut, where the dataset has groups.
 
-    unlabeled_root: a tree of images that train gets beside its own, without labels.  window: see medical.to_uint8;
-    hair_removal: see medical.remove_hair; options: see DATASET_OPTIONS.  Raises
-    DataError.
+    unlabeled_root: a tree of images that train gets beside its own, without labels.  window, frame: see
+    medical.to_uint8 and dicom.dicom_image; group_by_patient: groups are the patients of DICOM files; hair_removal: see
+    medical.remove_hair; options: see DATASET_OPTIONS.  Raises DataError.
     """
     info = dataset_info(name)
     if name == "unlabeled" and labels:
@@ -603,6 +625,7 @@ def load_splits(
     parts, class_names = _read(name, root, wanted, classes, download, on_bad_image, decoding, options)
     if name != "unlabeled" and classes is not None:
         parts, class_names = _in_order_of(parts, class_names, classes, name)
+    _take_dicom(parts, frame, group_by_patient)
     if on_bad_image == "skip":
         parts = {split: without_bad_images(part) for split, part in parts.items()}
     official = set() if name == "ham10000" else {"val", "test"} & set(parts) - ({"val"} if folds else set())
@@ -659,6 +682,14 @@ def _read(name, root, wanted, classes, download, on_bad_image, decoding, options
     if name == "isic2017":
         return medical.read_isic2017(root, splits=ordered, **decoding, **options)
     return medical.read_isic2024(root, **decoding)
+
+
+def _take_dicom(parts, frame, group_by_patient):
+    """Note which frame of DICOM files is read, and whose they are."""
+    for part in parts.values():
+        part.frame = frame
+        if group_by_patient:
+            part.groups = optional("common.dicom", "--group-by-patient").patients(part)
 
 
 def _in_order_of(parts, names, classes, dataset):

@@ -102,22 +102,22 @@ def _bare(model):
     return getattr(model, "backbone", model)
 
 
-def _dimensions(example, whole):
+def _dimensions(module, example):
     """Those of each input that may change: batch, sides of whole images, tokens."""
     from torch.export import Dim
 
     batch = Dim("batch", min=1, max=4096)
-    sides = {2: Dim("height", min=1, max=16384), 3: Dim("width", min=1, max=16384)} if whole else {}
+    sides = {2: Dim("height", min=1, max=16384), 3: Dim("width", min=1, max=16384)} if module.whole else {}
     dimensions = {"image": {0: batch, **sides}}
     if len(example) > 1:
-        length = Dim("length", min=1, max=example[1].shape[1])
+        length = Dim("length", min=3, max=max(3, module.model.max_length))  # of 1 and 2 a constant is made
         dimensions.update({name: {0: batch, 1: length} for name in TEXT_INPUTS})
     return dimensions
 
 
 def write_graph(path: str, module: Exported, example: tuple, described: dict) -> None:
     """.pt2 or .onnx of a module; example: its inputs.  Raises what the exporter raises."""
-    dimensions = _dimensions(example, module.whole)
+    dimensions = _dimensions(module, example)
     with torch.no_grad():
         if path.endswith(".pt2"):
             program = torch.export.export(module, example, dynamic_shapes=dimensions, strict=False)
@@ -138,7 +138,7 @@ def write_graph(path: str, module: Exported, example: tuple, described: dict) ->
 @contextlib.contextmanager
 def _quiet():
     """Exporters warn of what the comparison afterwards would show."""
-    logging.disable(logging.WARNING)
+    logging.disable(logging.CRITICAL)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -359,6 +359,7 @@ def export(
     module, whole = Exported(model, preprocess, outputs, with_preprocessing), with_preprocessing
     inputs = next(batches_of(loader, preprocess, whole))[0]
     described = description(path, checkpoint, source, model, preprocess, outputs, inputs, whole)
+    example = tuple(torch.from_numpy(np.repeat(value[:1], 2, 0)) for value in inputs)  # of one image a constant is made
     folder = os.path.dirname(os.path.abspath(path))
     os.makedirs(folder, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".") as beside:  # renamed when it is whole
@@ -368,7 +369,7 @@ def export(
                 write_safetensors(part, model, described)
             else:
                 with _quiet():
-                    write_graph(part, module, tuple(torch.from_numpy(v[:2].copy()) for v in inputs), described)
+                    write_graph(part, module, example, described)
         except Exception as error:  # each exporter complains in its own way
             raise UserError(f"{model.name} cannot be exported to {path}: {one_line(error)}") from None
         os.replace(part, path)

@@ -70,6 +70,7 @@ def add_images(dataset: ImageDataset, folder: str, on_bad_image: str = "error") 
     if type(dataset) is not ImageDataset:
         raise DataError("--unlabeled-root is for images with one label, without texts")
     more = _tree("--unlabeled-root", folder, dataset.decode_size, dataset.window)
+    more.frame = dataset.frame
     more = without_bad_images(more) if on_bad_image == "skip" else more
     ids = [*dataset.ids, *(f"unlabeled/{name}" for name in more.ids)]
     paths = dataset.paths
@@ -78,7 +79,7 @@ def add_images(dataset: ImageDataset, folder: str, on_bad_image: str = "error") 
         paths = [sample_image(dataset.images[:, None], row, name) for row, name in enumerate(dataset.ids)]
     groups = None if dataset.groups is None else [*dataset.groups, *ids[len(dataset) :]]
     labels = np.concatenate([dataset.labels, more.labels])
-    kept = {"decode_size": dataset.decode_size, "window": dataset.window, "groups": groups}
+    kept = {"decode_size": dataset.decode_size, "window": dataset.window, "frame": dataset.frame, "groups": groups}
     return ImageDataset(ids, labels, paths=[*paths, *more.paths], **kept)
 
 

@@ -726,12 +726,12 @@ def test_what_lies_beside_the_images(tmp_path, tiles, capsys):
         DataError, match="cannot read image .*loop.png"
     ):  # an image that is missing is named, not passed over
         read_image(cat / "loop.png")
-    (cat / "IM0001.dcm").write_bytes(b"\0" * 128 + b"DICM")
+    (cat / "IM0001.raw").write_bytes(b"\0" * 128 + b"DICM")
     (cat / "IM0002").write_bytes(b"\0" * 128 + b"DICM")
     load_splits("imagefolder", str(root))
     expected = (
         f"note: 2 files in {root / 'train'} do not have the extension of an image and are not used, the first is "
-        f"'{cat / 'IM0001.dcm'}'\n"
+        f"'{cat / 'IM0001.raw'}'\n"
     )
     assert capsys.readouterr().out == expected
     for file in cat.glob("*.png"):
@@ -739,7 +739,7 @@ def test_what_lies_beside_the_images(tmp_path, tiles, capsys):
     fails(
         "imagefolder",
         str(root),
-        match=r"train/cat holds no images \(.jpg, .*\), only 2 other files, the first is .*IM0001.dcm'",
+        match=r"train/cat holds no images \(.jpg, .*\), only 2 other files, the first is .*IM0001.raw'",
     )
     fails("unlabeled", str(cat), labels=False, match="--data-root .*cat holds no images .*, only 2 other files")
 
@@ -832,7 +832,7 @@ def test_imagefolder_errors(tmp_path, tiles):
     make_folder(tmp_path, tiles, {"test": {"cat": 2, "dog": 2}})
     fails("imagefolder", str(tmp_path), match="test has class folders that train/ has not: dog")
     (tmp_path / "train" / "dog").mkdir()
-    fails("imagefolder", str(tmp_path), match=r"train/dog holds no images \(.jpg, .jpeg, .*.pgm\)$")
+    fails("imagefolder", str(tmp_path), match=r"train/dog holds no images \(.jpg, .jpeg, .*.dcm\)$")
     (tmp_path / "train" / "dog" / "readme.txt").write_text("no image")
     fails(
         "imagefolder",

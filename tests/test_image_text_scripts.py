@@ -2,15 +2,21 @@
 predictions."""
 
 import json
+import re
 import shutil
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, SMALL, launch, run_script, succeed
 from PIL import Image
 from sklearn import metrics as sk
 from sklearn.neighbors import KNeighborsClassifier
 from test_scripts import needed_files
+from transformers import AutoTokenizer
+
+from common.run import load_checkpoint
+from common.training import load_model
 
 CLASSES = {"organ": ["brain", "liver", "lung"], "plane": ["axial", "coronal"]}
 DATA = ["--dataset", "image_text", "--tasks", "organ", "plane", "--resolution", 16, "--device", "cpu"]
@@ -432,3 +438,31 @@ def test_a_copied_script_reads_texts_with_the_four_files_more(tmp_path, folder, 
         else [*DATA, *MODEL, "--data-root", folder, "--epochs", 1]
     )
     succeed(script, *args, "--device", "cpu", "--output", "out", cwd=tmp_path, root=tmp_path, run=launch)
+
+
+@pytest.mark.parametrize("kind", [".onnx", ".pt2"])
+def test_an_export_takes_texts_too(runs, tmp_path, kind):
+    """The file's runtime is given token ids of another length than at the export, made by its own tokenizer."""
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    target = tmp_path / f"both{kind}"
+    done = succeed("evaluate.py", runs / "teacher" / "best.pth", "--export", target)
+    assert float(re.search(r"largest difference of logits ([\d.e+-]+)", done.stdout)[1]) < 1e-4
+    about = json.loads((tmp_path / f"both{kind}.json").read_text())
+    assert about["outputs"] == ["logits_organ", "logits_plane"] and about["classes"] == CLASSES
+    tokenizer = AutoTokenizer.from_pretrained(f"{target}.tokenizer")
+    tokens = tokenizer(["axial view of the liver", "view"], padding="max_length", max_length=9, truncation=True)
+    inputs = {"image": np.zeros((2, 3, 16, 16), np.float32)}
+    inputs.update({name: np.array(tokens[name], np.int64) for name in ("input_ids", "attention_mask")})
+    if kind == ".onnx":
+        session = onnxruntime.InferenceSession(str(target), providers=["CPUExecutionProvider"])
+        found = session.run(None, inputs)
+    else:
+        found = [
+            v.detach().numpy() for v in torch.export.load(target).module()(*map(torch.from_numpy, inputs.values()))
+        ]
+    model, _ = load_model(load_checkpoint(runs / "teacher" / "best.pth"))
+    with torch.no_grad():
+        expected = model({name: torch.from_numpy(value) for name, value in inputs.items()})
+    for name, values in zip(about["outputs"], found):
+        assert np.abs(values - expected[name].numpy()).max() < 1e-4
