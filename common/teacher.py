@@ -86,8 +86,6 @@ def find_checkpoint(
             raise UserError(
                 "--teacher-pretrained and --teacher-weights cannot be combined: the hub's weights or a file's"
             )
-        if path:
-            raise UserError("--teacher-model and --teacher-checkpoint cannot be combined: give one of them")
         if not teacher_pretrained and not teacher_weights:
             raise UserError("--teacher-model needs weights: --teacher-pretrained or --teacher-weights FILE")
         return None, None
@@ -231,7 +229,7 @@ def store_flags(stores: dict, flags: dict, stored_flags: tuple) -> dict:
     stored_flags: names of the flags that say what the samples are (data.STORED_FLAGS).  Raises UserError.
     """
     given = {name: value for name, value in flags.items() if value is not None and value is not False}  # 0 is given
-    teachers = ("checkpoint", "model", "resolution", "pooling", "pretrained", "weights")
+    teachers = ("resolution", "pooling", "pretrained", "weights")
     for name in (*(f"teacher_{name}" for name in teachers), *Policy.__dataclass_fields__, "augment"):
         if name in given:
             flag = "--" + name.replace("_", "-")
