@@ -332,9 +332,15 @@ def check_loss(args):
     low, high = args.local_crop_scale
     if not 0 < low <= high <= 1:
         raise UserError(f"--local-crop-scale {low:g} {high:g} must ascend within 0 to 1")
-    if args.standardize_teachers != "none" and not terms_on(weights, "embedding", "tokens"):
-        flag = f"--standardize-teachers {args.standardize_teachers}"
-        raise UserError(f"{flag}: the loss {loss_words(weights)} has no term on embeddings or tokens")
+    on_vectors = [term for term in terms_on(weights, "embedding", "tokens") if not TERMS[term].both_sides]
+    for flag, default, terms, of in (
+        ("standardize_teachers", "none", on_vectors, "embeddings or tokens"),
+        ("teacher_average", "terms", terms_on(weights, "logits"), "logits"),
+    ):
+        value = getattr(args, flag)
+        if value != default and not terms:
+            flag = f"--{flag.replace('_', '-')} {value}"
+            raise UserError(f"{flag}: the loss {loss_words(weights)} has no term on {of}")
     labelled = bool(terms_on(weights, "labels", "logits"))  # else nothing trains the student's logits
     if not labelled:
         lacks = f"but the loss {loss_words(weights)} has neither ce nor a term on logits"
@@ -380,7 +386,7 @@ def find_teacher(flags):
     return Found(flags, None, *find_checkpoint(**cli.options(find_checkpoint, flags)))
 
 
-def settle_flags(args, weights, labelled, teachers):
+def settle_flags(args, weights, labelled, teachers=()):
     """The flags with the teachers' data, where no other are named, and the defaults of dataset and loss."""
     for one in teachers:
         if one.stores:

@@ -430,6 +430,8 @@ def test_what_does_not_go_together_is_refused(refused, places, tmp_path):
     refused("distill.py", *flags, a, "--teacher-resolution", 8, 12, words=["--teacher-resolution 8 12", "there are 1"])
     refused("distill.py", *flags, a, b, "--num-views", 2, words=["--num-views needs --teacher-embeddings"])
     refused("distill.py", *flags, a, b, "--teacher-pretrained", words=["need --teacher-model"])
+    words = ["--teacher-average probabilities: the loss ce=1 mmd=1 has no term on logits"]
+    refused("distill.py", *flags, a, b, "--method", "mmd", "--teacher-average", "probabilities", words=words)
     words = ["--standardize-teachers channel: the loss ce=0.5 kl=0.5 has no term on embeddings or tokens"]
     refused("distill.py", *flags, a, "--standardize-teachers", "channel", words=words)
     flags = ["--checkpoint", a, "--num-views", 2, "--seed", 5, "--device", "cpu", "--output", tmp_path / "seed"]
