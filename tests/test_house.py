@@ -86,7 +86,7 @@ def test_a_file_imports_from_floors_below_its_own():
     [
         ("train_teacher", 9, 46_300),
         ("train_student", 9, 46_300),
-        ("distill", 10, 52_900),
+        ("distill", 10, 53_000),
         ("evaluate", 8, 43_400),
         ("extract_embeddings", 9, 46_200),
         ("report", 6, 33_700),
