@@ -1,6 +1,6 @@
 """Train the small model, taught by a large one.
 
-    python distill.py                                         # teacher: runs/teacher/best.pth
+    python distill.py                 # teacher: runs/teacher/best.pth, or several: --teacher-checkpoint A.pth B.pth
     python distill.py --method feature --teacher-layer layer3 --student-layer layer3
     python distill.py --loss ce=0.3 dkd=1 --loss-options dkd.beta=2
     python distill.py --teacher-model timm:resnet50 --teacher-weights FILE --dataset imagefolder --data-root DIR
@@ -14,8 +14,8 @@ cross-entropy and the teacher's logits no label trains, the student has no head 
 best epoch.
 
 Files of common: augment, cli, data, loader, losses, metrics, models, run, teacher, training; embeddings for
---teacher-embeddings, probes for --eval-dataset, unlabeled for --dataset unlabeled; those that the dataset and the
-models need (see train_student.py).
+--teacher-embeddings, several for several teachers and --standardize-teachers, probes for --eval-dataset, unlabeled for
+--dataset unlabeled; those that the dataset and the models need (see train_student.py).
 Packages: torch, timm, numpy, pillow, scikit-learn, tqdm (torchvision for CIFAR, transformers for hf: names and texts,
 datasets for --hf-dataset).
 """
@@ -50,10 +50,13 @@ from common.losses import (
     terms_on,
 )
 from common.metrics import CLASSIFICATION, FIDELITY
-from common.run import Recorder, RunFolder, UserError, distributed, optional, world_size
+from common.run import Recorder, RunFolder, UserError, distributed, load_checkpoint, optional, world_size
 from common.teacher import (
     DEFAULT_TEACHER,
     NEIGHBOURS,
+    TEACHER_FLAGS,
+    TEACHER_KINDS,
+    Found,
     Neighbours,
     distillation_loss,
     find_checkpoint,
@@ -112,28 +115,77 @@ def build_parser():
     return parser
 
 
+class OneOrMore(argparse.Action):
+    """A flag with nargs="+": one value is kept as it is, several are a list."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, values if len(values) > 1 else values[0])
+
+
 def add_teacher_flags(parser):
     add = parser.add_argument_group("teacher").add_argument
-    add("--teacher-checkpoint", metavar="FILE", help=f"a checkpoint of these scripts ({DEFAULT_TEACHER})")
-    add("--teacher-model", type=cli.name_or_file, help="a model by name, as --model takes it")
+    several = {"nargs": "+", "action": OneOrMore}
+    add(
+        "--teacher-checkpoint",
+        **several,
+        metavar="FILE",
+        help=f"a checkpoint of these scripts ({DEFAULT_TEACHER})\nseveral teachers: several values of this, of "
+        "--teacher-model and of --teacher-embeddings, together and in this order",
+    )
+    add("--teacher-model", **several, type=cli.name_or_file, help="a model by name, as --model takes it")
     cli.switch(
         add,
         "--teacher-pretrained",
         "--teacher-model has weights: the hub's, or those that FILE.py:FUNCTION loads itself",
     )
-    add("--teacher-weights", metavar="FILE", help="a foreign state dict for --teacher-model, strictly")
-    add("--teacher-embeddings", metavar="DIR", help="stored outputs (extract_embeddings.py) in place of a teacher")
+    add(
+        "--teacher-weights",
+        **several,
+        metavar="FILE",
+        help="a foreign state dict for --teacher-model, strictly\none for each of several",
+    )
+    add(
+        "--teacher-embeddings",
+        **several,
+        metavar="DIR",
+        help="stored outputs (extract_embeddings.py) in place of a teacher\nseveral must hold the same views of "
+        "the same images, which teachers that are run beside them see too",
+    )
     add("--num-views", type=cli.POSITIVE, metavar="K", help="use the first K stored views; else all")
     add(
         "--teacher-resolution",
+        **several,
         type=cli.POSITIVE,
         metavar="PX",
-        help="the teacher's input side in pixels; else that of its training, for --teacher-model the student's",
+        help="the teacher's input side in pixels, one for all that are run or one for each; else that of its training, "
+        "for --teacher-model the student's",
     )
     add(
         "--teacher-pooling",
+        **several,
         choices=("cls", "mean", "map"),
-        help="what is the live teacher's embedding; else what its head takes",
+        help="what is the live teacher's embedding, one for all or one for each; else what its head takes",
+    )
+    add(
+        "--teacher-shares",
+        nargs="+",
+        type=cli.ABOVE_ZERO,
+        metavar="SHARE",
+        help="relative weights of several teachers in each term that they have; else equal",
+    )
+    add(
+        "--teacher-average",
+        choices=("terms", "probabilities"),
+        default="terms",
+        help="mean over those teachers that know the classes: of the terms on logits, or of the probabilities, which "
+        "these terms then compare once",
+    )
+    add(
+        "--standardize-teachers",
+        choices=("none", "channel", "phi-s"),
+        default="none",
+        help="each teacher's embeddings and tokens lose their mean and spread over train: by channel, or by a rotation "
+        "and one scale, which keeps angles (arXiv:2410.01680)",
     )
     cli.switch(add, "--allow-weak-teacher", "go on with a teacher that is no better than chance on val")
     add = parser.add_argument_group("k-NN during training").add_argument
@@ -225,7 +277,13 @@ def add_loss_flags(parser):
         help="in epoch e all terms but the cross-entropy have min(1, e / N) of their weights; 0 is off",
     )
     add("--student-layer", nargs="+", default=[], metavar="PATH", help="module paths of the student's feature maps")
-    add("--teacher-layer", nargs="+", default=[], metavar="PATH", help="those of the teacher's, paired in order")
+    add(
+        "--teacher-layer",
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help="those of the teacher's, paired in order\nof several teachers as many for each, or for all",
+    )
     add(
         "--pooling",
         choices=("cls", "mean", "map"),
@@ -274,6 +332,15 @@ def check_loss(args):
     low, high = args.local_crop_scale
     if not 0 < low <= high <= 1:
         raise UserError(f"--local-crop-scale {low:g} {high:g} must ascend within 0 to 1")
+    on_vectors = [term for term in terms_on(weights, "embedding", "tokens") if not TERMS[term].both_sides]
+    for flag, default, terms, of in (
+        ("standardize_teachers", "none", on_vectors, "embeddings or tokens"),
+        ("teacher_average", "terms", terms_on(weights, "logits"), "logits"),
+    ):
+        value = getattr(args, flag)
+        if value != default and not terms:
+            flag = f"--{flag.replace('_', '-')} {value}"
+            raise UserError(f"{flag}: the loss {loss_words(weights)} has no term on {of}")
     labelled = bool(terms_on(weights, "labels", "logits"))  # else nothing trains the student's logits
     if not labelled:
         lacks = f"but the loss {loss_words(weights)} has neither ce nor a term on logits"
@@ -293,19 +360,38 @@ def check_loss(args):
     return weights, options, labelled
 
 
-def find_teacher(args):
-    """(stores or None, path and checkpoint of the teacher, or None for both)"""
-    if args.teacher_embeddings:
-        return open_stores(args.teacher_embeddings), None, None
-    if args.num_views:
+def find_teachers(args):
+    """Found of each teacher: flags, and what can be opened before data are read."""
+    flags = {name: getattr(args, name) for name in TEACHER_FLAGS}
+    kinds = sum(flags[kind] is not None for kind in TEACHER_KINDS)
+    if kinds < 2 and not any(isinstance(flags[name], list) for name in TEACHER_FLAGS if name != "teacher_layer"):
+        if args.teacher_shares or args.teacher_average != "terms":
+            raise UserError("--teacher-shares and --teacher-average need several teachers")
+        return [find_teacher(flags)]
+    several = optional("common.several", "a run with several teachers")
+    teachers = [find_teacher(own) for own in several.flags_of_each(flags, TEACHER_KINDS, len(args.student_layer))]
+    several.check_stores([one.stores for one in teachers if one.stores], STORED_FLAGS, args.num_views)
+    if len(args.teacher_shares or teachers) != len(teachers):
+        shares = " ".join(f"{share:g}" for share in args.teacher_shares)
+        raise UserError(f"--teacher-shares {shares}: give one for each of the {len(teachers)} teachers")
+    return teachers
+
+
+def find_teacher(flags):
+    """Found of one teacher; flags: its values of TEACHER_FLAGS."""
+    if flags["teacher_embeddings"]:
+        return Found(flags, open_stores(flags["teacher_embeddings"]), None, None)
+    if flags["num_views"]:
         raise UserError("--num-views needs --teacher-embeddings DIR")
-    return None, *find_checkpoint(**cli.options(find_checkpoint, vars(args)))
+    return Found(flags, None, *find_checkpoint(**cli.options(find_checkpoint, flags)))
 
 
-def settle_flags(args, weights, labelled, stores=None, path=None, checkpoint=None):
-    """The flags with the teacher's data, where no other are named, and the defaults of dataset and loss."""
-    if stores:
-        args = cli.replaced(args, **store_flags(stores, vars(args), STORED_FLAGS))
+def settle_flags(args, weights, labelled, teachers=()):
+    """The flags with the teachers' data, where no other are named, and the defaults of dataset and loss."""
+    for one in teachers:
+        if one.stores:
+            args = cli.replaced(args, **store_flags(one.stores, {**vars(args), **one.flags}, STORED_FLAGS))
+    path, checkpoint = next(((one.path, one.checkpoint) for one in teachers if one.checkpoint), (None, None))
     args = cli.replaced(args, **dataset_flags(vars(args), checkpoint, path))
     info = dataset_info(args.dataset)
     defaults = {"optimizer": "sgd", "warmup_epochs": 0.0, "save_every": 0}
@@ -374,17 +460,33 @@ def open_neighbours(args, precision):
     return Neighbours(splits, precision, **cli.options(Neighbours, vars(args)))
 
 
-def make_source(args, stores, path, checkpoint, weights, splits, augment, precision):
-    """The teacher: stored outputs, or a model that is run."""
-    flags, classes = vars(args), splits.classes
-    if stores:
-        return stored_source(stores, weights, splits, precision.device, **cli.options(stored_source, flags))
-    on_logits = bool(terms_on(weights, "logits"))
-    has_head = bool(classes) and (on_logits or checkpoint is not None and checkpoint["classes"] == classes)
+def make_source(args, teachers, weights, splits, augment, precision):
+    """What teaches: the only teacher, or several as one."""
+    alone = len(teachers) == 1
+    sources = [make_one_source(args, one, alone, weights, splits, augment, precision) for one in teachers]
+    if alone:
+        return sources[0]
+    return optional("common.several", "a run with several teachers").join(sources, shares_of(args, sources))
+
+
+def shares_of(args, teachers):
+    return args.teacher_shares or [1.0] * len(teachers)
+
+
+def make_one_source(args, found, alone, weights, splits, augment, precision):
+    """A teacher: stored outputs, or a model that is run.  One of several need not know the classes."""
+    flags, classes, checkpoint = {**vars(args), **found.flags}, splits.classes, found.checkpoint
+    if found.stores:
+        if not alone and "logits" not in found.stores["train"].arrays:
+            weights = {term: weight for term, weight in weights.items() if term not in terms_on(weights, "logits")}
+        return stored_source(found.stores, weights, splits, precision.device, **cli.options(stored_source, flags))
+    wanted = classes if terms_on(weights, "logits") else []
+    if not alone and not checkpoint and isinstance(classes, dict):
+        wanted = []  # no model by name has a head for each task
     info, crop_mode = dataset_info(args.dataset), augment.policy.crop_mode
-    loaded = load_teacher(
-        path, checkpoint, classes if on_logits else [], info, crop_mode, **cli.options(load_teacher, flags)
-    )
+    loaded = load_teacher(found.path, checkpoint, wanted, info, crop_mode, alone, **cli.options(load_teacher, flags))
+    knows = checkpoint["classes"] == classes if checkpoint else bool(wanted) and loaded[0].known_classes == len(classes)
+    has_head = bool(classes) and knows
     return live_source(*loaded, weights, splits, augment, precision, has_head, **cli.options(live_source, flags))
 
 
@@ -411,20 +513,23 @@ def make_student(args, classes, weights, splits, train, crop_mode):
     return model, preprocess, weights_from
 
 
-def make_loss(args, weights, options, classes, targets):
-    """DistillationLoss; targets: {task: labels of train (N,)}."""
+def make_loss(args, weights, options, classes, targets, source):
+    """DistillationLoss, or SeveralLosses, which has one for each teacher; targets: {task: labels of train (N,)}."""
     tasks = tasks_of(classes) if classes else {}
     sizes = {task: len(names) for task, names in tasks.items()}
-    criterion = DistillationLoss(
+    make = functools.partial(
+        DistillationLoss,
         weights,
         options,
         label_smoothing=args.label_smoothing,
         class_weights=task_class_weights(args.class_weights, {task: targets[task] for task in tasks}, sizes),
         task_weights=cli.task_weights(args.task_weights, tasks),
+        **({"gather": distributed().gather_rows} if world_size() > 1 else {}),
     )
-    if world_size() > 1:
-        criterion.gather = distributed().gather_rows
-    return criterion
+    if not source.parts:
+        return make()
+    several = optional("common.several", "a run with several teachers")
+    return several.SeveralLosses(make, shares_of(args, source.parts), args.teacher_average)
 
 
 def make_planner(source, augment, local_augment, global_crops):
@@ -436,6 +541,17 @@ def make_planner(source, augment, local_augment, global_crops):
         return augment.plan(source.choose_view(several_views(batch, global_crops)))
 
     return plan
+
+
+def standardize_teachers(args, run, criterion, source, train, plan):
+    """--standardize-teachers, by what train shows; a resumed run has the figures that it began with."""
+    if args.standardize_teachers == "none":
+        return
+    several = optional("common.several", "--standardize-teachers")
+    saved = load_checkpoint(run.path("latest.pth"))["loss"] if run.resume else None
+    outputs = map(source.targets, train.batches(1, plan=plan))
+    images = 0 if args.dry_run else several.IMAGES
+    several.standardize(criterion, args.standardize_teachers, outputs, saved, images)
 
 
 def build_projectors(criterion, model, preprocess, source, train, augment, plan):
@@ -479,17 +595,18 @@ def make_judge(recorder, source, preprocess, labelled, neighbours):
             recorder.run.log(f"warning: {warning}")
         if neighbours and epoch:
             scores.update(neighbours.after_epoch(epoch, student, preprocess))
-            scores["teacher_knn"] = source.described.get("knn", {}).get("accuracy")
+            for name, one in source.teachers.items():
+                scores[f"teacher_knn{name}"] = one.described.get("knn", {}).get("accuracy")
         return scores
 
     return judge
 
 
 def log_teacher(args, run, source, splits, val, neighbours):
-    """Judge the teacher on val; refuses one at chance level, and a metric that needs logits that it has not."""
-    logits = source.logits("val", val)
-    run.log(judge_teacher(source, logits, splits, neighbours, args.allow_weak_teacher))
-    if args.select_metric in FIDELITY and logits is None:
+    """Judge each teacher on val; refuses one at chance level, and a metric that needs logits where there are none."""
+    for one in source.teachers.values():
+        run.log(judge_teacher(one, one.logits("val", val), splits, neighbours, args.allow_weak_teacher))
+    if args.select_metric in FIDELITY and source.logits("val", val) is None:
         raise UserError(
             f"--select-metric {args.select_metric} compares logits, and this teacher has none for the classes"
         )
@@ -513,7 +630,8 @@ def draw_samples(args, train, source, augment, local_augment, plan):
     if not args.save_samples:
         return
     batch = next(train.batches(1, plan=plan))
-    rows = [part for r in (source.resolution, args.resolution) for part in augment(batch, r).chunk(args.global_crops)]
+    sides = [*(one.resolution for one in source.teachers.values()), args.resolution]
+    rows = [part for side in sides for part in augment(batch, side).chunk(args.global_crops)]
     save_sample_grid(args.save_samples, rows + [crop(batch, args.local_resolution) for crop in local_augment])
 
 
@@ -523,8 +641,9 @@ def draw_samples(args, train, source, augment, local_augment, plan):
 def main(args):
     run = RunFolder(args.output, bool(args.resume), args.overwrite, args.dry_run)
     weights, options, labelled = check_loss(args)
-    stores, *teacher = find_teacher(args)
-    args = settle_flags(args, weights, labelled, stores, *teacher)
+    teachers = find_teachers(args)
+    stores = next((one.stores for one in teachers if one.stores), None)
+    args = settle_flags(args, weights, labelled, teachers)
     flags, precision = vars(args), Precision(args.amp, select_device(args.device))
 
     # data; stored views are made again with the policy and seed of the store
@@ -535,11 +654,12 @@ def main(args):
     neighbours = open_neighbours(args, precision)
 
     # teacher, student, loss, optimizer
-    source = make_source(args, stores, *teacher, weights, splits, augment, precision)
+    source = make_source(args, teachers, weights, splits, augment, precision)
     classes = splits.classes if labelled else type(splits.classes)()  # of several tasks a dict
     model, preprocess, weights_from = make_student(args, classes, weights, splits, train, policy.crop_mode)
-    criterion = make_loss(args, weights, options, classes, splits.train.targets)
+    criterion = make_loss(args, weights, options, classes, splits.train.targets, source)
     plan = make_planner(source, augment, local_augment, args.global_crops)
+    standardize_teachers(args, run, criterion, source, train, plan)
     build_projectors(criterion, model, preprocess, source, train, augment, plan)
     updater = make_updater(args, model, criterion, precision, len(train), labelled)
 

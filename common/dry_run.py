@@ -99,12 +99,13 @@ def about_models(model, resolution, source, criterion, weights_from):
     alone."""
     columns = {"model" if source is None else "student": model_cells(model, resolution)}
     notes = [described("start", weights_from)] if weights_from else []
-    if source is not None and source.model:
-        columns["teacher"] = model_cells(copy.copy(source.model[0]), source.resolution)
-    elif source is not None:
-        about = source.described
-        columns["teacher (stored)"] = [about["name"], f"{about['parameters']:,}", "0", "0", ""]
-        notes.append(described("store", about["embeddings"]))
+    for suffix, one in source.teachers.items() if source is not None else ():
+        name, about = f"teacher{suffix.replace('_', ' ')}", one.described
+        if one.model:
+            columns[name] = model_cells(copy.copy(one.model[0]), one.resolution)
+        else:
+            columns[f"{name} (stored)"] = [about["name"], f"{about['parameters']:,}", "0", "0", ""]
+            notes.append(described("store", about["embeddings"]))
     if source is not None:
         notes.append("the teacher is not judged on val in a dry run")
     names = ["name", "parameters", "of them trained", "multiply-adds an image", "checkpoint weights"]
@@ -146,8 +147,9 @@ def about_memory(model, updater, loaders, source, criterion, views):
     device, train = updater.precision.device, loaders[0]
     passes = [(side, count * train.rows_at_once) for side, count in views if count]
     parts = {"weights": state_bytes(model) + state_bytes(criterion), **training_bytes(updater)}
-    if source is not None and source.model:
-        parts["teacher"] = state_bytes(source.model[0])
+    for suffix, one in source.teachers.items() if source is not None else ():
+        if one.model:
+            parts[f"teacher{suffix.replace('_', ' ')}"] = state_bytes(one.model[0])
     parts["activations"] = sum(activations(model, updater.precision, side, rows) for side, rows in passes)
     cached = {
         place: sum(cache_bytes(loader) for loader in loaders if loader.cache_kind == place)

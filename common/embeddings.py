@@ -466,6 +466,7 @@ class StoredTeacher:
 
     def __init__(self, stores, datasets, wanted, num_views=None, seed=0, device="cpu"):
         self.store, self.stores, self.datasets, self.seed = stores["train"], stores, datasets, seed
+        self.key = f"stored {self.store.folder}"  # in a batch: what to read, of each of several stores
         self.num_views, self.device = num_views or self.store.num_views, torch.device(device)
         self.store.check_views(self.num_views)
         for name in wanted:
@@ -489,9 +490,9 @@ class StoredTeacher:
         start = uniform(self.seed, 0, STREAM_VIEW, batch["key"].flatten()).view_as(batch["key"]) * self.num_views
         view = (start.long() + batch["view"]) % self.num_views
         if self.kept is not None:
-            return {**batch, "view": view, "stored": batch["index"] * self.num_views + view}
+            return {**batch, "view": view, self.key: batch["index"] * self.num_views + view}
         if view.dim() > 1:
-            return {**batch, "view": view, "stored": Reads(self.read, batch["index"], view, self.device)}
+            return {**batch, "view": view, self.key: Reads(self.read, batch["index"], view, self.device)}
         return {**batch, "view": view}
 
     def read(self, index, view, split="train"):
@@ -502,7 +503,7 @@ class StoredTeacher:
 
     def targets(self, batch, split="train"):
         """{"embedding": (B, D), "logits": (B, C), ...} float32 on the device, of view batch["view"] of a split."""
-        stored = batch.get("stored")
+        stored = batch.get(self.key)
         if isinstance(stored, torch.Tensor):
             rows = stored.to(self.device)
             return {self.KEYS[name]: values.index_select(0, rows).float() for name, values in self.kept.items()}

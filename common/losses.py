@@ -366,9 +366,16 @@ def normalized_mse(student: Tensor, teacher: Tensor) -> Tensor:
     return (F.normalize(student, dim=-1) - F.normalize(teacher, dim=-1)).square().sum(-1).mean()
 
 
-def patch_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """`normalized_mse` of patch tokens (B, N, D), the teacher's grid resized to the student's."""
-    return normalized_mse(student, resize_grid(teacher, student.shape[1]))
+@in_float32
+def patch_loss(student: Tensor, teacher: Tensor, cosine: float = 2.0, smooth_l1: float = 0.0) -> Tensor:
+    """cosine * (1 - cos(t, s)) + smooth_l1 * smooth L1 of patch tokens (B, N, D), the teacher's grid resized.
+
+    The mean over tokens, of the smooth L1 (from 1 on linear) over D too.  With the defaults `normalized_mse`; 0.9 and
+    0.1 are those of AM-RADIO, Ranzinger et al. 2024, arXiv:2312.06709.
+    """
+    teacher = resize_grid(teacher, student.shape[1])
+    loss = cosine / 2 * normalized_mse(student, teacher)
+    return loss + smooth_l1 * F.smooth_l1_loss(student, teacher) if smooth_l1 else loss
 
 
 def resize_grid(tokens: Tensor, count: int) -> Tensor:
@@ -616,7 +623,7 @@ TERMS = {
     "wkd": Term(gaussian_wasserstein, "features", "Wasserstein distance of mean and deviation", map_projector),
     "embedding": Term(embedding_loss, "embedding", "lambda_feat MSE + lambda_cos (1 - cosine)", EmbeddingProjectors),
     "cls": Term(normalized_mse, "embedding", "2 - 2 cosine of class tokens", nn.Linear),
-    "patch": Term(patch_loss, "tokens", "2 - 2 cosine of patch tokens", nn.Linear),
+    "patch": Term(patch_loss, "tokens", "cosine (1 - cosine) + smooth_l1 of patch tokens", nn.Linear),
     "projection": Term(embedding_mse, "embedding", "MSE of projected images and texts", nn.Linear, both_sides=True),
     "crd": Term(contrastive, "embedding", "InfoNCE of a batch", nn.Linear, compares_images=True),
     "rkd_distance": Term(rkd_distance, "embedding", "distances in a batch", compares_images=True),
@@ -633,6 +640,8 @@ METHODS = {
     "feature_matching": "ce=0.5 feature=0.5",  # intermediate maps of Swins and ViTs in place of logits
     "embedding": "ce=1 embedding=1",  # stored or live embeddings in a shared space
     "tokens": "cls=1 patch=0.5",  # class token and patch tokens, without labels
+    # Ranzinger et al. 2024, arXiv:2312.06709: 1 - cosine of class tokens
+    "radio": "cls=0.5 patch=1 patch.cosine=0.9 patch.smooth_l1=0.1",
     "projection": "ce=1 kl=1 projection=100 kl.temperature=2",  # logits, and what image + text models project
     "combined": "ce=1 kl=1 projection=100 crd=1 kl.temperature=2",  # projection and crd
     "crd": "ce=1 crd=1",  # Tian et al. 2020, arXiv:1910.10699, with the batch in place of their memory bank
@@ -834,6 +843,7 @@ class DistillationLoss(nn.Module):
         self.compares = any(TERMS[term].compares_images for term in self.weights)  # a batch of one says nothing then
         self.losses = {term: self.with_options(term, TERMS[term].loss) for term in self.weights}
         self.projectors = nn.ModuleDict()  # {term: one for each pair}
+        self.standardizers = nn.ModuleDict()  # {output: module that the teacher's goes through}, put in from outside
         self.share, self.terms = 1.0, {}
 
     def with_options(self, term: str, function: Callable) -> Callable:
@@ -852,6 +862,7 @@ class DistillationLoss(nn.Module):
     @torch.no_grad()
     def build(self, student: dict, teacher: dict) -> None:
         """Make the projectors and compute each term once, so that outputs which do not fit are a LossError now."""
+        teacher = self.standardized(teacher)
         for term in self.weights:
             row = TERMS[term]
             if row.projector:
@@ -875,7 +886,7 @@ class DistillationLoss(nn.Module):
         """ce False: without the cross-entropy.  local_crops: the student's class tokens (N, B, D) of N local crops of
         each image, for the term cls; the rows of the other outputs are G global crops of B images, crop after crop."""
         total, share, self.terms = torch.zeros(()), self.share if self.training else 1.0, {}
-        targets = _by_task(labels)
+        teacher, targets = self.standardized(teacher), _by_task(labels)
         for term, weight in self.weights.items():
             if term != "ce":
                 value, weight = self.term(term, student, teacher, targets), share * weight
@@ -897,6 +908,10 @@ class DistillationLoss(nn.Module):
             total = total + share * self.weights["cls"] * value
             self.terms["local"] = value.detach()
         return total
+
+    def standardized(self, teacher: dict) -> dict:
+        """The teacher's outputs behind `standardizers`."""
+        return {**teacher, **{name: module(teacher[name]) for name, module in self.standardizers.items()}}
 
     def term(self, term: str, student: dict, teacher: dict, labels: dict | None = None) -> Tensor:
         """The value of a term, without its weight; labels: {task: (B,)}, by default none are known."""

@@ -171,12 +171,15 @@ def comparison_rows(groups: list, metric: str) -> list:
         evidence, gains = group["evidence"], group if metric == "accuracy" else group[metric]
         gain = gains["gain_paired"] or {"mean": gains["gain"]}
         figures = [group["metrics"].get(metric, {}).get(kind, {"mean": None, "std": None, "n": 0}) for kind in KINDS]
+        cells = {column: cell(figure["mean"], metric, figure["std"]) for column, figure in zip(columns, figures)}
+        if group["teachers"]:
+            cells[columns[0]] = " / ".join(f"{one['name']} {cell(one[metric], metric)}" for one in group["teachers"])
         without, with_kd = figures[1]["n"], figures[2]["n"]
         unequal = without and with_kd and without != with_kd
         rows.append(
             {
                 **name_cells(group),
-                **{column: cell(figure["mean"], metric, figure["std"]) for column, figure in zip(columns, figures)},
+                **cells,
                 "difference" + " (points)" * (scale(metric) == 100): cell(gain["mean"], metric, gains["gain_std"], "+"),
                 "95 % over test images": span(evidence.get("interval"), metric, unit=False),
                 f"95 % over {repeats}": span(evidence.get("seeds_interval"), metric, unit=False),
@@ -193,13 +196,13 @@ def label_free_rows(groups: list) -> list:
         {
             **name_cells(group),
             "val distillation loss": cell(loss["mean"], "loss", loss["std"]),
-            "val k-NN (%)": cell(group["knn"]["student"], "knn"),
-            "teacher's k-NN (%)": cell(group["knn"]["teacher"], "knn"),
+            "val k-NN (%)": cell(knn["student"], "knn"),
+            "teacher's k-NN (%)": " / ".join(cell(value, "knn") for value in knn["teachers"] or [knn["teacher"]]),
             "seeds": loss["n"],
         }
         for group in groups
         if group["label_free"]
-        for loss in [group["val_distillation_loss"]]
+        for loss, knn in [(group["val_distillation_loss"], group["knn"])]
     ]
 
 

@@ -138,7 +138,9 @@ def identity(results: dict) -> dict:
     dataset, model, teacher, flags = results["dataset"], results["model"], results["teacher"], dict(results["flags"])
     sha256 = dataset["sha256"]
     if flags.get("teacher_embeddings"):
-        flags["teacher_embeddings"] = Path(flags["teacher_embeddings"]).name  # a staged copy keeps only its name
+        stores = flags["teacher_embeddings"]
+        stores = stores if isinstance(stores, list) else [stores]
+        flags["teacher_embeddings"] = "/".join(Path(store).name for store in stores)  # of a staged copy only it stays
     result = {
         "dataset": dataset["name"],
         "teacher": teacher.get("name"),
@@ -312,11 +314,16 @@ def choose_baselines(distilled: list, students: list, notes: list, missing: list
     return baselines
 
 
+def taught_by(run: dict) -> list:
+    """What results.json says of each teacher of a distilled run."""
+    return run["teacher"].get("teachers") or [run["teacher"]]
+
+
 def find_teachers(distilled: list, runs: list, notes: list, missing: list) -> list:
-    """The runs whose checkpoints taught these: one, or one a fold."""
+    """The runs whose checkpoints taught these: one, one a fold, or one for each of several teachers."""
     teachers = {}
-    for run in distilled:
-        sha256 = run["teacher"].get("sha256")
+    for run, about in [(each, about) for each in distilled for about in taught_by(each)]:
+        sha256 = about.get("sha256")
         if sha256 in teachers:
             continue
         candidates = [other for other in runs if sha256 and other.get("checkpoint_sha256") == sha256]
@@ -329,7 +336,7 @@ def find_teachers(distilled: list, runs: list, notes: list, missing: list) -> li
         teachers[sha256] = teacher
         if not candidates:
             missing.append(
-                f"the teacher run of {run['teacher']['name']} ({run['teacher'].get('checkpoint')}, sha256 "
+                f"the teacher run of {about['name']} ({about.get('checkpoint')}, sha256 "
                 f"{str(sha256)[:12]}) is not among RUNS; it taught {paths(distilled)}"
             )
         elif not teacher:
@@ -348,23 +355,31 @@ def collect(runs: list, metric: str, missing: list) -> tuple:
     """Two lists, with an entry for each group: its members and its description, see `describe`."""
     teachers, students, distilled = (of_role(runs, role) for role in ROLES)
     alone = [run for run in students if not any(agree(run, other, STUDENT_INPUT) for other in distilled)]
-    members, notes = [], []
+    members, notes, several = [], [], []  # several: the runs of a group's teachers where there is more than one
     for repeats in group_by([*distilled, *alone], "id"):
         notes.append([])
         kept = newest_per_seed(repeats, notes[-1])
         first = kept[0]
         if first["role"] == "distill":
             baselines = [] if is_label_free(first) else choose_baselines(kept, students, notes[-1], missing)
-            kinds = find_teachers(kept, runs, notes[-1], missing), baselines, kept
+            found = find_teachers(kept, runs, notes[-1], missing)
+            several.append(found if len(taught_by(first)) > 1 else [])
+            kinds = [] if several[-1] else found, baselines, kept
         else:
             suitable = [run for run in teachers if agree(run, first, TEST)]
+            several.append([])
             kinds = suitable if len(suitable) == 1 else [], kept, []  # of several, which would teach is not known
             missing.append(
                 f"no distilled student {first['id']['student']} on {first['id']['dataset']} for {paths(kept)}"
             )
         members.append(dict(zip(KINDS, kinds)))
     firsts = [(kinds[DISTILLED] or kinds[BASELINE])[0] for kinds in members]
-    return members, [describe(*pair, metric, firsts, runs) for pair in zip(members, notes)]
+    groups = [describe(*pair, metric, firsts, runs) for pair in zip(members, notes)]
+    for group, found in zip(groups, several):
+        group["teachers"] = [
+            {"run": run["path"], "name": run["id"]["student"], metric: number(run["test"].get(metric))} for run in found
+        ]
+    return members, groups
 
 
 # ------------------------------------------------------------------------------------------------- figures of a group
@@ -478,6 +493,10 @@ def describe(members: dict, notes: list, metric: str, firsts: list, runs: list) 
             role: mean(last(run["rows"], key) for run in distilled)
             for role, key in (("teacher", "val_teacher_knn"), ("student", "val_knn"))
         }
+        group["knn"]["teachers"] = [
+            mean(last(run["rows"], f"val_teacher_knn_{i}") for run in distilled)
+            for i, _ in enumerate(first["teacher"].get("teachers", []), 1)
+        ]
     return group
 
 
@@ -645,7 +664,8 @@ def load_predictions(runs: list, missing: list):
 def predictions_by_seed(members: dict) -> dict:
     """{kind: {seed: Predictions}} of a group; the teacher's stand under the seeds of the students that it taught."""
     by_checkpoint = {run.get("checkpoint_sha256"): run.get("predictions") for run in members[TEACHER]}
-    by_kind = {TEACHER: {run["seed"]: by_checkpoint.get(run["teacher"].get("sha256")) for run in members[DISTILLED]}}
+    taught = members[DISTILLED] if members[TEACHER] else []
+    by_kind = {TEACHER: {run["seed"]: by_checkpoint.get(run["teacher"].get("sha256")) for run in taught}}
     for kind in (BASELINE, DISTILLED):
         by_kind[kind] = {run["seed"]: run.get("predictions") for run in members[kind]}
     return {kind: {seed: part for seed, part in seeds.items() if part} for kind, seeds in by_kind.items()}

@@ -1,7 +1,7 @@
 """What teaches a student: a frozen model that is run, or what one has left in a store; and what it is worth.
 
 Needs data.py, loader.py, losses.py, metrics.py, models.py, run.py and training.py of `common`, torch and numpy
-(embeddings.py for stored embeddings, probes.py for k-NN during training).
+(embeddings.py for stored embeddings, probes.py for k-NN during training, several.py for several teachers).
 """
 
 import functools
@@ -36,10 +36,24 @@ from common.training import (
 
 NEIGHBOURS = 20  # of --eval-dataset
 DEFAULT_TEACHER = "runs/teacher/best.pth"
+TEACHER_KINDS = ("teacher_checkpoint", "teacher_model", "teacher_embeddings")  # flags that name teachers, in this order
+TEACHER_FLAGS = (  # that each teacher may have of its own
+    *TEACHER_KINDS,
+    *("teacher_pretrained", "teacher_weights", "teacher_resolution", "teacher_pooling", "teacher_layer", "num_views"),
+)
+
+
+class Found(NamedTuple):
+    """A teacher, before data are read."""
+
+    flags: dict  # its values of TEACHER_FLAGS
+    stores: dict | None  # of a stored one, see `open_stores`
+    path: str | None  # of a checkpoint, and what it holds
+    checkpoint: dict | None
 
 
 class Source(NamedTuple):
-    """A frozen model, or what one has left in a store.  Nothing that follows asks which."""
+    """A frozen model, what one has left in a store, or several of these.  Nothing that follows asks which."""
 
     # (batch, split) -> {"logits": (B, C), "embedding": (B, D), "tokens": (B, T, D), "features": {layer: (B, C, H, W)}}
     targets: Callable
@@ -50,6 +64,13 @@ class Source(NamedTuple):
     resolution: int  # the teacher's input side in pixels
     title: str  # for the log
     described: dict  # for results.json
+    has_head: bool  # whether its logits are those of the data's classes
+    parts: tuple = ()  # of several teachers, the Source of each
+
+    @property
+    def teachers(self) -> dict:
+        """{what its metrics' names end in: Source} of each teacher: "" of the only one, else "_1", "_2", ..."""
+        return {f"_{number}": one for number, one in enumerate(self.parts, 1)} or {"": self}
 
 
 # --------------------------------------------------------------------------------------------------------------- live
@@ -65,8 +86,6 @@ def find_checkpoint(
             raise UserError(
                 "--teacher-pretrained and --teacher-weights cannot be combined: the hub's weights or a file's"
             )
-        if path:
-            raise UserError("--teacher-model and --teacher-checkpoint cannot be combined: give one of them")
         if not teacher_pretrained and not teacher_weights:
             raise UserError("--teacher-model needs weights: --teacher-pretrained or --teacher-weights FILE")
         return None, None
@@ -89,6 +108,7 @@ def load_teacher(
     classes: list | dict,
     info: DatasetInfo,
     crop_mode: str,
+    must_know: bool = True,
     *,
     dataset: str,
     resolution: int,
@@ -99,8 +119,8 @@ def load_teacher(
 ) -> tuple[nn.Module, Preprocess, dict]:
     """(model on the CPU, its Preprocess, dict for results.json); keywords are the flags.
 
-    path, checkpoint: as `find_checkpoint` returns them; classes: [] where no logits are needed; resolution: the
-    student's, which a model by name takes too.  Raises UserError.
+    path, checkpoint: as `find_checkpoint` returns them; classes: [] where no logits are needed; must_know: refuse one
+    that knows other classes; resolution: the student's, which a model by name takes too.  Raises UserError.
     """
     if checkpoint is None:
         if isinstance(classes, dict):
@@ -111,11 +131,11 @@ def load_teacher(
         side = teacher_resolution or resolution
         teacher = build_model(teacher_model, len(classes), side, pretrained=teacher_pretrained)
         weights = start_weights(teacher, teacher_weights, flag="--teacher-weights")
-        if classes:
+        if classes and must_know:
             need_head(teacher, classes, teacher_weights)
         preprocess = Preprocess.for_model(teacher, side, dataset, info, crop_mode)
     else:
-        if classes and checkpoint["classes"] != classes:
+        if classes and must_know and checkpoint["classes"] != classes:
             raise UserError(
                 f"teacher and data have different classes: {path} knows {in_words(checkpoint['classes'])}, "
                 f"{dataset} has {in_words(classes)}"
@@ -183,6 +203,7 @@ def live_source(
         preprocess.resolution,
         f"{start}\nteacher {described['name']}: {size}",
         described,
+        has_head,
     )
 
 
@@ -210,7 +231,7 @@ def store_flags(stores: dict, flags: dict, stored_flags: tuple) -> dict:
     stored_flags: names of the flags that say what the samples are (data.STORED_FLAGS).  Raises UserError.
     """
     given = {name: value for name, value in flags.items() if value is not None and value is not False}  # 0 is given
-    teachers = ("checkpoint", "model", "resolution", "pooling", "pretrained", "weights")
+    teachers = ("resolution", "pooling", "pretrained", "weights")
     for name in (*(f"teacher_{name}" for name in teachers), *Policy.__dataclass_fields__, "augment"):
         if name in given:
             flag = "--" + name.replace("_", "-")
@@ -262,7 +283,7 @@ def stored_source(
             f"--global-crops {global_crops}: {teacher_embeddings} gives {stored.num_views} views of an image"
         )
     # others have no trained head
-    has_head = splits.classes and (terms_on(loss_weights, "logits") or teacher["weights"] == "checkpoint")
+    has_head = bool(splits.classes and (terms_on(loss_weights, "logits") or teacher["weights"] == "checkpoint"))
 
     @functools.cache
     def logits(split, loader):
@@ -271,7 +292,7 @@ def stored_source(
 
     size = f"{teacher['parameters']:,} parameters, {meta['resolution']} px"
     title = f"teacher {teacher['name']}: {size}, {stored.num_views} stored views"
-    return Source(stored.targets, stored.choose_view, logits, None, meta["resolution"], title, described)
+    return Source(stored.targets, stored.choose_view, logits, None, meta["resolution"], title, described, has_head)
 
 
 # ------------------------------------------------------------------------------------------------------------ judgement
@@ -319,18 +340,20 @@ def judge_teacher(
     source: Source, logits: dict | None, splits: Splits, neighbours: Neighbours | None, allow_weak: bool
 ) -> str:
     """Note the teacher's val metrics and refuse one at chance level; returns what the log says.  Raises UserError."""
-    text = source.title
+    text, about = source.title, source.described
+    name = f"teacher {about.get('name')} ({about.get('embeddings') or about.get('checkpoint') or about.get('weights')})"
     if logits is not None:
-        scores = source.described["val"] = task_metrics(logits, splits.val.targets, positive=splits.positive)
+        scores = about["val"] = task_metrics(logits, splits.val.targets, positive=splits.positive)
         text += f", val accuracy {scores['accuracy']:.4f}"
         for task in logits:
             auc = scores["auc" if len(logits) == 1 else f"{task}_auc"]
-            text += check_teacher(auc, splits.val.targets[task], allow_weak, "" if task == TASK else f"in {task} ")
+            how = "" if task == TASK else f"in {task} "
+            text += check_teacher(auc, splits.val.targets[task], allow_weak, how, name)
     if neighbours and source.model:
-        scores = source.described["knn"] = neighbours(*source.model)
+        scores = about["knn"] = neighbours(*source.model)
         text += f", k-NN accuracy {scores['accuracy']:.4f} on val of {neighbours.splits.name}"
-        text += check_teacher(scores["auc"], neighbours.splits.val.labels, allow_weak, "by k-NN ")
-    if "val" in source.described or "knn" in source.described:
+        text += check_teacher(scores["auc"], neighbours.splits.val.labels, allow_weak, "by k-NN ", name)
+    if "val" in about or "knn" in about:
         return text
     why = "it has no head for these classes, --eval-dataset judges it by k-NN"
     if source.model is None:
@@ -338,7 +361,7 @@ def judge_teacher(
     return f"{text}; it is not judged: {why}"
 
 
-def check_teacher(auc: float | None, labels: np.ndarray, allow_weak: bool, how: str = "") -> str:
+def check_teacher(auc: float | None, labels: np.ndarray, allow_weak: bool, how: str = "", name: str = "teacher") -> str:
     """Refuse a teacher whose AUC on val is that of guessing; returns words for the log.  Raises UserError.
 
     Not by accuracy: under imbalance a teacher that ranks well may name one class alone.
@@ -350,7 +373,7 @@ def check_teacher(auc: float | None, labels: np.ndarray, allow_weak: bool, how: 
     figure = "no AUC, its outputs are not finite" if auc is None else f"AUC {auc:.4f}, {figure}"
     if (auc is None or auc < chance) and not allow_weak:
         raise UserError(
-            f"the teacher is {how}no better than chance on val ({figure}): wrong checkpoint, "
+            f"the {name} is {how}no better than chance on val ({figure}): wrong checkpoint, "
             "classes or preprocessing? --allow-weak-teacher goes on"
         )
     return f", {how}{figure}"

@@ -160,7 +160,9 @@ def named_paths(parser, args, checkpoint_data):
 
 def data_of_checkpoint(args, default_teacher):
     """The data folder that distill.py and evaluate.py take from a checkpoint where none is given, or None."""
-    path = getattr(args, "checkpoint", None) or getattr(args, "teacher_checkpoint", None) or default_teacher
+    taught_by = getattr(args, "teacher_checkpoint", None)  # the first of several tells the data
+    taught_by = taught_by[0] if isinstance(taught_by, list) else taught_by
+    path = getattr(args, "checkpoint", None) or taught_by or default_teacher
     if args.data_root or getattr(args, "images", None) or not path or not os.path.isfile(path):
         return None
     flags = load_checkpoint(path).get("flags") or {}

@@ -23,7 +23,7 @@ from common.embeddings import Store, StoredTeacher, Writer, difference, merge, s
 from common.loader import Loader
 from common.models import build_model
 from common.run import UserError, load_checkpoint
-from common.teacher import open_stores
+from common.teacher import Found, open_stores
 from common.training import Precision, live_teacher, load_model
 
 NAMES = ("embeddings", "logits", "tokens", "ids", "labels")
@@ -591,7 +591,7 @@ def test_the_division_is_the_teacher_s(monkeypatch, script, given, words):
 
     def settle():
         if script == "distill":
-            return module.settle_flags(args, {"ce": 1.0}, True, path="t.pth", checkpoint={"flags": FLAGS})
+            return module.settle_flags(args, {"ce": 1.0}, True, [Found({}, None, "t.pth", {"flags": FLAGS})])
         module.settle_flags(args)
         return args
 
@@ -650,11 +650,12 @@ def test_zero_beside_a_store_is_a_flag_that_was_given(tmp_path, given, words):
     distill, stores = importlib.import_module("distill"), open_stores(str(tmp_path))
     assert set(stores) == {"train", "val", "test"}
     args = distill.build_parser().parse_args(["--teacher-embeddings", str(tmp_path), *map(str, given)])
+    teachers = [Found({}, stores, None, None)]
     if words:
         with pytest.raises(UserError, match=words):
-            distill.settle_flags(args, {"ce": 1.0}, True, stores)
+            distill.settle_flags(args, {"ce": 1.0}, True, teachers)
     else:
-        args = distill.settle_flags(args, {"ce": 1.0}, True, stores)
+        args = distill.settle_flags(args, {"ce": 1.0}, True, teachers)
         assert (args.folds, args.fold, args.split_seed, args.decode_size) == (3, 2, 3, 256)
 
 
@@ -666,7 +667,7 @@ def test_stores_that_do_not_fit_the_run(extracted, tmp_path):
         ([*store, "--dataset", "cifar10"], "--dataset cifar10"),
         ([*store, "--rotation", 5], "--rotation"),
         ([*store, "--method", "feature"], "feature maps"),
-        ([*store, "--teacher-checkpoint", "x.pth"], "cannot be combined"),
+        ([*store, "--teacher-checkpoint", "x.pth"], "x.pth: no such file"),  # two teachers
         (["--num-views", 2], "--teacher-embeddings"),
         (["--teacher-embeddings", tmp_path], "is not a folder of stored"),
     ):

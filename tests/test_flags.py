@@ -316,6 +316,7 @@ WORDS = {
     "ISIC": "--dataset isic2024 --data-root table",
     "START": "--init-checkpoint start/best.pth",
     "TAUGHT": "--teacher-checkpoint start/best.pth --allow-weak-teacher",
+    "TWO": "--teacher-checkpoint start/best.pth vit/best.pth --allow-weak-teacher",
     "VIT": "--teacher-checkpoint vit/best.pth --allow-weak-teacher --model vit_6_192 --method tokens",
     "FEATURE": "--method feature --student-layer layer3 --teacher-layer layer3",
     "STORED": "--dataset medmnist --data-root a.npz --model resnet8",
@@ -428,6 +429,9 @@ DISTILLED = """
 --num-views 1 | --allow-weak-teacher --teacher-embeddings stored --method mmd | | weights
 --teacher-resolution 12 | TAUGHT | | weights
 --teacher-pooling mean | VIT --method mmd | | weights
+--teacher-shares 3 1 | TWO | | weights
+--teacher-average probabilities | TWO | | weights
+--standardize-teachers phi-s | TAUGHT --method mmd | | weights
 --allow-weak-teacher | --teacher-model vit_6_192 --teacher-weights flat.pth | | lines
 --method dkd | TAUGHT | | weights
 --alpha 0.9 | TAUGHT | | weights

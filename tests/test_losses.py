@@ -271,6 +271,7 @@ def test_methods_are_sums():
         "feature_matching": ({"ce": 0.5, "feature": 0.5}, None),
         "embedding": ({"ce": 1, "embedding": 1}, None),
         "tokens": ({"cls": 1, "patch": 0.5}, None),
+        "radio": ({"cls": 0.5, "patch": 1}, None),
         "projection": ({"ce": 1, "kl": 1, "projection": 100}, 2),
         "combined": ({"ce": 1, "kl": 1, "projection": 100, "crd": 1}, 2),
         "crd": ({"ce": 1, "crd": 1}, None),

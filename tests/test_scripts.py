@@ -416,7 +416,7 @@ def test_samples_that_cannot_be_written_are_refused_before_data(tmp_path, monkey
         ),
         (["--method", "feature", "--student-layer", "layer3", "--teacher-layer", "x"], ["'x'", "layer4", "resnet8"]),
         (["--teacher-pretrained"], ["--teacher-model"]),
-        (["--teacher-model", "resnet18", "--teacher-weights", "x"], ["--teacher-model", "--teacher-checkpoint"]),
+        (["--teacher-model", "resnet18", "--teacher-weights", "x"], ["--teacher-weights x: no such file"]),
         (["--dataset", "imagefolder"], ["--data-root"]),
     ],
 )
