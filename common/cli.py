@@ -249,6 +249,7 @@ def add_run_flags(parser: Parser, output: str) -> None:
     )
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     add("--save-every", type=NATURAL, default=0, help="epochs between epoch_N.pth; 0 is off")
+    switch(add, "--tensorboard", "write scalars, samples, confusion matrices and flags for TensorBoard")
     add("--save-samples", type=picture, metavar="FILE.png", help="draw what the models see in epoch 1")
 
 
@@ -597,6 +598,9 @@ def check_flags(flags: argparse.Namespace) -> argparse.Namespace:
         raise UserError(f"{both} cannot be combined: give one of them")
     if get("nesterov") and flags.optimizer not in ("sgd", None):
         raise UserError(f"--nesterov and --optimizer {flags.optimizer} cannot be combined: it is a kind of sgd")
+    if get("tensorboard"):
+        optional("tensorboard", "--tensorboard")
+        flags.save_samples = flags.save_samples or os.path.join(flags.output, "samples.png")
     if get("save_samples"):
         folder = os.path.dirname(os.path.abspath(flags.save_samples))
         writable = folder == os.path.abspath(flags.output) or os.path.isdir(folder) and os.access(folder, os.W_OK)

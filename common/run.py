@@ -367,11 +367,12 @@ class RunFolder:
         "*.pth",
         "confusion_*.npy",
         "predictions_*.npz",
+        "events.out.tfevents.*",
     )
 
     def __init__(self, folder: str, resume: bool = False, overwrite: bool = False, dry_run: bool = False):
         self.folder, self.resume, self.overwrite = folder, resume, overwrite
-        self.rows, self._opened, self._early_lines = [], False, []
+        self.rows, self._opened, self._early_lines, self.board = [], False, [], None
         self.writes = launched_processes().rank == 0
         if resume:
             if overwrite:
@@ -449,6 +450,8 @@ class RunFolder:
         self._opened = True
         for line in self._early_lines:
             self._log.write(line + "\n")
+        if flags.get("tensorboard"):
+            self.board = optional("common.tensorboard", "--tensorboard").Board(self.folder, flags)
         self._write_rows()
 
     @property
@@ -477,6 +480,8 @@ class RunFolder:
             writer.writeheader()
             writer.writerows(self.rows)
         write_json(self.path("metrics.json"), self.rows)
+        if self.board:
+            self.board.update(self.rows)
 
 
 # -------------------------------------------------------------------------------------------------------- checkpoints

@@ -760,6 +760,8 @@ def write_results(
         write_json(run.path("results.json"), results)
     except RuntimeError as error:  # out of memory above all
         run.log(f"warning: the model's cost could not be measured: {str(error).splitlines()[0]}")
+    if run.board:
+        run.board.finish()
     run.log(summary_line(results, run.path("results.json")))
 
 

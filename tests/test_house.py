@@ -23,7 +23,7 @@ GROUND = {"augment", "cifar_models", "losses", "metrics", "models", "probes", "r
 MIDDLE = ("cli", "data", "loader", "training", "teacher")  # from below
 OPTIONAL = set(
     "custom dicom distributed dry_run embeddings export groups hugging_face image_text medical multimodal "
-    "several sweep unlabeled weights".split()
+    "several sweep tensorboard unlabeled weights".split()
 )
 REPORT = {"page", "statistics"}
 FILES = {path.stem: path for path in sorted((ROOT / "common").glob("*.py"))}
