@@ -71,6 +71,7 @@ from common.training import (
     Preprocess,
     Schedule,
     Updater,
+    check_mixing,
     check_normalization,
     make_optimizer,
     model_starter,
@@ -529,6 +530,7 @@ def main(args):
 
     # data; stored views are made again with the policy and seed of the store
     policy = stores["train"].policy if stores else cli.augment_policy(flags, dataset_info(args.dataset).policy)
+    check_mixing(policy, args.dataset, [term for term in weights if TERMS[term].uses_labels], args.local_crops)
     augment = Augmenter(policy, stores["train"].seed if stores else args.seed)
     local_augment = local_augmenters(args, policy)
     splits, train, val = read_data(args, precision.device, labelled)

@@ -119,9 +119,8 @@ def test_a_gather_on_the_device_gives_the_images():
     there = ImageCache.__new__(ImageCache)
     there.on_device = True  # though it is not
     there.hold(images, "cpu")
-    batch = {"rows": rows, "index": rows, "size": there.sizes[rows]}
-    assert torch.equal(there.batch(batch, 4), pad_images([images[i] for i in rows])[0])
-    assert torch.equal(there.batch(batch, 2)[:, :, :8, :9], pad_images([images[3], images[11]])[0])
+    assert torch.equal(there.batch(rows, there.sizes[rows].amax(0)), pad_images([images[i] for i in rows])[0])
+    assert torch.equal(there.batch(rows[:2], torch.tensor([8, 9])), pad_images([images[3], images[11]])[0])
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
