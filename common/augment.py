@@ -72,7 +72,8 @@ class Policy:
             if value not in choices:
                 raise PolicyError(f"--{flag} {value} is not one of {', '.join(choices)}")
         shares = ("padding", "hflip", "vflip", *COLOURS, *EFFECTS, "mix_probability")
-        most = {**dict.fromkeys(shares, 1), "hue": 0.5, "rotation": 180}
+        # of an alpha of 100 all shares are close to 1/2
+        most = {**dict.fromkeys(shares, 1), "hue": 0.5, "rotation": 180, "mixup": 100, "cutmix": 100}
         for name, limit in most.items():
             if not 0 <= getattr(self, name) <= limit:
                 unit = " degrees" if name == "rotation" else ""
@@ -81,9 +82,6 @@ class Policy:
             raise PolicyError(f"--scale {self.scale[0]} {self.scale[1]} must be positive and ascend")
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             raise PolicyError(f"--crop-scale {self.crop_scale[0]} {self.crop_scale[1]} must ascend within 0 to 1")
-        for name in ("mixup", "cutmix"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise PolicyError(f"--{name} {getattr(self, name)} is not a number of at least 0")
         if self.mix_probability != 1 and not self.mixes:
             raise PolicyError(f"--mix-probability {self.mix_probability} needs --mixup ALPHA or --cutmix ALPHA")
 
