@@ -408,11 +408,19 @@ def add_augment_flags(parser: Parser) -> None:
     add("--blur", type=float, metavar="P", help="probability of a Gaussian blur, up to 2 pixels of 224")
     add("--solarize", type=float, metavar="P", help="probability that bright pixels are inverted")
     add("--random-erasing", type=float, metavar="P", help="probability of a black box, 2 to 33 %% of the area")
-    mixed = "Beta(ALPHA, ALPHA) of the share that an image keeps of a view which"
-    partner = "of train; train's accuracy is of the label of the larger share"
-    add("--mixup", type=float, metavar="ALPHA", help=f"{mixed} is blended with another image {partner}; 0 is off")
     add(
-        "--cutmix", type=float, metavar="ALPHA", help=f"{mixed} has a box of another image; beside --mixup each by half"
+        "--mixup",
+        type=float,
+        metavar="ALPHA",
+        help="blend a view with another image of train, its share from Beta(ALPHA, ALPHA), 0 is off; train's accuracy "
+        "is then of the label with the larger share",
+    )
+    add(
+        "--cutmix",
+        type=float,
+        metavar="ALPHA",
+        help="put a box of another image into a view, its area from Beta(ALPHA, ALPHA); beside --mixup half of the "
+        "views each",
     )
     add("--mix-probability", type=float, metavar="P", help="share of the views that --mixup and --cutmix mix (1)")
 
