@@ -242,7 +242,7 @@ def _train_batch(wanted, count, accumulate):
     return batch_size
 
 
-def with_partners(index, planned):
+def with_partners(index: torch.Tensor, planned: dict) -> torch.Tensor:
     """(S, R) rows of the images of each step: `index` (S, B), and the partners of what is planned."""
     return torch.cat([index, planned["partner"]], 1) if "partner" in planned else index
 
