@@ -272,7 +272,7 @@ def sample_mixing(
     mixed, kind, row, quantile, x, y = uniform(seed, view, stream + MIXING_STREAM, key, 6).unbind(1)
     mixed = (mixed < policy.mix_probability) & (view != 0)
     cut = kind < (0.5 if policy.mixup and policy.cutmix else float(policy.cutmix > 0))
-    alpha = torch.where(cut, policy.cutmix, policy.mixup).double()
+    alpha = torch.full_like(quantile, policy.mixup).masked_fill(cut, policy.cutmix)
     weight = torch.from_numpy(betaincinv(alpha.numpy(), alpha.numpy(), quantile.numpy()))  # inverse of Beta's CDF
     half = torch.where(mixed & cut, torch.sqrt(1 - weight) / 2, torch.zeros_like(weight))  # of the box's side
     box = torch.stack([x - half, y - half, x + half, y + half], 1).clamp(0, 1)

@@ -230,10 +230,11 @@ def test_the_gpu_s_way_gives_the_cpu_s_images_to_rounding(monkeypatch, policy, r
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("side", [32, (40, 30)])
-def test_a_step_on_a_gpu_does_not_synchronize(side):
+@pytest.mark.parametrize("policy", [COLOURS, MIXED])
+def test_a_step_on_a_gpu_does_not_synchronize(side, policy):
     device = torch.device("cuda")
     loader = loader_of(side, device=device)
-    augment, preprocess, model = Augmenter(COLOURS, 0), preprocess_of(32), build_model("resnet8", 4, 32).to(device)
+    augment, preprocess, model = Augmenter(policy, 0), preprocess_of(32), build_model("resnet8", 4, 32).to(device)
     optimizer = make_optimizer(model, optimizer="sgd", lr=0.1)
     schedule = Schedule(0.1, 4, schedule="cosine", epochs=5)
     updater, meter = Updater(model, optimizer, schedule, Precision("bf16", device)), Meter()
