@@ -361,41 +361,38 @@ class Loader:
         which = numbers.tolist()
         # of the whole split, from which partners are drawn, see `Augmenter.plan`
         sizes = self.cache.sizes if self.cache else torch.zeros(len(self.dataset), 2, dtype=torch.int64)
-        self.split = {"by_key": self.keys.argsort(), "key": self.keys, "size": sizes, "targets": self.targets}
+        split = {"by_key": self.keys.argsort(), "key": self.keys, "size": sizes, "targets": self.targets}
+
+        def known(index, view):
+            targets = {task: labels[index] for task, labels in self.targets.items()}
+            return {"index": index, "view": view, "key": self.keys[index], "targets": targets, "split": split}
+
         # without a cache sizes are known, and so views planned, when a step's images are decoded
         at_once, loaded = max(1, PLANNED // index.shape[1]), None
         if not self.cache:
-            rows = with_partners(index, plan(self._known(index, view)))
+            rows = with_partners(index, plan(known(index, view)))
             at_once, loaded = 1, self._loaded(rows)
         for first in range(0, len(index), at_once):
             block, decoded = slice(first, first + at_once), None
             if loaded:
                 decoded, sizes[rows[first]] = next(loaded)
-            planned = plan({**self._known(index[block], view[block]), "size": sizes[index[block]]})
-            whole = planned
+            planned = plan({**known(index[block], view[block]), "size": sizes[index[block]]})
+            whole, images = planned, with_partners(index[block], planned)
             if self.rows_at_once != self.batch_size:
-                whole = plan(self._known(order[numbers[block]], views[numbers[block]]))
-            planned = {**planned, "batch_targets": whole["targets"]}
-            for at, batch in enumerate(self._steps(planned, with_partners(index[block], planned)), first):
+                whole = plan(known(order[numbers[block]], views[numbers[block]]))
+            more = {"batch_targets": whole["targets"], "rows": images, "sides": sizes[images].amax(1)}
+            for at, batch in enumerate(self._steps({**planned, **more}), first):
                 image = self.cache.batch(batch["rows"], batch["sides"]) if self.cache else decoded
                 batch["valid"] = min(index.shape[1], len(self.rows) - which[at] * self.batch_size)
                 batch["last_part"] = not self.shuffle or (at + 1) % self.accumulate == 0
                 yield self._with_images(batch, image, index.shape[1])
 
-    def _known(self, index, view):
-        targets = {task: labels[index] for task, labels in self.targets.items()}
-        return {"index": index, "view": view, "key": self.keys[index], "targets": targets, "split": self.split}
-
-    def _steps(self, planned, rows):
-        """The batches of what is planned, without their images; rows: (S, R) of these."""
-        planned = {**planned, "rows": rows, "sides": self.split["size"][rows].amax(1)}
+    def _steps(self, planned):
+        """The batches of what is planned, without their images."""
         hosted = ON_HOST if self.cache and self.cache.on_device else (*ON_HOST, "rows")
-        parts = {
-            k: _each_step(v, "cpu" if k in hosted else self.device, len(rows))
-            for k, v in planned.items()
-            if k not in ("split", "partner")
-        }
-        return ({"dataset": self.dataset, **{k: part[step] for k, part in parts.items()}} for step in range(len(rows)))
+        steps, kept = len(planned["index"]), planned.keys() - {"split", "partner"}
+        parts = {k: _each_step(planned[k], "cpu" if k in hosted else self.device, steps) for k in kept}
+        return ({"dataset": self.dataset, **{k: part[step] for k, part in parts.items()}} for step in range(steps))
 
     def _with_images(self, batch, image, count):
         """The batch and its images, copied while the model works, the first `count` as often as it has views of
