@@ -74,6 +74,7 @@ from common.training import (
     Preprocess,
     Schedule,
     Updater,
+    check_mixing,
     check_normalization,
     make_optimizer,
     model_starter,
@@ -460,6 +461,14 @@ def open_neighbours(args, precision):
     return Neighbours(splits, precision, **cli.options(Neighbours, vars(args)))
 
 
+def views_of(flags, teachers):
+    """(policy, seed) of the views: those of stored outputs, which were made of them, else the flags'."""
+    stores = next((one.stores for one in teachers if one.stores), None)
+    if stores:
+        return stores["train"].policy, stores["train"].seed
+    return cli.augment_policy(flags, dataset_info(flags["dataset"]).policy), flags["seed"]
+
+
 def make_source(args, teachers, weights, splits, augment, precision):
     """What teaches: the only teacher, or several as one."""
     alone = len(teachers) == 1
@@ -642,13 +651,13 @@ def main(args):
     run = RunFolder(args.output, bool(args.resume), args.overwrite, args.dry_run)
     weights, options, labelled = check_loss(args)
     teachers = find_teachers(args)
-    stores = next((one.stores for one in teachers if one.stores), None)
     args = settle_flags(args, weights, labelled, teachers)
     flags, precision = vars(args), Precision(args.amp, select_device(args.device))
 
-    # data; stored views are made again with the policy and seed of the store
-    policy = stores["train"].policy if stores else cli.augment_policy(flags, dataset_info(args.dataset).policy)
-    augment = Augmenter(policy, stores["train"].seed if stores else args.seed)
+    # data
+    policy, seed = views_of(flags, teachers)
+    check_mixing(policy, args.dataset, [term for term in weights if TERMS[term].uses_labels], args.local_crops)
+    augment = Augmenter(policy, seed)
     local_augment = local_augmenters(args, policy)
     splits, train, val = read_data(args, precision.device, labelled)
     neighbours = open_neighbours(args, precision)

@@ -255,26 +255,36 @@ def load_extractor(args, checkpoint, classes, info, crop_mode):
     return model, preprocess, described
 
 
-def all_views(targets, batch, names, num_views):
+def make_planner(augment, num_views):
+    """plan(batch) for `Loader.batches`: `views`, what is drawn for each, and the partners of all of them."""
+
+    def plan(batch):
+        views = [augment.plan({**batch, "view": torch.full_like(batch["view"], view)}) for view in range(num_views)]
+        drawn = tuple({key: view[key] for key in ("view", "parameters") if key in view} for view in views)
+        partners = [view["partner"] for view in views if "partner" in view]
+        return {**batch, "views": drawn, **({"partner": torch.cat(partners, -1)} if partners else {})}
+
+    return plan
+
+
+def all_views(targets, batch, names):
     """{name: (B, V, ...)} of all views of a batch, on the device."""
+    own, *partners = batch["image"].split(len(batch["index"]))  # those of one view after another
     views = []
-    for view in range(num_views):
-        out = targets({**batch, "view": torch.full_like(batch["view"], view)})
+    for number, view in enumerate(batch["views"]):
+        image = torch.cat([own, partners[number]]) if partners else own
+        out = targets({**batch, **view, "image": image})
         views.append({name: out[key] for name, key in names.items()})
     return {name: torch.stack([view[name] for view in views], 1) for name in names}
 
 
-def extract(writer, dataset, targets, names, args, device, title):
+def extract(writer, dataset, targets, augment, names, args, device, title):
     """Fill the rows that are left; returns images a second."""
     todo = writer.todo
     todo = todo[(todo >= writer.start) & (todo < writer.stop)]
-    loader = Loader(
-        dataset.subset(todo),
-        args.batch_size,
-        device,
-        cache="off" if args.cache == "auto" else args.cache,
-        workers=args.workers,
-    )
+    # an image is read once, but for the partners of mixed views
+    cache = "off" if args.cache == "auto" and not augment.policy.mixes else args.cache
+    loader = Loader(dataset, args.batch_size, device, cache=cache, workers=args.workers, rows=todo)
     started = flushed = time.time()
     pending, show = collections.deque(), sys.stderr.isatty() and not rank()
 
@@ -283,15 +293,15 @@ def extract(writer, dataset, targets, names, args, device, title):
 
     with ThreadPoolExecutor(1) as pool:
         for batch in tqdm(
-            loader.batches(),
+            loader.batches(plan=make_planner(augment, args.num_views)),
             total=-(-len(loader) // world_size()),
             unit="batch",
             desc=title,
             leave=False,
             disable=not show,
         ):
-            rows = todo[batch["index"][: batch["valid"]].numpy()]
-            pending.append(pool.submit(save, rows, all_views(targets, batch, names, args.num_views)))
+            rows = batch["index"][: batch["valid"]].numpy()
+            pending.append(pool.submit(save, rows, all_views(targets, batch, names)))
             if len(pending) > 2:
                 pending.popleft().result()
             if time.time() - flushed > FLUSH_SECONDS:
@@ -356,7 +366,8 @@ def main(args):
     # model
     model, preprocess, described = load_extractor(args, checkpoint, splits.classes, info, policy.crop_mode)
     place(model, device, args.compile)
-    targets = live_teacher(model, preprocess, Augmenter(policy, args.seed), precision)
+    augment = Augmenter(policy, args.seed)
+    targets = live_teacher(model, preprocess, augment, precision)
     arrays = {"embeddings": "embedding"}
     arrays.update(
         {"logits": "logits"} if args.save_logits else {}, **({"tokens": "tokens"} if args.save_tokens else {})
@@ -381,7 +392,7 @@ def main(args):
         if writer.complete:
             say(f"{title}: complete")
             continue
-        rate = extract(writer, dataset, targets, arrays, args, device, title)
+        rate = extract(writer, dataset, targets, augment, arrays, args, device, title)
         barrier()  # all rows of all processes are there
         if rank() == 0:
             writer.finish()

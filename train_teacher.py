@@ -26,6 +26,7 @@ from common.training import (
     Preprocess,
     Schedule,
     Updater,
+    check_mixing,
     check_normalization,
     make_optimizer,
     model_starter,
@@ -68,6 +69,7 @@ def main(args):
     info = dataset_info(args.dataset)
     args = cli.fill_defaults(vars(args), info.defaults(ROLE, args.optimizer))
     flags, resolution, policy = vars(args), args.resolution, cli.augment_policy(vars(args), info.policy)
+    check_mixing(policy, args.dataset)
     run = RunFolder(args.output, bool(args.resume), args.overwrite, args.dry_run)
     precision = Precision(args.amp, select_device(args.device))
 
@@ -101,7 +103,7 @@ def main(args):
     recorder.open(flags, args.seed)
     run.log("\n".join(start_lines(model, preprocess, splits, train, precision, weights_from)))
     if args.save_samples:
-        save_sample_grid(args.save_samples, [augment(next(train.batches(1)), resolution)])
+        save_sample_grid(args.save_samples, [augment(next(train.batches(1, plan=augment.plan)), resolution)])
 
     with recorder:
         for epoch in range(recorder.start_epoch, args.epochs + 1):

@@ -1,7 +1,7 @@
 """Augmentation as a pure function of (seed, view, stream, sample key).
 
-Needs torch alone and no other file of `common`.  A batch is augmented at once on the device that it lies on, each
-sample with parameters of its own:
+Needs torch and no other file of `common`, and scipy to mix images.  A batch is augmented at once on the device that it
+lies on, each sample with parameters of its own:
 
     params = sample_parameters(policy, seed, view, key, sizes)   # dict of (B, ...) tensors, relative to the image
     student = render(images, sizes, params, 32)                  # (B, 3, 32, 32) in 0..1
@@ -27,6 +27,7 @@ COLOURS = ("brightness", "contrast", "saturation", "hue")
 EFFECTS = ("grayscale", "blur", "solarize", "random_erasing")  # after the colours, in this order
 CROP_TRIES = 10  # at a random resized crop that fits into the image
 EFFECTS_STREAM = 1000  # above that of the view, for the draws of the effects
+MIXING_STREAM = 3000  # for those of mixing
 BLUR = (0.1, 2.0)  # standard deviations, in pixels of an output of BLUR_SIDE pixels
 BLUR_SIDE = 224
 POSITION_STEPS = 1024  # source positions are rounded to 1/1024 pixel, see `render`
@@ -62,12 +63,17 @@ class Policy:
     blur: float = 0.0  # probability of a Gaussian blur, see BLUR
     solarize: float = 0.0  # probability: what is brighter than 0.5 is inverted
     random_erasing: float = 0.0  # probability of a black box, 2 to 33 % of the area, aspect ratio 0.3 to 3.3
+    mixup: float = 0.0  # alpha, see `sample_mixing`; where both are given, either is as likely
+    cutmix: float = 0.0  # the same
+    mix_probability: float = 1.0  # that a view is mixed
 
     def __post_init__(self):
         for flag, value, choices in (("crop", self.crop, CROPS), ("crop-mode", self.crop_mode, CROP_MODES)):
             if value not in choices:
                 raise PolicyError(f"--{flag} {value} is not one of {', '.join(choices)}")
-        most = {**dict.fromkeys(("padding", "hflip", "vflip", *COLOURS, *EFFECTS), 1), "hue": 0.5, "rotation": 180}
+        shares = ("padding", "hflip", "vflip", *COLOURS, *EFFECTS, "mix_probability")
+        # of an alpha of 100 all shares are close to 1/2
+        most = {**dict.fromkeys(shares, 1), "hue": 0.5, "rotation": 180, "mixup": 100, "cutmix": 100}
         for name, limit in most.items():
             if not 0 <= getattr(self, name) <= limit:
                 unit = " degrees" if name == "rotation" else ""
@@ -76,6 +82,13 @@ class Policy:
             raise PolicyError(f"--scale {self.scale[0]} {self.scale[1]} must be positive and ascend")
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             raise PolicyError(f"--crop-scale {self.crop_scale[0]} {self.crop_scale[1]} must ascend within 0 to 1")
+        if self.mix_probability != 1 and not self.mixes:
+            raise PolicyError(f"--mix-probability {self.mix_probability} needs --mixup ALPHA or --cutmix ALPHA")
+
+    @property
+    def mixes(self) -> bool:
+        """Whether a view may show two images."""
+        return bool(self.mixup or self.cutmix)
 
     def to_dict(self) -> dict:
         """Plain types, for a checkpoint or a store's meta."""
@@ -237,6 +250,61 @@ def _box(area, ratio, left, top):
     return torch.stack([left, top, left + width, top + height], 1)
 
 
+# ------------------------------------------------------------------------------------------------------------- mixing
+
+
+def sample_mixing(
+    policy: Policy, seed: int, view: Tensor, key: Tensor, index: Tensor, by_key: Tensor, stream: int = 0
+) -> dict[str, Tensor]:
+    """Draw with which image of its split each sample of a batch is mixed, and how; computed on the CPU.
+
+    view, key, index: (B,) int64, the last its row in the split; by_key: (N,) int64, the split's rows in the order of
+    their keys, so that the order of files does not matter.  Returns a dict of (B, ...) tensors: `partner` int64, a row;
+    `weight` float32 of the sample outside `box` (B, 4) float32, which shows the partner alone: left, top, right and
+    bottom in shares of the side; `share` float32 of the sample in all that shows.  What is not mixed, as view 0, is its
+    own partner.
+
+    MixUp: share from Beta(alpha, alpha), Zhang et al. 2018, arXiv:1710.09412.  CutMix: 1 - share is the area of a box
+    around a uniform centre before it is clipped at the image, Yun et al. 2019, arXiv:1905.04899.
+    """
+    from scipy.special import betaincinv
+
+    mixed, kind, row, quantile, x, y = uniform(seed, view, stream + MIXING_STREAM, key, 6).unbind(1)
+    mixed = (mixed < policy.mix_probability) & (view != 0)
+    cut = kind < (0.5 if policy.mixup and policy.cutmix else float(policy.cutmix > 0))
+    alpha = torch.full_like(quantile, policy.mixup).masked_fill(cut, policy.cutmix)
+    weight = torch.from_numpy(betaincinv(alpha.numpy(), alpha.numpy(), quantile.numpy()))  # inverse of Beta's CDF
+    half = torch.where(mixed & cut, torch.sqrt(1 - weight) / 2, torch.zeros_like(weight))  # of the box's side
+    box = torch.stack([x - half, y - half, x + half, y + half], 1).clamp(0, 1)
+    weight = torch.where(mixed & ~cut, weight, torch.ones_like(weight))
+    share = weight * (1 - (box[:, 2] - box[:, 0]) * (box[:, 3] - box[:, 1]))
+    partner = torch.where(mixed, by_key[(row * len(by_key)).long()], index)
+    return {"partner": partner, "weight": weight.float(), "box": box.float(), "share": share.float()}
+
+
+def mix_labels(labels: Tensor, others: Tensor, share: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(labels, others, share) of mixed images, in which the first label is that of the larger share.
+
+    labels, others: int64 of samples and partners, -1 is none, and then the mixed image has none; share: of the sample.
+    """
+    larger, unknown = share >= 0.5, (labels < 0) | (others < 0)
+    first, second = torch.where(larger, labels, others), torch.where(larger, others, labels)
+    return first.masked_fill(unknown, -1), second.masked_fill(unknown, -1), torch.where(larger, share, 1 - share)
+
+
+def mix(images: Tensor, weight: Tensor, box: Tensor) -> Tensor:
+    """Mix samples and their partners, one half of (2 * B, 3, R, R) and the other -> (B, 3, R, R).
+
+    weight: (B, 1, 1, 1); box: (B, 4, 1, 1); see `sample_mixing`.  A pixel at the box's edge shows the partner by the
+    part that the box covers, so that the mean over pixels is the area of the box at any resolution.
+    """
+    own, other = images.chunk(2)
+    side = images.shape[-1]
+    edges = (box * side - _centres(side, images.device) + 0.5).clamp_(0, 1)  # (B, 4, 1, R): what lies left of, above it
+    across, down = (edges[:, 2:] - edges[:, :2]).unbind(1)  # (B, 1, R)
+    return _blend(own, other, weight * (1 - down.mT * across)[:, None])
+
+
 # ------------------------------------------------------------------------------------------------------------- render
 
 
@@ -271,16 +339,18 @@ def render(images: Tensor, sizes: Tensor, params: dict[str, Tensor], resolution:
     return _render(images, geometry.to(images.device).unbind(0), colours, most, resolution)
 
 
-def _render(images, geometry, colours, most, resolution):
+def _render(images, geometry, colours, most, resolution, mixing=None):
     """As `render`, of what lies on the device; most: the largest number of source pixels across and down, in Python,
-    so that nothing waits for the device."""
+    so that nothing waits for the device; mixing: arguments of `mix`, where the second half of the images are partners.
+    """
     if _exact(images):
         out = _resample_in_parts(images, geometry, resolution)
     else:
         shrinks = max(most) > resolution
         samples = -int(-max(most) // 16) * 16 if shrinks else resolution  # few shapes, and both axes at once
         out = _resample(images, geometry, resolution, samples, samples)
-    return _colour(out, colours) if colours else out
+    out = _colour(out, colours) if colours else out
+    return mix(out, **mixing) if mixing else out
 
 
 def _resample_in_parts(images, geometry, resolution):
@@ -495,19 +565,47 @@ class Augmenter:
         self.policy, self.key = policy, (policy, seed, stream)
 
     def plan(self, batch: dict) -> dict:
-        """The batch with the parameters of its views; each value may be (S, B, ...), of S steps at once."""
+        """The batch with the parameters of its views; each value may be (S, B, ...), of S steps at once.
+
+        Where the policy mixes, also with `partner`, rows of the split whose images stand behind those of the batch when
+        it is rendered, and `targets` as `mix_labels` gives them.  `split` is then all N rows of the split: `by_key`,
+        see `sample_mixing`, `key` (N,), `size` (N, 2) and `targets` {task: (N,)}.
+        """
+        mixing = None
+        if self.policy.mixes:
+            batch, mixing = self._with_partners(batch)
         if "size" not in batch:  # not known before the images are decoded
             return batch
-        shape, size = batch["view"].shape, batch["size"].flatten(0, -2)
+        view, key, size = batch["view"], batch["key"], batch["size"]
+        if mixing:
+            split, partner = batch["split"], batch["partner"]
+            view, key = torch.cat([view, view], -1), torch.cat([key, split["key"][partner]], -1)
+            size = torch.cat([size, split["size"][partner]], -2)
+        shape, size = view.shape, size.flatten(0, -2)
         policy, seed, stream = self.key
-        params = sample_parameters(policy, seed, batch["view"].flatten(), batch["key"].flatten(), size, stream)
+        params = sample_parameters(policy, seed, view.flatten(), key.flatten(), size, stream)
         geometry = source_geometry(params, size).unflatten(1, shape)  # (5, S, B, 2, 1, 1)
         planned = {
             "geometry": geometry.unbind(0),
             "colours": {name: params[name].view(*shape, -1, 1, 1) for name in COLOURS + EFFECTS if name in params},
             "most": geometry[4].amax((-4, -2, -1)).tolist(),
+            **({"mixing": mixing} if mixing else {}),
         }
         return {**batch, "parameters": {**batch.get("parameters", {}), self.key: planned}}
+
+    def _with_partners(self, batch):
+        """(the batch with partners and the labels of its mixed images, arguments of `mix`)"""
+        policy, seed, stream = self.key
+        split, shape = batch["split"], batch["view"].shape
+        flat = (batch[name].flatten() for name in ("view", "key", "index"))
+        drawn = sample_mixing(policy, seed, *flat, split["by_key"], stream)
+        partner, share = drawn["partner"].view(shape), drawn["share"].view(shape)
+        targets = {
+            task: mix_labels(labels, split["targets"][task][partner], share)
+            for task, labels in batch["targets"].items()
+        }
+        mixing = {name: drawn[name].view(*shape, -1, 1, 1) for name in ("weight", "box")}
+        return {**batch, "partner": partner, "targets": targets}, mixing
 
     def __call__(self, batch: dict, resolution: int) -> Tensor:
         planned = batch.get("parameters", {}).get(self.key)
@@ -520,6 +618,8 @@ class Augmenter:
                 rows = len(planned["geometry"][0])  # local crops are of the first B of G * B images
                 images = images if len(images) == rows else images[:rows]
                 rendered[key] = _render(images, **planned, resolution=resolution)
+            elif self.policy.mixes and batch["view"].any():
+                raise ValueError("views that are mixed have to be planned, see Augmenter.plan")
             else:
                 params = sample_parameters(*self.key[:2], batch["view"], batch["key"], batch["size"], self.key[2])
                 rendered[key] = render(images, batch["size"], params, resolution)

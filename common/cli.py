@@ -411,6 +411,21 @@ def add_augment_flags(parser: Parser) -> None:
     add("--blur", type=float, metavar="P", help="probability of a Gaussian blur, up to 2 pixels of 224")
     add("--solarize", type=float, metavar="P", help="probability that bright pixels are inverted")
     add("--random-erasing", type=float, metavar="P", help="probability of a black box, 2 to 33 %% of the area")
+    add(
+        "--mixup",
+        type=float,
+        metavar="ALPHA",
+        help="blend a view with another image of train, its share from Beta(ALPHA, ALPHA), 0 is off; train's accuracy "
+        "is then of the label with the larger share",
+    )
+    add(
+        "--cutmix",
+        type=float,
+        metavar="ALPHA",
+        help="put a box of another image into a view, its area from Beta(ALPHA, ALPHA); beside --mixup half of the "
+        "views each",
+    )
+    add("--mix-probability", type=float, metavar="P", help="share of the views that --mixup and --cutmix mix (1)")
 
 
 def augment_policy(flags: dict, default: Policy) -> Policy:

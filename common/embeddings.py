@@ -476,6 +476,11 @@ class StoredTeacher:
                 )
         self.wanted = wanted
         self.rows = {split: stores[split].rows(dataset.ids) for split, dataset in datasets.items()}
+        if self.store.policy.mixes and len(self.rows["train"]) < len(self.store):
+            raise UserError(
+                f"{self.store.folder} holds mixed views of {len(self.store)} images, which are made again of all of "
+                f"them; train has {len(self.rows['train'])}: leave --limit-train and --include-list out"
+            )
         size = len(self.rows["train"]) * self.num_views * sum(self.store.arrays[name][0, 0].nbytes for name in wanted)
         self.kept = None
         if size < free_memory(self.device) / 4:  # (N * K, ...), in the dataset's order

@@ -25,7 +25,7 @@ from common.augment import uniform
 from common.data import DataError, ImageDataset, available_cpus, note
 from common.run import launched_processes, rank, world_size
 
-ON_HOST = ("index", "key", "view", "size")  # of a batch: what is planned is computed of these on the CPU
+ON_HOST = ("index", "key", "view", "size", "sides")  # of a batch: what is planned is computed of these on the CPU
 PLANNED = 2**16  # images whose steps are planned together
 REPEAT_STRIDE = 1_000_003  # views between an image's repeats in an epoch: a prime, so that stored views differ too
 
@@ -76,17 +76,15 @@ class ImageCache:
             flat = [image.permute(1, 2, 0).reshape(-1, 3) if self.on_device else image.flatten() for image in images]
             self.flat, self.device_sizes = torch.cat(flat).to(device), self.sizes.to(device)
 
-    def batch(self, batch: dict, count: int) -> torch.Tensor:
-        """Images (count, 3, H, W) uint8 of the first rows of a batch (`rows` on the device, `index` and `size` on the
-        CPU), where the cache lies."""
-        rows = batch["rows" if self.on_device else "index"]
-        rows = rows if len(rows) == count else rows[:count]
+    def batch(self, rows: torch.Tensor, sides: torch.Tensor) -> torch.Tensor:
+        """Images (B, 3, H, W) uint8 of these rows (B,), where the cache and they lie; sides: (2,) on the CPU, the
+        largest height and width among them."""
         if self.uniform is not None:
             return self.uniform.index_select(0, rows)
         if not self.on_device:
             places = zip((3 * self.offsets[rows]).tolist(), self.sizes[rows].tolist())
             return pad_images([self.flat[at : at + 3 * h * w].view(3, h, w) for at, (h, w) in places])[0]
-        height, width = batch["size"].amax(0).tolist()
+        height, width = sides.tolist()
         high, wide = self.device_sizes[rows][:, :, None, None].unbind(1)  # (B, 1, 1)
         y, x = torch.arange(height, device=rows.device)[:, None], torch.arange(width, device=rows.device)
         inside = (y < high) & (x < wide)
@@ -244,6 +242,11 @@ def _train_batch(wanted, count, accumulate):
     return batch_size
 
 
+def with_partners(index: torch.Tensor, planned: dict) -> torch.Tensor:
+    """(S, R) rows of the images of each step: `index` (S, B), and the partners of what is planned."""
+    return torch.cat([index, planned["partner"]], 1) if "partner" in planned else index
+
+
 def _each_step(value, device, steps):
     """What was planned of `steps` steps as a list of one value a step: of tensors (S, ...), which go to the device,
     tuples and dicts of them, and lists."""
@@ -265,6 +268,7 @@ class Loader:
 
     balanced: number of classes, which then come equally often in training, see `balanced_order`; 0: images do.
     labelled_share: of the images of each training batch, see `mixed_order`; 0: as they come.
+    rows: of the dataset, those that are gone through in order where not all are.
 
     Several processes: in training each gets an equal share of every batch, else every size-th batch.  accumulate:
     parts into which a process's share is cut, yielded one after another.
@@ -282,11 +286,13 @@ class Loader:
         accumulate: int = 1,
         balanced: int = 0,
         labelled_share: float = 0.0,
+        rows: np.ndarray | None = None,
     ):
         self.dataset, self.device, self.shuffle, self.seed = dataset, torch.device(device), shuffle, seed
         self.accumulate, self.balanced, self.labelled_share = accumulate, balanced, labelled_share
         self.batch_size = _train_batch(batch_size, len(dataset), accumulate) if shuffle else batch_size
         self.keys = torch.from_numpy(dataset.keys)
+        self.rows = torch.arange(len(dataset)) if rows is None else torch.from_numpy(rows)
         self.targets = {task: torch.from_numpy(labels) for task, labels in dataset.targets.items()}
         sharing = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's processes share the cores, srun's do not
         self.workers = max(1, min(8, available_cpus() // sharing)) if workers is None else workers
@@ -305,7 +311,7 @@ class Loader:
 
     def __len__(self):
         """Batches an epoch."""
-        return len(self.dataset) // self.batch_size if self.shuffle else -(-len(self.dataset) // self.batch_size)
+        return len(self.rows) // self.batch_size if self.shuffle else -(-len(self.rows) // self.batch_size)
 
     def order(self, epoch: int) -> torch.Tensor:
         """(S, B) rows of the dataset, a batch of all processes in each of S steps."""
@@ -320,7 +326,7 @@ class Loader:
             else:
                 order = torch.randperm(len(self.dataset), generator=generator)
         else:
-            order = torch.arange(len(self) * self.batch_size).clamp(max=len(self.dataset) - 1)
+            order = self.rows[torch.arange(len(self) * self.batch_size).clamp(max=len(self.rows) - 1)]
         return order[: len(self) * self.batch_size].view(-1, self.batch_size)
 
     def batches(self, epoch: int = 0, start: int = 0, plan: Callable[[dict], dict] | None = None) -> Iterator[dict]:
@@ -328,65 +334,78 @@ class Loader:
         an image that comes again in an epoch gets another view.
 
         plan: takes what is known of many steps at once, a dict of (S, B) `index`, `key`, `view`, `size` (S, B, 2),
-        `targets` and `batch_targets` on the CPU, and returns it with what it computes of them, as `Augmenter.plan`;
-        so a step waits for nothing.  All tensors but those four are moved to the device at once.
+        `targets` and `split` on the CPU, and returns it with what it computes of them, as `Augmenter.plan`; so a step
+        waits for nothing.  It depends on each sample alone.  It is asked without `size` for partners that are to be
+        decoded, and for the targets of a whole batch.  All tensors but ON_HOST are moved to the device at once.
 
         A batch: `dataset`, whose texts `index` finds; `index`, `key`, `view` (B,) and `size` (B, 2) on the CPU; on the
-        device `image` (B, 3, H, W) uint8, `rows`, which are `index`, and `targets` {task: (B,)}; `valid`, the rows that
-        count; `batch_targets`, as targets, of the whole batch where this is a process's share or a part of it;
-        `last_part`, whether it completes the batch; and what `plan` added.
+        device `image` (B, 3, H, W) uint8, behind which the images of `partner` stand where there is one, and `targets`
+        {task: (B,)}; `rows` of the dataset, whose images these are, where the cache lies; `valid`, the rows that count;
+        `batch_targets`, as targets, of the whole batch where this is a process's share or a part of it; `last_part`,
+        whether it completes the batch; and what `plan` added.
         """
-        order = self.order(epoch)
+        order, plan = self.order(epoch), plan or (lambda known: known)
         again = torch.zeros_like(order)
         if self.balanced or self.labelled_share:
             again = repeats(order.flatten()).view_as(order)
-        view = again * REPEAT_STRIDE + (epoch if self.shuffle else 0)
+        views = again * REPEAT_STRIDE + (epoch if self.shuffle else 0)
         numbers = torch.arange(len(order))
         if self.shuffle:  # this process's parts of every batch
             parts, rows = world_size() * self.accumulate, self.rows_at_once
             share = slice(rank() * self.accumulate, (rank() + 1) * self.accumulate)
             numbers = numbers[start:].repeat_interleave(self.accumulate)
-            index, view = (v[start:].view(-1, parts, rows)[:, share].reshape(-1, rows) for v in (order, view))
+            index, view = (v[start:].view(-1, parts, rows)[:, share].reshape(-1, rows) for v in (order, views))
         else:
             numbers = numbers[start:][rank() :: world_size()]
-            index, view = order[numbers], view[numbers]
+            index, view = order[numbers], views[numbers]
         which = numbers.tolist()
-        # without a cache sizes are known, and so views planned, when a step's images are decoded
-        planned, loaded = (max(1, PLANNED // index.shape[1]), None) if self.cache else (1, self._loaded(index))
-        for first in range(0, len(index), planned):
-            block = slice(first, first + planned)
-            known = {"index": index[block], "view": view[block], "key": self.keys[index[block]]}
-            decoded, known["size"] = (None, self.cache.sizes[index[block]]) if self.cache else next(loaded)
-            known["targets"] = known["batch_targets"] = self._targets(index[block])
-            if self.rows_at_once != self.batch_size:
-                known["batch_targets"] = self._targets(order[numbers[block]])
-            for at, batch in enumerate(self._steps(plan(known) if plan else known), first):
-                image = self.cache.batch(batch, index.shape[1]) if self.cache else decoded
-                batch["valid"] = min(index.shape[1], len(self.dataset) - which[at] * self.batch_size)
-                batch["last_part"] = not self.shuffle or (at + 1) % self.accumulate == 0
-                yield self._with_images(batch, image)
+        # of the whole split, from which partners are drawn, see `Augmenter.plan`
+        sizes = self.cache.sizes if self.cache else torch.zeros(len(self.dataset), 2, dtype=torch.int64)
+        split = {"by_key": self.keys.argsort(), "key": self.keys, "size": sizes, "targets": self.targets}
 
-    def _targets(self, rows):
-        return {task: labels[rows] for task, labels in self.targets.items()}
+        def known(index, view):
+            targets = {task: labels[index] for task, labels in self.targets.items()}
+            return {"index": index, "view": view, "key": self.keys[index], "targets": targets, "split": split}
+
+        # without a cache sizes are known, and so views planned, when a step's images are decoded
+        at_once, loaded = max(1, PLANNED // index.shape[1]), None
+        if not self.cache:
+            rows = with_partners(index, plan(known(index, view)))
+            at_once, loaded = 1, self._loaded(rows)
+        for first in range(0, len(index), at_once):
+            block, decoded = slice(first, first + at_once), None
+            if loaded:
+                decoded, sizes[rows[first]] = next(loaded)
+            planned = plan({**known(index[block], view[block]), "size": sizes[index[block]]})
+            whole, images = planned, with_partners(index[block], planned)
+            if self.rows_at_once != self.batch_size:
+                whole = plan(known(order[numbers[block]], views[numbers[block]]))
+            more = {"batch_targets": whole["targets"], "rows": images, "sides": sizes[images].amax(1)}
+            for at, batch in enumerate(self._steps({**planned, **more}), first):
+                image = self.cache.batch(batch["rows"], batch["sides"]) if self.cache else decoded
+                batch["valid"] = min(index.shape[1], len(self.rows) - which[at] * self.batch_size)
+                batch["last_part"] = not self.shuffle or (at + 1) % self.accumulate == 0
+                yield self._with_images(batch, image, index.shape[1])
 
     def _steps(self, planned):
         """The batches of what is planned, without their images."""
-        planned = {**planned, "rows": planned["index"]}
-        steps = len(planned["index"])
-        parts = {k: _each_step(v, "cpu" if k in ON_HOST else self.device, steps) for k, v in planned.items()}
+        hosted = ON_HOST if self.cache and self.cache.on_device else (*ON_HOST, "rows")
+        steps, kept = len(planned["index"]), planned.keys() - {"split", "partner"}
+        parts = {k: _each_step(planned[k], "cpu" if k in hosted else self.device, steps) for k in kept}
         return ({"dataset": self.dataset, **{k: part[step] for k, part in parts.items()}} for step in range(steps))
 
-    def _with_images(self, batch, image):
-        """The batch and its images, copied while the model works, as often as it has views of each."""
+    def _with_images(self, batch, image, count):
+        """The batch and its images, copied while the model works, the first `count` as often as it has views of
+        each."""
         if self.device.type == "cuda" and not image.is_cuda:
             self.stream = self.stream or torch.cuda.Stream(self.device)
             with torch.cuda.stream(self.stream):
                 image = (image if image.is_pinned() else image.pin_memory()).to(self.device, non_blocking=True)
             torch.cuda.current_stream().wait_stream(self.stream)
             image.record_stream(torch.cuda.current_stream())
-        views = len(batch["index"]) // len(image)
+        views = len(batch["index"]) // count
         image = image.to(self.device)
-        return {**batch, "image": image.repeat(views, 1, 1, 1) if views > 1 else image}
+        return {**batch, "image": torch.cat([*[image[:count]] * views, image[count:]]) if views > 1 else image}
 
     def _worker_init(self):
         ending = multiprocessing.RawValue("b", 0)  # no Event: a second signal in the handler would wait for its lock
@@ -413,7 +432,7 @@ class Loader:
                 self._workers = None  # ends them now, not when the traceback is gone
                 with contextlib.nullcontext() if item.startswith("/dev/shm") else _advice():
                     raise DataError(item)
-            yield item[0], torch.as_tensor(item[1])[None]
+            yield item[0], torch.as_tensor(item[1])
 
     def _received(self):
         """What the workers send; one that is killed while it sends leaves a broken connection, not torch's error."""

@@ -44,7 +44,7 @@ class LossError(ValueError):
 
 
 def _float32(*tensors):
-    return [t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in tensors]
+    return [t.float() if torch.is_tensor(t) and t.dtype in (torch.float16, torch.bfloat16) else t for t in tensors]
 
 
 def in_float32(loss: Callable) -> Callable:
@@ -85,28 +85,44 @@ def class_weights(spec: str, labels: Any, num_classes: int) -> Tensor | None:
     return weights
 
 
+Labels = Tensor | tuple[Tensor, Tensor, Tensor]  # (B,) int64; of mixed images (labels, others, share of the first)
+
+
+def _of_labels(values, labels):
+    """values(labels) (B,); of mixed images their mean, weighted by the shares."""
+    if isinstance(labels, Tensor):
+        return values(labels)
+    first, second, share = labels
+    return share * values(first) + (1 - share) * values(second)
+
+
 @in_float32
 def cross_entropy(
     logits: Tensor,
-    labels: Tensor,
+    labels: Labels,
     label_smoothing: float = 0.0,
     weights: Tensor | None = None,
-    batch_labels: Tensor | None = None,
+    batch_labels: Labels | None = None,
 ) -> Tensor:
     """Mean cross-entropy in nats.  logits (B, C); labels (B,) int64; weights (C,) of the classes: a weighted mean.
 
     A label of -1 is no label: the image does not count.  Without any label the loss is 0.
+    Labels of mixed images are three tensors (B,): one label, the other, and the share of the first.  Their loss is that
+    of probabilities, share at one class and 1 - share at the other, and so is their weight.
     batch_labels: those of the whole batch where `labels` are one process's or one accumulation step's part of it.  Its
     mean weight is the divisor, so that the mean over equal parts is the weighted mean of the whole batch.
     """
     weights = None if weights is None else weights.to(logits)
-    losses = F.cross_entropy(
-        logits, labels, weights, ignore_index=-1, label_smoothing=label_smoothing, reduction="none"
-    )  # (B,), 0 without a label
-    labels = labels if batch_labels is None else batch_labels
-    counted = (labels >= 0).to(logits)
-    if weights is not None:
-        counted = counted * weights[labels.clamp(min=0)]
+
+    def loss(labels):  # (B,), 0 without a label
+        smoothing = {"label_smoothing": label_smoothing}
+        return F.cross_entropy(logits, labels, weights, ignore_index=-1, reduction="none", **smoothing)
+
+    def weight(labels):
+        counted = (labels >= 0).to(logits)
+        return counted if weights is None else counted * weights[labels.clamp(min=0)]
+
+    losses, counted = _of_labels(loss, labels), _of_labels(weight, labels if batch_labels is None else batch_labels)
     return losses.mean() / counted.mean().clamp(min=torch.finfo(logits.dtype).tiny)
 
 
@@ -246,13 +262,14 @@ def task_class_weights(spec: str, targets: dict, sizes: dict[str, int]) -> dict[
     return {task: class_weights(spec, labels, sizes[task]) for task, labels in targets.items()}
 
 
-def task_accuracy(out: dict, targets: dict[str, Tensor]) -> Tensor:
+def task_accuracy(out: dict, targets: dict[str, Labels]) -> Tensor:
     """Accuracy on a batch's labelled images, mean over tasks: a scalar on the device, NaN without any label.
 
-    out: a model's output; targets: {task: (B,)}, -1 is no label.
+    out: a model's output; targets: {task: (B,)}, -1 is no label; of mixed images the first label counts.
     """
+    firsts = {task: labels if isinstance(labels, Tensor) else labels[0] for task, labels in targets.items()}
     shares = [
-        (logits.argmax(1) == targets[task]).sum() / (targets[task] >= 0).sum()
+        (logits.argmax(1) == firsts[task]).sum() / (firsts[task] >= 0).sum()
         for task, logits in task_logits(out).items()
     ]
     return torch.stack(shares).mean()
@@ -269,10 +286,10 @@ def task_mean(losses: dict[str, Tensor], task_weights: dict[str, float] | None =
 
 def task_cross_entropy(
     out: dict,
-    targets: dict[str, Tensor],
+    targets: dict[str, Labels],
     label_smoothing: float = 0.0,
     weights: dict[str, Tensor | None] | None = None,
-    batch_targets: dict[str, Tensor] | None = None,
+    batch_targets: dict[str, Labels] | None = None,
     task_weights: dict[str, float] | None = None,
 ) -> Tensor:
     """Mean over tasks of `cross_entropy`.  out: a model's output; the other arguments are {task: that of the task}."""
@@ -765,9 +782,9 @@ def _check_option(key, weights, valid):
 # ----------------------------------------------------------------------------------------------------- the weighted sum
 
 
-def _by_task(value: Tensor | dict | None) -> dict | None:
-    """A tensor of the one task "label" as {task: tensor}; a dict and None are left as they are."""
-    return {"label": value} if isinstance(value, Tensor) else value
+def _by_task(value: Labels | dict | None) -> dict | None:
+    """Labels or a tensor of the one task "label" as {task: value}; a dict and None are left as they are."""
+    return {"label": value} if isinstance(value, (Tensor, tuple)) else value
 
 
 def _pairs(term, student, teacher):
@@ -810,8 +827,9 @@ class DistillationLoss(nn.Module):
 
     `build(student, teacher)` once, on the outputs of a dry batch, before optimizer, EMA and DDP see the parameters.
     `loss(student, teacher, labels)` then takes model outputs: `logits` (B, C) or `logits_<task>`, `embedding` (B, D),
-    `tokens` (B, N, D), `features` {layer: (B, C_l, H_l, W_l)}, paired in order.  Labels are (B,) int64 or {task: (B,)};
-    without them the term ce is left out.  `loss.terms` holds each term's value, unweighted and detached.
+    `tokens` (B, N, D), `features` {layer: (B, C_l, H_l, W_l)}, paired in order.  Labels are (B,) int64, three tensors
+    of mixed images (see `cross_entropy`) or {task: either}; without them the term ce is left out.  `loss.terms` holds
+    each term's value, unweighted and detached.
     The mean over equal parts of a batch (processes, accumulation) is the loss of the batch: `batch_labels`, those of
     the whole batch, make it so for class weights.  Accumulation's parts are compared each on its own.
     """
@@ -878,8 +896,8 @@ class DistillationLoss(nn.Module):
         self,
         student: dict,
         teacher: dict,
-        labels: Tensor | dict | None = None,
-        batch_labels: Tensor | dict | None = None,
+        labels: Labels | dict | None = None,
+        batch_labels: Labels | dict | None = None,
         local_crops: Tensor | None = None,
         ce: bool = True,
     ) -> Tensor:
@@ -923,6 +941,8 @@ class DistillationLoss(nn.Module):
                 s, t = self.gather(s), self.gather(t)
             pair = [s, t]
             if row.uses_labels:
+                if labels and not isinstance(labels[name], Tensor):
+                    raise LossError(f"the term {term} needs one class an image, mixed images have two")
                 pair.append(torch.full((len(s),), -1, device=s.device) if labels is None else labels[name])
             values[name] = self.losses[term](*pair)
         return task_mean(values, self.task_weights if row.output == "logits" else None)

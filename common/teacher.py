@@ -438,6 +438,5 @@ def several_views(batch: dict, count: int) -> dict:
     axis = batch["view"].dim() - 1
     repeated = {key: torch.cat([batch[key]] * count, axis) for key in ("index", "key", "size") if key in batch}
     repeated["view"] = torch.cat([count * (batch["view"] - 1) + 1 + g for g in range(count)], axis)
-    for key in ("targets", "batch_targets"):
-        repeated[key] = {task: torch.cat([labels] * count, axis) for task, labels in batch[key].items()}
+    repeated["targets"] = {task: torch.cat([labels] * count, axis) for task, labels in batch["targets"].items()}
     return {**batch, **repeated}

@@ -23,7 +23,7 @@ from torch import nn
 
 from common import metrics
 from common.augment import Augmenter, Policy, normalize
-from common.data import TASK, DatasetInfo, Splits, logits_name, tasks_of
+from common.data import TASK, WITH_TEXTS, DatasetInfo, Splits, logits_name, tasks_of
 from common.loader import Loader
 from common.models import build_model, multiply_adds
 from common.run import (
@@ -304,6 +304,21 @@ def check_normalization(model: nn.Module, resolution: int, rows: int) -> None:
             "--batch-size, fewer "
             " --accumulation-steps or fewer processes"
         ) from None
+
+
+def check_mixing(policy: Policy, dataset: str, one_class: list[str] = (), local_crops: int = 0) -> None:
+    """Refuse views of two images where they do not fit.  Raises UserError.
+
+    one_class: terms of the loss that need one class an image; local_crops: their number.
+    """
+    reasons = {
+        f"--dataset {dataset}": "its texts are of one image" if dataset in WITH_TEXTS else None,
+        f"the term {' '.join(one_class)}": "it needs one class an image" if one_class else None,
+        "--local-crops": "they show one image, the teacher's class token is of two" if local_crops else None,
+    }
+    for other, why in reasons.items() if policy.mixes else ():
+        if why:
+            raise UserError(f"mixed views (--mixup, --cutmix) and {other} cannot be combined: {why}")
 
 
 # --------------------------------------------------------------------------------------------- optimizer and schedule

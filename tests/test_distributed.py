@@ -67,12 +67,14 @@ def weights(folder, name="latest.pth"):
 # ------------------------------------------------------------------------------------------------------ equal training
 
 
-SETTINGS = [(accumulate, weighted) for accumulate in (1, 2) for weighted in (False, True)]
+SETTINGS = [
+    (accumulate, weighted, mixed) for accumulate in (1, 2) for weighted in (False, True) for mixed in (False, True)
+]
 
 
-def train_6_steps(accumulate, weighted):
+def train_6_steps(accumulate, weighted, mixed):
     """A ResNet-8 with frozen BatchNorm, taught through a projector, in float64: 6 steps, of which 4 are an epoch."""
-    from common.augment import Augmenter
+    from common.augment import Augmenter, Policy
     from common.data import DATASETS, TASK, load_splits
     from common.loader import Loader
     from common.losses import DistillationLoss, class_weights
@@ -83,7 +85,7 @@ def train_6_steps(accumulate, weighted):
     device = select_device("cpu")
     splits = load_splits("digits")
     loader = Loader(splits.train.subset(np.arange(100)), 24, device, True, 5, accumulate=accumulate)
-    augment = Augmenter(DATASETS["digits"].policy, 5)
+    augment = Augmenter(Policy("pad", mixup=1.0, cutmix=1.0) if mixed else DATASETS["digits"].policy, 5)
     torch.manual_seed(0)
     teacher, model = (build_model("resnet8", 10, 8).double().eval() for _ in range(2))  # eval: BatchNorm is frozen
     teacher.set_feature_layers(["layer3"])
@@ -101,7 +103,7 @@ def train_6_steps(accumulate, weighted):
     updater = Updater(model, optimizer, schedule, Precision("off", device), student, **options)
     keys = []
     for epoch in (1, 2):
-        for batch in loader.batches(epoch):
+        for batch in loader.batches(epoch, plan=augment.plan):
             if updater.steps < 6:
                 keys += batch["key"].tolist()
                 inputs = {"image": augment(batch, 8).double()}
@@ -124,8 +126,8 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
     codes, _, errors = ends(start(2, "tests/test_distributed.py", tmp_path / "rank"))
     assert codes == [0, 0], errors
     results[2] = [torch.load(tmp_path / f"rank.{rank}", weights_only=True) for rank in range(2)]
-    for i, (accumulate, weighted) in enumerate(SETTINGS):
-        one = results[1][0][SETTINGS.index((1, weighted))]
+    for i, (accumulate, weighted, mixed) in enumerate(SETTINGS):
+        one = results[1][0][SETTINGS.index((1, weighted, mixed))]
         for size, ranks in results.items():
             assert sorted(k for r in ranks for k in r[i]["keys"]) == sorted(one["keys"])  # the same images, each once
             for r in ranks:
@@ -133,8 +135,8 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
                 worst = max(
                     (r[i]["state"][k].double() - v.double()).abs().max().item() for k, v in one["state"].items()
                 )
-                assert worst < 1e-6, (size, accumulate, weighted, worst)
-    plain, weighted = (results[1][0][i]["state"] for i in (0, 1))
+                assert worst < 1e-6, (size, accumulate, weighted, mixed, worst)
+    plain, weighted = (results[1][0][SETTINGS.index((1, weighted, False))]["state"] for weighted in (False, True))
     moved = {name: (plain[name] - weighted[name]).abs().max().item() for name in plain}
     assert max(moved.values()) > 1e-3, "the class weights matter"
     assert moved["projector.projectors.feature.0.weight"] > 1e-5, "the projector learns"

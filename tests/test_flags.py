@@ -377,6 +377,9 @@ TRAINED = """
 --blur 1 | --resolution 32 | | weights
 --solarize 1 | --brightness 1 | | weights
 --random-erasing 0.5 | | | weights
+--mixup 0.5 | | | weights
+--cutmix 1 | --mixup 0.5 | | weights
+--mix-probability 0.5 | --cutmix 1 | | weights
 --model vit_6_192 | | | results
 --patch-size 2 | --model vit_6_192 | | results
 --pretrained | | | calls
@@ -470,6 +473,8 @@ EXTRACTED = """
 --reference made --keep-fraction 0.5 | STORED | | files
 --keep-fraction 0.9 | STORED --reference made | --keep-fraction 0.5 | arrays
 --num-views 2 | STORED | | arrays
+--mixup 0.5 | STORED --num-views 2 | | arrays
+--cutmix 0.5 | STORED --num-views 2 | | arrays
 --pooling mean | STORED --model vit_6_192 | | arrays
 --save-logits | STORED | | files
 --save-tokens | STORED --model vit_6_192 | | files

@@ -47,6 +47,7 @@ def without_autocast(monkeypatch):
 
 META, BATCH = torch.device("meta"), 8
 SHIFT = Policy(crop="pad", hflip=0.5)
+MIXED = Policy(crop="pad", hflip=0.5, mixup=0.4, cutmix=1.0)
 COLOURS = Policy("resized", hflip=0.5, vflip=0.5, brightness=0.2, contrast=0.2, saturation=0.2, hue=0.1)
 
 
@@ -103,6 +104,8 @@ def watch_third(batches, step):
         ((40, 30), 32, SHIFT, 50),
         (32, 32, PRESETS["derm"], 80),
         (64, 32, COLOURS, 80),
+        (32, 32, MIXED, 50),
+        ((40, 30), 32, MIXED, 50),
     ],
 )
 def test_the_input_of_a_step_takes_few_operations(side, resolution, policy, most):
@@ -119,9 +122,10 @@ def test_images_of_uneven_sizes_are_gathered_on_the_device():
         torch.from_numpy(loader.dataset.images[i]).permute(2, 0, 1)[:, : 20 + i % 9, : 30 - i % 7] for i in range(32)
     ]
     loader.cache.hold(images, META)
-    augment = Augmenter(SHIFT, 0)
-    names = watch_third(loader.batches(1, plan=augment.plan), lambda batch: augment(batch, 16))
-    assert len(names) <= 80, (len(names), names)
+    for policy, most in ((SHIFT, 80), (MIXED, 80)):
+        augment = Augmenter(policy, 0)
+        names = watch_third(loader.batches(1, plan=augment.plan), lambda batch, augment=augment: augment(batch, 16))
+        assert len(names) <= most, (len(names), names)
 
 
 def test_a_gather_on_the_device_gives_the_images():
@@ -130,29 +134,30 @@ def test_a_gather_on_the_device_gives_the_images():
     there = ImageCache.__new__(ImageCache)
     there.on_device = True  # though it is not
     there.hold(images, "cpu")
-    batch = {"rows": rows, "index": rows, "size": there.sizes[rows]}
-    assert torch.equal(there.batch(batch, 4), pad_images([images[i] for i in rows])[0])
-    assert torch.equal(there.batch(batch, 2)[:, :, :8, :9], pad_images([images[3], images[11]])[0])
+    assert torch.equal(there.batch(rows, there.sizes[rows].amax(0)), pad_images([images[i] for i in rows])[0])
+    assert torch.equal(there.batch(rows[:2], torch.tensor([8, 9])), pad_images([images[3], images[11]])[0])
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_a_supervised_step_waits_for_nothing(smoothing):
-    augment, preprocess, meter = Augmenter(SHIFT, 0), preprocess_of(32), Meter()
+@pytest.mark.parametrize("policy", [SHIFT, MIXED])
+def test_a_supervised_step_waits_for_nothing(smoothing, policy):
+    augment, preprocess, meter = Augmenter(policy, 0), preprocess_of(32), Meter()
     updater = updater_of(build_model("resnet8", 4, 32))
+    weights = {"label": torch.ones(4, device=META)}
 
     def step(batch):
         out = updater.parallel(preprocess.inputs(batch, augment(batch, 32)))
-        loss = task_cross_entropy(out, batch["targets"], smoothing)
+        loss = task_cross_entropy(out, batch["targets"], smoothing, weights, batch["batch_targets"])
         updater(loss)
         meter.add(loss=loss, accuracy=task_accuracy(out, batch["targets"]))
 
     watch_third(loader_of(32).batches(1, plan=augment.plan), step)
 
 
-def store_of(folder, ids, shapes):
+def store_of(folder, ids, shapes, policy=SHIFT):
     folder = folder / "train_embeddings"
     writer = Writer(
-        str(folder), {"seed": 0, "policy": SHIFT.to_dict(), "num_views": 2}, ids, np.arange(len(ids)), shapes
+        str(folder), {"seed": 0, "policy": policy.to_dict(), "num_views": 2}, ids, np.arange(len(ids)), shapes
     )
     writer.write(np.arange(len(ids)), {name: np.ones((len(ids), *shape)) for name, shape in shapes.items()})
     writer.finish()
@@ -160,23 +165,23 @@ def store_of(folder, ids, shapes):
 
 
 @pytest.mark.parametrize("stored", [False, True])
-@pytest.mark.parametrize("method", ["response", "dkd", "rkd", "tokens"])
+@pytest.mark.parametrize("method", ["response", "mixed", "dkd", "rkd", "tokens"])
 def test_a_distillation_step_waits_for_nothing(tmp_path, method, stored):
     """A live teacher at twice the resolution, or a store; of tokens with two global and three local crops."""
-    tokens = method == "tokens"
+    tokens, policy = method == "tokens", MIXED if method == "mixed" else SHIFT
     name, classes = ("vit_6_192", 0) if tokens else ("resnet8", 4)
     loader = loader_of(32)
-    weights, options = loss_settings(method)
+    weights, options = loss_settings(method if method != "mixed" else "response")
     criterion, student = DistillationLoss(weights, options), build_model(name, classes, 32, dynamic=tokens)
     student.with_tokens = tokens
-    augment, preprocess, meter = Augmenter(SHIFT, 0), preprocess_of(32), Meter()
+    augment, preprocess, meter = Augmenter(policy, 0), preprocess_of(32), Meter()
     teacher = build_model(name, classes, 64)
     teacher.with_tokens = tokens
     shown = teacher({"image": torch.zeros(2, 3, 64, 64)})
     if stored:
         names = {"logits": "logits", "embedding": "embeddings", "tokens": "tokens"}
         shapes = {names[key]: (2, *value.shape[1:]) for key, value in shown.items() if key in names}
-        store = store_of(tmp_path, loader.dataset.ids, shapes)
+        store = store_of(tmp_path, loader.dataset.ids, shapes, policy)
         source = StoredTeacher({"train": store}, {"train": loader.dataset}, list(shapes), device=META)
         choose_view, targets = source.choose_view, source.targets
     else:
@@ -211,7 +216,7 @@ def test_what_is_refused_in_a_step():
 # ------------------------------------------------------------------------------------- what a GPU computes, on the CPU
 
 
-@pytest.mark.parametrize("policy", [SHIFT, COLOURS, PRESETS["derm"]])
+@pytest.mark.parametrize("policy", [SHIFT, MIXED, COLOURS, PRESETS["derm"]])
 @pytest.mark.parametrize("resolution", [16, 48, 100])
 def test_the_gpu_s_way_gives_the_cpu_s_images_to_rounding(monkeypatch, policy, resolution):
     rng = torch.Generator().manual_seed(0)
@@ -223,6 +228,10 @@ def test_the_gpu_s_way_gives_the_cpu_s_images_to_rounding(monkeypatch, policy, r
         "key": torch.arange(12),
         "view": torch.arange(12) % 4,
     }
+    if policy is MIXED:
+        split = {"by_key": torch.arange(12), "key": batch["key"], "size": batch["size"], "targets": {}}
+        planned = Augmenter(policy, 0).plan({**batch, "index": torch.arange(12), "split": split, "targets": {}})
+        batch = {**planned, "image": torch.cat([images, images[planned["partner"]]])}
     exact = Augmenter(policy, 0)(dict(batch), resolution)
     monkeypatch.setattr("common.augment._exact", lambda images: False)
     monkeypatch.setattr("common.augment._resample_in_parts", None)
@@ -232,10 +241,11 @@ def test_the_gpu_s_way_gives_the_cpu_s_images_to_rounding(monkeypatch, policy, r
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("side", [32, (40, 30)])
-def test_a_step_on_a_gpu_does_not_synchronize(side):
+@pytest.mark.parametrize("policy", [COLOURS, MIXED])
+def test_a_step_on_a_gpu_does_not_synchronize(side, policy):
     device = torch.device("cuda")
     loader = loader_of(side, device=device)
-    augment, preprocess, model = Augmenter(COLOURS, 0), preprocess_of(32), build_model("resnet8", 4, 32).to(device)
+    augment, preprocess, model = Augmenter(policy, 0), preprocess_of(32), build_model("resnet8", 4, 32).to(device)
     optimizer = make_optimizer(model, optimizer="sgd", lr=0.1)
     schedule = Schedule(0.1, 4, schedule="cosine", epochs=5)
     updater, meter = Updater(model, optimizer, schedule, Precision("bf16", device)), Meter()
