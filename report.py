@@ -5,6 +5,7 @@ report.csv and figures.
     python report.py runs/teacher runs/student runs/distill --output report
     python report.py runs --metric balanced_accuracy
     python report.py runs/sweep --select val_loss                # name the best point of a sweep, chosen on val
+    python report.py runs --watch 60                             # again and again, while runs go on
     python report.py runs --reevaluate --device cpu              # load every checkpoint and test it again
 
 A group is the seeds, or the folds, of one distilled student: same test set, classes, training data, teacher, method and
@@ -24,6 +25,7 @@ Packages: torch, numpy, pillow, matplotlib, scikit-learn, jinja2 (it comes with 
 import base64
 import io
 import sys
+import time
 from pathlib import Path
 
 from common import cli
@@ -85,6 +87,12 @@ def build_parser():
         help="show up to N test images per group on which the students differ; 0 shows none",
     )
     cli.switch(parser.add_argument, "--reevaluate", "measure test metrics and cost again, from the checkpoints")
+    parser.add_argument(
+        "--watch",
+        type=cli.POSITIVE,
+        metavar="SECONDS",
+        help="write the report again every so many seconds, until Ctrl-C; the page loads itself anew",
+    )
     parser.add_argument("--device", default="auto", help="device for --reevaluate: auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--batch-size", type=cli.POSITIVE, default=256, help="batch size for --reevaluate, in images")
     return parser
@@ -225,6 +233,17 @@ def add_evidence(members, groups, metric, missing):
 
 
 def main(args):
+    if not args.watch:
+        return write_report(args)
+    while True:
+        try:
+            write_report(args)
+        except UserError as error:  # no run has ended yet, or one is being replaced
+            print(f"waiting: {error}", flush=True)
+        time.sleep(args.watch)
+
+
+def write_report(args):
     output = Path(args.output)
     runs, missing = read_runs(find_run_folders(args.runs))
     known = measured(runs)
@@ -255,6 +274,7 @@ def main(args):
         "notes": notes,
         "figures": figures,
         "selected": selected,
+        "refresh": args.watch,
     }
     write_json(output / "report.json", report)
     for name, text in (

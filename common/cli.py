@@ -613,9 +613,9 @@ def check_flags(flags: argparse.Namespace) -> argparse.Namespace:
         raise UserError(f"{both} cannot be combined: give one of them")
     if get("nesterov") and flags.optimizer not in ("sgd", None):
         raise UserError(f"--nesterov and --optimizer {flags.optimizer} cannot be combined: it is a kind of sgd")
-    if get("tensorboard"):
+    if get("tensorboard") and not flags.dry_run:
         optional("tensorboard", "--tensorboard")
-        flags.save_samples = flags.save_samples or os.path.join(flags.output, "samples.png")
+        flags.save_samples = flags.save_samples or os.path.join(flags.output, "tensorboard_samples.png")
     if get("save_samples"):
         folder = os.path.dirname(os.path.abspath(flags.save_samples))
         writable = folder == os.path.abspath(flags.output) or os.path.isdir(folder) and os.access(folder, os.W_OK)

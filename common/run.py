@@ -368,6 +368,7 @@ class RunFolder:
         "confusion_*.npy",
         "predictions_*.npz",
         "events.out.tfevents.*",
+        "tensorboard_samples.png",
     )
 
     def __init__(self, folder: str, resume: bool = False, overwrite: bool = False, dry_run: bool = False):

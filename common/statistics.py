@@ -183,7 +183,18 @@ def read_run(folder: Path) -> dict | None:
         raise ValueError(f"is left out: its results.json lacks {error}") from None
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"is left out: its results.json or config.json is damaged: {error}") from None
-    raise ValueError("is unfinished: it holds config.json but no results.json")
+    raise ValueError(f"is unfinished: it holds config.json but no results.json{progress(folder)}")
+
+
+def progress(folder: Path) -> str:
+    """How far a run is that has no results yet, in words that follow; "" where nothing is known."""
+    try:
+        last = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))[-1]
+        epochs = json.loads((folder / "config.json").read_text(encoding="utf-8"))["flags"]["epochs"]
+        accuracy = f", val accuracy {last['val_accuracy']:.4f}" if last.get("val_accuracy") is not None else ""
+        return f"; {last['epoch']} of {epochs} epochs are done{accuracy}"
+    except (OSError, ValueError, TypeError, LookupError):
+        return ""
 
 
 def read_rows(file: Path, missing: list) -> list:

@@ -536,6 +536,7 @@ ELSEWHERE = {  # flags whose whole meaning has a test of its own
     "--hf-dataset": "test_tokens.py",
     "--help-all": "test_house.py",
     **dict.fromkeys(("--export", "--with-preprocessing", "--quantize", "--data-licence"), "test_export.py"),
+    **dict.fromkeys(("--tensorboard", "--watch"), "test_watching.py"),
     **dict.fromkeys(("--frame", "--group-by-patient"), "test_dicom.py"),
 }
 
