@@ -443,7 +443,9 @@ def _npz_images(path, split, arrays, window):
     if images.ndim == 4 and images.shape[3] == 1:
         images = images[..., 0]
     if images.ndim not in (3, 4) or images.ndim == 4 and images.shape[3] != 3 or not images.size:
-        raise DataError(f"{path}: {split}_images of shape {images.shape} are neither grey nor colour images")
+        raise DataError(
+            f"{path}: {split}_images of shape {images.shape} are neither grey nor colour images (volumes are not read)"
+        )
     side = images.shape[1]
     if split == "train" and side > default:
         note(f"{path} has images of {side} px: --resolution {side} keeps them, the default is {default}")

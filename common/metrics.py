@@ -11,6 +11,7 @@ CLASSIFICATION = (
     "accuracy",
     "balanced_accuracy",
     "macro_f1",
+    "quadratic_kappa",
     "auc",
     "average_precision",
     "pauc",
@@ -40,7 +41,8 @@ def classification(logits: np.ndarray, labels: np.ndarray, positive: int = 1) ->
     """All metrics of one task: {name: float or None}; positive: of two classes, the index of the positive one.
 
     loss: mean negative log-likelihood in nats; top5_accuracy: from ten classes on; balanced_accuracy: mean recall of
-    the classes that occur; macro_f1: mean over the classes that occur or are predicted; auc, average_precision, pauc,
+    the classes that occur; macro_f1: mean over the classes that occur or are predicted; quadratic_kappa: of grades, by
+    the number of their class (Cohen 1968), None where all agree on one class; auc, average_precision, pauc,
     sensitivity_at_90_specificity: see `ranking`; ece: see `expected_calibration_error`.
     """
     labels, log_probabilities = np.asarray(labels), log_softmax(logits)
@@ -50,6 +52,7 @@ def classification(logits: np.ndarray, labels: np.ndarray, positive: int = 1) ->
         "accuracy": float(right.sum() / len(labels)),
         "balanced_accuracy": float(np.mean(right[true > 0] / true[true > 0])),
         "macro_f1": float(np.mean(2 * right[true + predicted > 0] / (true + predicted)[true + predicted > 0])),
+        "quadratic_kappa": quadratic_kappa(counts),
         **ranking(log_probabilities, labels, positive=positive),
         "ece": expected_calibration_error(np.exp(log_probabilities), labels),
         "loss": float(-np.mean(log_probabilities[np.arange(len(labels)), labels])),
@@ -253,6 +256,14 @@ def expected_calibration_error(probabilities: np.ndarray, labels: np.ndarray, bi
     which = np.clip(np.ceil(np.nan_to_num(confidence) * bins).astype(int) - 1, 0, bins - 1)
     gaps = np.bincount(which, right - confidence, minlength=bins)
     return float(np.abs(gaps).sum() / len(labels))
+
+
+def quadratic_kappa(counts: np.ndarray) -> float | None:
+    """Cohen's kappa with quadratic weights of a confusion matrix (C, C): 1 - sum(d^2 counts) / sum(d^2 expected)."""
+    distance = np.subtract.outer(np.arange(len(counts)), np.arange(len(counts))) ** 2
+    expected = np.outer(counts.sum(1), counts.sum(0)) / counts.sum()
+    chance = (distance * expected).sum()
+    return float(1 - (distance * counts).sum() / chance) if chance else None
 
 
 def confusion_matrix(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:

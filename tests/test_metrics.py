@@ -65,6 +65,7 @@ def test_against_scikit_learn(dtype):
         "accuracy": sk.accuracy_score(labels, predicted),
         "balanced_accuracy": sk.balanced_accuracy_score(labels, predicted),
         "macro_f1": sk.f1_score(labels, predicted, average="macro"),
+        "quadratic_kappa": sk.cohen_kappa_score(labels, predicted, weights="quadratic"),
         "auc": sk.roc_auc_score(labels, probabilities, multi_class="ovr", average="macro"),
         "loss": sk.log_loss(labels, probabilities),
         "top5_accuracy": sk.top_k_accuracy_score(labels, exact, k=5, labels=np.arange(12)),
@@ -86,6 +87,9 @@ def test_worked_by_hand():
     assert got["balanced_accuracy"] == pytest.approx((2 / 3 + 1 / 2 + 1) / 3)
     f1 = [2 * 2 / (2 * 2 + 1), 2 * 1 / (2 * 1 + 1 + 1), 2 * 1 / (2 * 1 + 1)]  # 2 TP / (2 TP + FP + FN)
     assert got["macro_f1"] == pytest.approx(sum(f1) / 3)
+    # squared distances: two errors by one grade are 2, and by chance those of all pairs of a true and a predicted class
+    chance = sum((i - j) ** 2 * true * said for i, true in enumerate((3, 2, 1)) for j, said in enumerate((2, 2, 2))) / 6
+    assert got["quadratic_kappa"] == pytest.approx(1 - 2 / chance)
     right, wrong = math.log(1 + 2 * math.exp(-3)), 3 + math.log(1 + 2 * math.exp(-3))
     assert got["loss"] == pytest.approx((4 * right + 2 * wrong) / 6)
     assert "top5_accuracy" not in got
