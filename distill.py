@@ -44,8 +44,6 @@ from common.losses import (
     DistillationLoss,
     loss_settings,
     loss_words,
-    task_accuracy,
-    task_class_weights,
     term_options,
     terms_on,
 )
@@ -83,6 +81,9 @@ from common.training import (
     run_content,
     select_device,
     start_lines,
+    task_accuracy,
+    task_class_weights,
+    task_cross_entropy,
     task_metrics,
     write_results,
 )
@@ -526,13 +527,18 @@ def make_loss(args, weights, options, classes, targets, source):
     """DistillationLoss, or SeveralLosses, which has one for each teacher; targets: {task: labels of train (N,)}."""
     tasks = tasks_of(classes) if classes else {}
     sizes = {task: len(names) for task, names in tasks.items()}
+    class_weights = task_class_weights(args.class_weights, {task: targets[task] for task in tasks}, sizes)
+    task_weights = cli.task_weights(args.task_weights, tasks)
+
+    def cross_entropy(out, labels, batch_labels):
+        return task_cross_entropy(out, labels, args.label_smoothing, class_weights, batch_labels, task_weights)
+
     make = functools.partial(
         DistillationLoss,
         weights,
         options,
-        label_smoothing=args.label_smoothing,
-        class_weights=task_class_weights(args.class_weights, {task: targets[task] for task in tasks}, sizes),
-        task_weights=cli.task_weights(args.task_weights, tasks),
+        cross_entropy=cross_entropy,
+        task_weights=task_weights,
         **({"gather": distributed().gather_rows} if world_size() > 1 else {}),
     )
     if not source.parts:

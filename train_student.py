@@ -7,7 +7,7 @@
 
 Writes the run folder: best.pth, latest.pth, metrics.csv, metrics.json, results.json, predictions, confusion matrices.
 
-Files of common: augment, cli, data, loader, losses, metrics, models, run, training; medical for tables, skin lesions
+Files of common: augment, cli, data, loader, metrics, models, run, training; medical for tables, skin lesions
 and MedMNIST, groups for patients and --folds, custom for your own model and data, weights for --weights and
 --init-checkpoint, image_text, multimodal, medical and groups for images with texts, hugging_face for hf: models, sweep
 for --seeds and --sweep, dry_run for --dry-run, distributed for torchrun and srun.
@@ -19,7 +19,6 @@ from common import cli
 from common.augment import Augmenter
 from common.data import DATASETS, dataset_info, load_splits, split_options, tasks_of
 from common.loader import Loader, save_sample_grid
-from common.losses import task_accuracy, task_class_weights, task_cross_entropy
 from common.run import Recorder, RunFolder, optional
 from common.training import (
     Precision,
@@ -35,6 +34,9 @@ from common.training import (
     run_content,
     select_device,
     start_lines,
+    task_accuracy,
+    task_class_weights,
+    task_cross_entropy,
     task_metrics,
     write_results,
 )

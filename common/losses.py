@@ -40,7 +40,7 @@ class LossError(ValueError):
     exit_code = 2
 
 
-# ------------------------------------------------------------------------------------------------------- cross-entropy
+# ------------------------------------------------------------------------------------------------------- small helpers
 
 
 def _float32(*tensors):
@@ -56,74 +56,6 @@ def in_float32(loss: Callable) -> Callable:
             return loss(*_float32(student, teacher), *args, **options)
 
     return wrapped
-
-
-def class_weights(spec: str, labels: Any, num_classes: int) -> Tensor | None:
-    """Class weights (C,) float32, or None: spec is "none", "balanced" or one number a class, separated by commas.
-
-    balanced: N / (C * n_c), so that each class has the same sum and the mean over samples is 1 (King and Zeng 2001).
-    labels: (N,) of the training images; -1 is no label.
-    """
-    if spec == "none":
-        return None
-    if spec == "balanced":
-        labels = torch.as_tensor(labels)
-        labels = labels[labels >= 0]
-        counts = torch.bincount(labels, minlength=num_classes)
-        if not counts.all():
-            empty = int((counts == 0).nonzero()[0])
-            raise LossError(f"--class-weights balanced: class number {empty} has no training image")
-        return len(labels) / (num_classes * counts.float())
-    try:
-        weights = torch.tensor([float(word) for word in spec.split(",")])
-    except ValueError:
-        raise LossError(f"--class-weights {spec}: give none, balanced or numbers with commas, as 1,4.5") from None
-    if len(weights) != num_classes or not (weights.isfinite() & (weights >= 0)).all() or not weights.any():
-        raise LossError(
-            f"--class-weights {spec}: give {num_classes} numbers, one a class, that are at least 0 and not all 0"
-        )
-    return weights
-
-
-Labels = Tensor | tuple[Tensor, Tensor, Tensor]  # (B,) int64; of mixed images (labels, others, share of the first)
-
-
-def _of_labels(values, labels):
-    """values(labels) (B,); of mixed images their mean, weighted by the shares."""
-    if isinstance(labels, Tensor):
-        return values(labels)
-    first, second, share = labels
-    return share * values(first) + (1 - share) * values(second)
-
-
-@in_float32
-def cross_entropy(
-    logits: Tensor,
-    labels: Labels,
-    label_smoothing: float = 0.0,
-    weights: Tensor | None = None,
-    batch_labels: Labels | None = None,
-) -> Tensor:
-    """Mean cross-entropy in nats.  logits (B, C); labels (B,) int64; weights (C,) of the classes: a weighted mean.
-
-    A label of -1 is no label: the image does not count.  Without any label the loss is 0.
-    Labels of mixed images are three tensors (B,): one label, the other, and the share of the first.  Their loss is that
-    of probabilities, share at one class and 1 - share at the other, and so is their weight.
-    batch_labels: those of the whole batch where `labels` are one process's or one accumulation step's part of it.  Its
-    mean weight is the divisor, so that the mean over equal parts is the weighted mean of the whole batch.
-    """
-    weights = None if weights is None else weights.to(logits)
-
-    def loss(labels):  # (B,), 0 without a label
-        smoothing = {"label_smoothing": label_smoothing}
-        return F.cross_entropy(logits, labels, weights, ignore_index=-1, reduction="none", **smoothing)
-
-    def weight(labels):
-        counted = (labels >= 0).to(logits)
-        return counted if weights is None else counted * weights[labels.clamp(min=0)]
-
-    losses, counted = _of_labels(loss, labels), _of_labels(weight, labels if batch_labels is None else batch_labels)
-    return losses.mean() / counted.mean().clamp(min=torch.finfo(logits.dtype).tiny)
 
 
 # ------------------------------------------------------------------------------------------------------ terms on logits
@@ -257,24 +189,6 @@ def task_logits(out: dict) -> dict[str, Tensor]:
     }
 
 
-def task_class_weights(spec: str, targets: dict, sizes: dict[str, int]) -> dict[str, Tensor | None]:
-    """{task: class_weights} of labels {task: (N,)} with {task: number of classes}."""
-    return {task: class_weights(spec, labels, sizes[task]) for task, labels in targets.items()}
-
-
-def task_accuracy(out: dict, targets: dict[str, Labels]) -> Tensor:
-    """Accuracy on a batch's labelled images, mean over tasks: a scalar on the device, NaN without any label.
-
-    out: a model's output; targets: {task: (B,)}, -1 is no label; of mixed images the first label counts.
-    """
-    firsts = {task: labels if isinstance(labels, Tensor) else labels[0] for task, labels in targets.items()}
-    shares = [
-        (logits.argmax(1) == firsts[task]).sum() / (firsts[task] >= 0).sum()
-        for task, logits in task_logits(out).items()
-    ]
-    return torch.stack(shares).mean()
-
-
 def task_mean(losses: dict[str, Tensor], task_weights: dict[str, float] | None = None) -> Tensor:
     """Mean over tasks of {task: loss}, weighted by {task: weight} where they are given."""
     if len(losses) == 1:
@@ -284,20 +198,12 @@ def task_mean(losses: dict[str, Tensor], task_weights: dict[str, float] | None =
     return total / sum(weights.values())
 
 
-def task_cross_entropy(
-    out: dict,
-    targets: dict[str, Labels],
-    label_smoothing: float = 0.0,
-    weights: dict[str, Tensor | None] | None = None,
-    batch_targets: dict[str, Labels] | None = None,
-    task_weights: dict[str, float] | None = None,
+def mean_cross_entropy(
+    out: dict, targets: dict[str, Tensor], batch_targets: dict | None = None, task_weights: dict | None = None
 ) -> Tensor:
-    """Mean over tasks of `cross_entropy`.  out: a model's output; the other arguments are {task: that of the task}."""
-    weights, batch_targets = weights or {}, batch_targets or targets
-    losses = {
-        task: cross_entropy(logits, targets[task], label_smoothing, weights.get(task), batch_targets[task])
-        for task, logits in task_logits(out).items()
-    }
+    """Mean over tasks of the cross-entropy in nats; targets: {task: (B,) int64}, -1 is no label."""
+    logits = {task: _float32(values)[0] for task, values in task_logits(out).items()}
+    losses = {task: F.cross_entropy(values, targets[task], ignore_index=-1) for task, values in logits.items()}
     return task_mean(losses, task_weights)
 
 
@@ -628,7 +534,7 @@ class Term(NamedTuple):
 
 
 TERMS = {
-    "ce": Term(cross_entropy, "labels", "cross-entropy with the labels"),
+    "ce": Term(F.cross_entropy, "labels", "cross-entropy with the labels"),
     "kl": Term(temperature_kl, "logits", "T^2 KL(teacher || student)"),
     "dkd": Term(decoupled_kl, "logits", "decoupled KL, T^2 (alpha target + beta others)", uses_labels=True),
     "dist": Term(dist, "logits", "1 - correlation, T^2 (beta classes + gamma images)", compares_images=True),
@@ -782,7 +688,7 @@ def _check_option(key, weights, valid):
 # ----------------------------------------------------------------------------------------------------- the weighted sum
 
 
-def _by_task(value: Labels | dict | None) -> dict | None:
+def _by_task(value: Tensor | dict | None) -> dict | None:
     """Labels or a tensor of the one task "label" as {task: value}; a dict and None are left as they are."""
     return {"label": value} if isinstance(value, (Tensor, tuple)) else value
 
@@ -822,14 +728,15 @@ class DistillationLoss(nn.Module):
     """The weighted sum of terms, with the projectors that they need.
 
     weights: {term: float}, 0 leaves a term out; options: {"TERM.OPTION": value}, see `term_options`.
-    label_smoothing, class_weights ((C,), or {task: (C,) or None}): of the term ce.  task_weights: {task: float}.
+    cross_entropy: the term ce, (student, {task: labels}, {task: labels of the whole batch}) -> scalar, by default the
+    plain one; see training.task_cross_entropy.  task_weights: {task: float}, of the terms on logits.
     gather: turns one process's rows (B, D) into those of all processes, for terms that compare images, in training.
 
     `build(student, teacher)` once, on the outputs of a dry batch, before optimizer, EMA and DDP see the parameters.
     `loss(student, teacher, labels)` then takes model outputs: `logits` (B, C) or `logits_<task>`, `embedding` (B, D),
     `tokens` (B, N, D), `features` {layer: (B, C_l, H_l, W_l)}, paired in order.  Labels are (B,) int64, three tensors
-    of mixed images (see `cross_entropy`) or {task: either}; without them the term ce is left out.  `loss.terms` holds
-    each term's value, unweighted and detached.
+    of mixed images (see training.cross_entropy) or {task: either}; without them the term ce is left out.  `loss.terms`
+    holds each term's value, unweighted and detached.
     The mean over equal parts of a batch (processes, accumulation) is the loss of the batch: `batch_labels`, those of
     the whole batch, make it so for class weights.  Accumulation's parts are compared each on its own.
     """
@@ -839,8 +746,7 @@ class DistillationLoss(nn.Module):
         weights: dict[str, float],
         options: dict[str, Any] | None = None,
         *,
-        label_smoothing: float = 0.0,
-        class_weights: Tensor | dict | None = None,
+        cross_entropy: Callable | None = None,
         task_weights: dict[str, float] | None = None,
         gather: Callable[[Tensor], Tensor] = lambda rows: rows,
     ):
@@ -852,11 +758,8 @@ class DistillationLoss(nn.Module):
         valid = {key for term in weights for key in term_options(term)}
         for key in self.options:
             _check_option(key, weights, valid)
-        self.label_smoothing, self.class_weights, self.task_weights = (
-            label_smoothing,
-            _by_task(class_weights),
-            task_weights,
-        )
+        self.task_weights = task_weights
+        self.cross_entropy = cross_entropy or functools.partial(mean_cross_entropy, task_weights=task_weights)
         self.gather = gather
         self.compares = any(TERMS[term].compares_images for term in self.weights)  # a batch of one says nothing then
         self.losses = {term: self.with_options(term, TERMS[term].loss) for term in self.weights}
@@ -896,8 +799,8 @@ class DistillationLoss(nn.Module):
         self,
         student: dict,
         teacher: dict,
-        labels: Labels | dict | None = None,
-        batch_labels: Labels | dict | None = None,
+        labels: Tensor | dict | None = None,
+        batch_labels: Tensor | dict | None = None,
         local_crops: Tensor | None = None,
         ce: bool = True,
     ) -> Tensor:
@@ -909,14 +812,7 @@ class DistillationLoss(nn.Module):
             if term != "ce":
                 value, weight = self.term(term, student, teacher, targets), share * weight
             elif ce and targets is not None:
-                value = task_cross_entropy(
-                    student,
-                    targets,
-                    self.label_smoothing,
-                    self.class_weights,
-                    _by_task(batch_labels),
-                    self.task_weights,
-                )
+                value = self.cross_entropy(student, targets, _by_task(batch_labels))
             else:
                 continue
             total = total + weight * value

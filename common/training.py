@@ -1,4 +1,4 @@
-"""What trains and judges a model: device, precision, input, optimizer and schedule, predictions, the results of a run.
+"""What trains and judges a model: device, precision, input, cross-entropy, optimizer, predictions, results of a run.
 
 Needs augment.py, data.py, loader.py, metrics.py, models.py and run.py of `common`, torch and numpy (image_text.py and
 multimodal.py for models of images and texts, distributed.py for several processes).  The epoch loop itself stands in
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn import functional
 
 from common import metrics
 from common.augment import Augmenter, Policy, normalize
@@ -319,6 +320,116 @@ def check_mixing(policy: Policy, dataset: str, one_class: list[str] = (), local_
     for other, why in reasons.items() if policy.mixes else ():
         if why:
             raise UserError(f"mixed views (--mixup, --cutmix) and {other} cannot be combined: {why}")
+
+
+# ----------------------------------------------------------------------------------------------------- supervised loss
+
+
+def class_weights(spec: str, labels: Any, num_classes: int) -> torch.Tensor | None:
+    """Class weights (C,) float32, or None: spec is "none", "balanced" or one number a class, separated by commas.
+
+    balanced: N / (C * n_c), so that each class has the same sum and the mean over samples is 1 (King and Zeng 2001).
+    labels: (N,) of the training images; -1 is no label.
+    """
+    if spec == "none":
+        return None
+    if spec == "balanced":
+        labels = torch.as_tensor(labels)
+        labels = labels[labels >= 0]
+        counts = torch.bincount(labels, minlength=num_classes)
+        if not counts.all():
+            empty = int((counts == 0).nonzero()[0])
+            raise UserError(f"--class-weights balanced: class number {empty} has no training image")
+        return len(labels) / (num_classes * counts.float())
+    try:
+        weights = torch.tensor([float(word) for word in spec.split(",")])
+    except ValueError:
+        raise UserError(f"--class-weights {spec}: give none, balanced or numbers with commas, as 1,4.5") from None
+    if len(weights) != num_classes or not (weights.isfinite() & (weights >= 0)).all() or not weights.any():
+        raise UserError(
+            f"--class-weights {spec}: give {num_classes} numbers, one a class, that are at least 0 and not all 0"
+        )
+    return weights
+
+
+# (B,) int64; of mixed images (labels, others, share of the first)
+Labels = torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def _of_labels(values, labels):
+    """values(labels) (B,); of mixed images their mean, weighted by the shares."""
+    if torch.is_tensor(labels):
+        return values(labels)
+    first, second, share = labels
+    return share * values(first) + (1 - share) * values(second)
+
+
+def cross_entropy(
+    logits: torch.Tensor,
+    labels: Labels,
+    label_smoothing: float = 0.0,
+    weights: torch.Tensor | None = None,
+    batch_labels: Labels | None = None,
+) -> torch.Tensor:
+    """Mean cross-entropy in nats.  logits (B, C); labels (B,) int64; weights (C,) of the classes: a weighted mean.
+
+    A label of -1 is no label: the image does not count.  Without any label the loss is 0.
+    Labels of mixed images are three tensors (B,): one label, the other, and the share of the first.  Their loss is that
+    of probabilities, share at one class and 1 - share at the other, and so is their weight.
+    batch_labels: those of the whole batch where `labels` are one process's or one accumulation step's part of it.  Its
+    mean weight is the divisor, so that the mean over equal parts is the weighted mean of the whole batch.
+    """
+    logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+    weights = None if weights is None else weights.to(logits)
+
+    def loss(labels):  # (B,), 0 without a label
+        smoothing = {"label_smoothing": label_smoothing}
+        return functional.cross_entropy(logits, labels, weights, ignore_index=-1, reduction="none", **smoothing)
+
+    def weight(labels):
+        counted = (labels >= 0).to(logits)
+        return counted if weights is None else counted * weights[labels.clamp(min=0)]
+
+    losses, counted = _of_labels(loss, labels), _of_labels(weight, labels if batch_labels is None else batch_labels)
+    return losses.mean() / counted.mean().clamp(min=torch.finfo(logits.dtype).tiny)
+
+
+def task_class_weights(spec: str, targets: dict, sizes: dict[str, int]) -> dict[str, torch.Tensor | None]:
+    """{task: class_weights} of labels {task: (N,)} with {task: number of classes}."""
+    return {task: class_weights(spec, labels, sizes[task]) for task, labels in targets.items()}
+
+
+def task_accuracy(out: dict, targets: dict[str, Labels]) -> torch.Tensor:
+    """Accuracy on a batch's labelled images, mean over tasks: a scalar on the device, NaN without any label.
+
+    out: a model's output; targets: {task: (B,)}, -1 is no label; of mixed images the first label counts.
+    """
+    firsts = {task: labels if torch.is_tensor(labels) else labels[0] for task, labels in targets.items()}
+    shares = [(out[logits_name(task)].argmax(1) == first).sum() / (first >= 0).sum() for task, first in firsts.items()]
+    return torch.stack(shares).mean()
+
+
+def task_cross_entropy(
+    out: dict,
+    targets: dict[str, Labels],
+    label_smoothing: float = 0.0,
+    weights: dict[str, torch.Tensor | None] | None = None,
+    batch_targets: dict[str, Labels] | None = None,
+    task_weights: dict[str, float] | None = None,
+) -> torch.Tensor:
+    """Mean over tasks of `cross_entropy`, weighted by {task: weight} of task_weights where they are given.
+
+    out: a model's output; the other arguments are {task: that of the task}.
+    """
+    weights, batch_targets, shares = weights or {}, batch_targets or targets, task_weights or {}
+    losses = {
+        task: cross_entropy(out[logits_name(task)], labels, label_smoothing, weights.get(task), batch_targets[task])
+        for task, labels in targets.items()
+    }
+    if len(losses) == 1:
+        return next(iter(losses.values()))
+    shares = {task: shares.get(task, 1.0) for task in losses}
+    return sum(shares[task] * loss for task, loss in losses.items()) / sum(shares.values())
 
 
 # --------------------------------------------------------------------------------------------- optimizer and schedule

@@ -77,9 +77,17 @@ def train_6_steps(accumulate, weighted, mixed):
     from common.augment import Augmenter, Policy
     from common.data import DATASETS, TASK, load_splits
     from common.loader import Loader
-    from common.losses import DistillationLoss, class_weights
+    from common.losses import DistillationLoss
     from common.models import build_model
-    from common.training import Precision, Schedule, Updater, make_optimizer, select_device
+    from common.training import (
+        Precision,
+        Schedule,
+        Updater,
+        class_weights,
+        make_optimizer,
+        select_device,
+        task_cross_entropy,
+    )
     from distill import Student
 
     device = select_device("cpu")
@@ -91,7 +99,10 @@ def train_6_steps(accumulate, weighted, mixed):
     teacher.set_feature_layers(["layer3"])
     model.set_feature_layers(["layer2"])
     weight = class_weights("0.2,3,1,1,5,1,1,0.5,1,9", splits.train.labels, 10) if weighted else None
-    criterion = DistillationLoss({"ce": 1.0, "kl": 0.5, "feature": 1.0}, class_weights=weight)
+    criterion = DistillationLoss(
+        {"ce": 1.0, "kl": 0.5, "feature": 1.0},
+        cross_entropy=lambda out, labels, whole: task_cross_entropy(out, labels, 0.0, {"label": weight}, whole),
+    )
     with torch.no_grad():
         dry = {"image": torch.zeros(2, 3, 8, 8, dtype=torch.float64)}
         criterion.build(model(dry), teacher(dry))

@@ -18,8 +18,6 @@ from common.losses import (
     DistillationLoss,
     EmbeddingProjectors,
     LossError,
-    class_weights,
-    cross_entropy,
     decoupled_kl,
     embedding_loss,
     feature_loss,
@@ -27,11 +25,11 @@ from common.losses import (
     loss_words,
     orthogonal,
     same_size,
-    task_accuracy,
     temperature_kl,
     term_options,
 )
 from common.models import build_model
+from common.training import class_weights, cross_entropy, task_accuracy, task_cross_entropy
 from distill import build_parser, check_loss
 
 B, C = 5, 7
@@ -420,7 +418,10 @@ def test_options_are_what_has_a_default_and_a_plain_type():
 @pytest.mark.parametrize("alpha", [0.0, 0.25, 0.5, 1.0])
 def test_alpha_weighs_the_cross_entropy_and_t_squared_is_always_there(alpha):
     student, teacher = rand(B, C, scale=2, grad=True), rand(B, C, seed=1, scale=2)
-    criterion = DistillationLoss(*loss_settings("response", alpha=alpha), label_smoothing=0.1)
+    criterion = DistillationLoss(
+        *loss_settings("response", alpha=alpha),
+        cross_entropy=lambda out, labels, _: task_cross_entropy(out, labels, label_smoothing=0.1),
+    )
     criterion.build({"logits": student}, {"logits": teacher})
     loss = criterion({"logits": student}, {"logits": teacher}, LABELS)
     ce, kl = ce_by_hand(student, LABELS, 0.1), kl_by_hand(student, teacher, 4.0)
@@ -527,12 +528,12 @@ def test_class_weights_against_sklearn():
     ],
 )
 def test_bad_class_weights(spec, words):
-    with pytest.raises(LossError, match=words):
+    with pytest.raises(run.UserError, match=words):
         class_weights(spec, np.array([0, 1, 2]), 3)
 
 
 def test_balanced_weights_need_every_class():
-    with pytest.raises(LossError, match="class number 1 "):
+    with pytest.raises(run.UserError, match="class number 1 "):
         class_weights("balanced", np.array([0, 2, 2]), 3)
 
 

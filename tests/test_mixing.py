@@ -23,9 +23,16 @@ from common.augment import Augmenter, Policy, PolicyError, hash_id, mix, mix_lab
 from common.data import ImageDataset
 from common.embeddings import Store, StoredTeacher, split_folder
 from common.loader import Loader
-from common.losses import DistillationLoss, LossError, cross_entropy, task_accuracy, task_cross_entropy
+from common.losses import DistillationLoss, LossError
 from common.teacher import several_views
-from common.training import check_mixing, load_checkpoint, load_model
+from common.training import (
+    check_mixing,
+    cross_entropy,
+    load_checkpoint,
+    load_model,
+    task_accuracy,
+    task_cross_entropy,
+)
 
 SEED, VIEW, STREAM, C = 5, 3, 3000, 10
 BOTH = Policy("pad", hflip=0.5, rotation=20, brightness=0.3, mixup=0.4, cutmix=1.0, mix_probability=0.8)
@@ -388,7 +395,10 @@ def test_several_tasks_and_accuracy(mixture):
 def test_the_sum_takes_mixed_labels_and_refuses_terms_of_one_class(mixture):
     logits, labels, others, share = mixture
     mixed, teacher = mix_labels(labels, others, share), {"logits": logits.flip(1)}
-    criterion = DistillationLoss({"ce": 0.5, "kl": 2.0}, label_smoothing=0.1)
+    criterion = DistillationLoss(
+        {"ce": 0.5, "kl": 2.0},
+        cross_entropy=lambda out, labels, _: task_cross_entropy(out, labels, label_smoothing=0.1),
+    )
     value = criterion({"logits": logits}, teacher, mixed)
     kl = losses.temperature_kl(logits, logits.flip(1))
     assert value.item() == pytest.approx((0.5 * cross_entropy(logits, mixed, 0.1) + 2 * kl).item(), rel=1e-6)

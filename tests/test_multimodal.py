@@ -14,10 +14,9 @@ from torch.nn import functional as F
 
 from common import multimodal
 from common.image_text import token_batch, tokenize
-from common.losses import task_cross_entropy
 from common.models import ModelError
 from common.multimodal import FUSIONS, AttentionBlock, Gated, build_image_text_model, build_text_model, train_wordpiece
-from common.training import make_optimizer
+from common.training import make_optimizer, task_cross_entropy
 
 TEXTS = [
     "ct of the chest",

@@ -1,6 +1,7 @@
 """Losses that compare the images of a batch and those of several tasks or sides, against loops in float64."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,12 +21,10 @@ from common.losses import (
     rkd_angle,
     rkd_distance,
     similarity_preserving,
-    task_accuracy,
-    task_class_weights,
-    task_cross_entropy,
     task_logits,
     task_mean,
 )
+from common.training import task_accuracy, task_class_weights, task_cross_entropy
 from distill import build_parser, check_loss, make_loss
 
 LOSSES = {
@@ -238,7 +237,7 @@ def test_contrastive_temperatures_of_the_flags():
     )
     weights, options, _ = check_loss(args)
     student, teacher = ({"embedding": x.float()} for x in samples("none", seed=8))
-    criterion = make_loss(args, weights, options, None, {}).eval()
+    criterion = make_loss(args, weights, options, None, {}, SimpleNamespace(parts=())).eval()
     criterion.build(student, teacher)
     with torch.no_grad():
         projected, _ = criterion.project("crd", student["embedding"], None)

@@ -23,7 +23,7 @@ from common.augment import PRESETS, Augmenter, Policy
 from common.data import ImageDataset
 from common.embeddings import Store, StoredTeacher, Writer
 from common.loader import ImageCache, Loader, pad_images
-from common.losses import DistillationLoss, loss_settings, task_accuracy, task_cross_entropy
+from common.losses import DistillationLoss, loss_settings
 from common.models import build_model
 from common.run import Meter
 from common.teacher import distillation_loss, live_source
@@ -35,6 +35,8 @@ from common.training import (
     live_teacher,
     make_optimizer,
     model_outputs,
+    task_accuracy,
+    task_cross_entropy,
 )
 from distill import Student, make_planner
 
@@ -172,7 +174,8 @@ def test_a_distillation_step_waits_for_nothing(tmp_path, method, stored):
     name, classes = ("vit_6_192", 0) if tokens else ("resnet8", 4)
     loader = loader_of(32)
     weights, options = loss_settings(method if method != "mixed" else "response")
-    criterion, student = DistillationLoss(weights, options), build_model(name, classes, 32, dynamic=tokens)
+    criterion = DistillationLoss(weights, options, cross_entropy=lambda *given: task_cross_entropy(*given[:2]))
+    student = build_model(name, classes, 32, dynamic=tokens)
     student.with_tokens = tokens
     augment, preprocess, meter = Augmenter(policy, 0), preprocess_of(32), Meter()
     teacher = build_model(name, classes, 64)
@@ -304,7 +307,7 @@ def test_a_store_that_does_not_fit_is_read_step_by_step(tmp_path, monkeypatch):
 
         def plan(batch, ahead=ahead):
             batch = read.choose_view(batch)
-            batch["stored"].pinned = ahead
+            batch[read.key].pinned = ahead
             return batch
 
         for one, other in zip(loader.batches(1, plan=kept.choose_view), loader.batches(1, plan=plan)):
