@@ -516,6 +516,8 @@ def make_student(args, classes, weights, splits, train, crop_mode):
         model.set_pooling(args.pooling)
     model.set_feature_layers(args.student_layer)
     model.with_tokens = bool(terms_on(weights, "tokens"))
+    if model.kind == "image" and "ce" in weights and terms_on(weights, "logits"):
+        model.split_heads()  # labels train one, the teacher the other
     if args.local_crops:
         model.check_side(args.local_resolution)
     check_normalization(model, args.resolution, train.rows_at_once * args.global_crops)

@@ -301,6 +301,23 @@ def patch_loss(student: Tensor, teacher: Tensor, cosine: float = 2.0, smooth_l1:
     return loss + smooth_l1 * F.smooth_l1_loss(student, teacher) if smooth_l1 else loss
 
 
+@in_float32
+def patch_relations(student: Tensor, teacher: Tensor, temperature: float = 0.1) -> Tensor:
+    """KL(teacher || student) of each patch token's cosines with the image's other tokens, divided by the temperature.
+
+    Tokens (B, N, D) of any two widths, the teacher's grid resized; the mean over tokens.  As the relations of TinyMIM,
+    Ren et al. 2023, arXiv:2301.01296, of the tokens themselves in place of queries, keys and values.
+    """
+    teacher, count, rows = resize_grid(teacher, student.shape[1]), student.shape[1], []
+    if count < 2:
+        raise LossError("patch_relation compares the patch tokens of an image, and there is one: raise the resolution")
+    for tokens in (student, teacher):
+        unit = F.normalize(tokens, dim=2)
+        cosines = (unit @ unit.mT / temperature).flatten(1)  # without the diagonal: N - 1 runs of N between its places
+        rows.append(cosines[:, 1:].unflatten(1, (count - 1, count + 1))[:, :, :-1].reshape(-1, count - 1))
+    return _kl(*rows)
+
+
 def resize_grid(tokens: Tensor, count: int) -> Tensor:
     """Tokens (B, N, D) of a square grid, row by row, as `count` tokens: bilinear, antialiased where it shrinks."""
     if tokens.shape[1] == count:
@@ -361,14 +378,15 @@ def rkd_angle(student: Tensor, teacher: Tensor) -> Tensor:
 def contrastive(student: Tensor, teacher: Tensor, temperature: float = 0.07, base_temperature: float = 0.07) -> Tensor:
     """Each student embedding must find its own image's teacher embedding among the batch's, and the other way round.
 
-    Embeddings (B, D) of equal width, scaled to unit length; temperature / base_temperature weighs the sum (as in
-    supervised contrastive learning).  InfoNCE with in-batch negatives in place of the memory bank of CRD, Tian et al.
-    2020, arXiv:1910.10699.
+    Embeddings (B, D) of equal width, scaled to unit length; what the teacher has beyond B rows are more negatives, see
+    `with_queue`.  temperature / base_temperature weighs the sum (as in supervised contrastive learning).  InfoNCE with
+    in-batch negatives in place of the memory bank of CRD, Tian et al. 2020, arXiv:1910.10699.
     """
     _need_two(student)
-    logits = F.normalize(student, dim=1) @ F.normalize(teacher, dim=1).T / temperature
+    logits = F.normalize(student, dim=1) @ F.normalize(teacher, dim=1).T / temperature  # (B, B + Q)
     same = torch.arange(len(student), device=student.device)
-    return (F.cross_entropy(logits, same) + F.cross_entropy(logits.T, same)) / 2 * (temperature / base_temperature)
+    both = F.cross_entropy(logits, same) + F.cross_entropy(logits[:, : len(student)].T, same)
+    return both / 2 * (temperature / base_temperature)
 
 
 @in_float32
@@ -448,6 +466,15 @@ def _need_two(rows):
 def map_projector(student_width: int, teacher_width: int) -> nn.Module:
     """A 1x1 convolution of the student's feature maps (B, C, H, W) to the teacher's width."""
     return nn.Conv2d(student_width, teacher_width, 1)
+
+
+def with_queue(student_width: int, teacher_width: int, queue: int | None = None) -> nn.Module:
+    """A linear layer that keeps the teacher's embeddings of the last `queue` images, as MoCo does (He et al. 2020,
+    arXiv:1911.05722), random ones at first."""
+    projector, generator = nn.Linear(student_width, teacher_width), torch.Generator().manual_seed(0)
+    if queue:
+        projector.register_buffer("queue", torch.randn(queue, teacher_width, generator=generator))
+    return projector
 
 
 def linear_without_bias(student_width: int, teacher_width: int) -> nn.Module:
@@ -547,8 +574,9 @@ TERMS = {
     "embedding": Term(embedding_loss, "embedding", "lambda_feat MSE + lambda_cos (1 - cosine)", EmbeddingProjectors),
     "cls": Term(normalized_mse, "embedding", "2 - 2 cosine of class tokens", nn.Linear),
     "patch": Term(patch_loss, "tokens", "cosine (1 - cosine) + smooth_l1 of patch tokens", nn.Linear),
+    "patch_relation": Term(patch_relations, "tokens", "KL of a patch token's relations to the others"),
     "projection": Term(embedding_mse, "embedding", "MSE of projected images and texts", nn.Linear, both_sides=True),
-    "crd": Term(contrastive, "embedding", "InfoNCE of a batch", nn.Linear, compares_images=True),
+    "crd": Term(contrastive, "embedding", "InfoNCE of a batch and a queue", with_queue, compares_images=True),
     "rkd_distance": Term(rkd_distance, "embedding", "distances in a batch", compares_images=True),
     "rkd_angle": Term(rkd_angle, "embedding", "angles in a batch", compares_images=True),
     "mmd": Term(mmd, "embedding", "maximum mean discrepancy", nn.Linear, compares_images=True),
@@ -698,6 +726,8 @@ def _pairs(term, student, teacher):
     output = TERMS[term].output
     if output == "logits":
         ours, theirs = task_logits(student), task_logits(teacher)
+        if "distilled" in student:  # of a head of its own, see models.ImageModel
+            ours = {"label": student["distilled"]}
         classes = [{task: logits.shape[1] for task, logits in side.items()} for side in (ours, theirs)]
         if classes[0] != classes[1] or not ours:
             raise LossError(f"the teacher has {_count(classes[1])}, the student {_count(classes[0])}")
@@ -835,6 +865,11 @@ class DistillationLoss(nn.Module):
                 s, t = self.project(term, s, t, number)
             if row.compares_images and self.training:  # each image has its gradient, see the gather of distributed.py
                 s, t = self.gather(s), self.gather(t)
+            queue = getattr(self.projectors[term][number], "queue", None) if row.projector else None
+            if queue is not None:
+                t = torch.cat([t.to(queue), queue])
+                if self.training and torch.is_grad_enabled():  # not of a dry batch
+                    queue.copy_(t[: len(queue)])
             pair = [s, t]
             if row.uses_labels:
                 if labels and not isinstance(labels[name], Tensor):

@@ -146,7 +146,10 @@ class ImageModel(nn.Module):
             hidden = self.backbone.forward_features(batch["image"])
         out = {"embedding": self._embedding(hidden)}  # (B, D)
         if self.build_args["num_classes"]:
-            out["logits"] = self.backbone.forward_head(hidden)  # (B, C)
+            logits = self.backbone.forward_head(hidden)  # (B, C)
+            if isinstance(logits, tuple):  # see split_heads
+                logits, out["distilled"] = logits
+            out["logits"] = logits
         if self.with_tokens:
             out["tokens"] = self._tokens(hidden)  # (B, N, D)
         if order:
@@ -218,6 +221,13 @@ class ImageModel(nn.Module):
                     nn.init.trunc_normal_(module.weight, std=0.01)
                     if module.bias is not None:
                         nn.init.zeros_(module.bias)
+
+    def split_heads(self):
+        """In training timm's distilled DeiTs give `logits` of the class token's head and `distilled`, (B, C), of the
+        distillation token's (Touvron et al. 2021, arXiv:2012.12877); in evaluation their mean.  Others stay as they
+        are."""
+        if hasattr(self.backbone, "set_distilled_training"):
+            self.backbone.set_distilled_training()
 
     def set_dropout(self, probability: float):
         """Drop that share of the head's input in training.  Once, before compiling."""

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import SMALL, run_script, succeed
 from scipy.stats import pearsonr, zscore
 from test_losses import kl_by_hand, pool_by_hand, rand
@@ -26,6 +27,7 @@ from common.losses import (
     temperature_kl,
     terms_on,
 )
+from common.models import ImageModel, build_model
 from distill import build_parser, check_loss, settle_flags
 
 B, C = 6, 5
@@ -776,3 +778,41 @@ def test_stores_without_maps_or_logits_are_refused(extracted, teacher, tmp_path)
         done = run_script("distill.py", *FLAGS, *flags, *run)
         assert done.returncode == 2 and words in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_a_distilled_deit_s_second_head_learns_from_the_teacher(tmp_path):
+    """Touvron et al. 2021: cross-entropy at the class token's head, the teacher's class at the distillation token's;
+    prediction is the mean of both."""
+    model = build_model("deit_tiny_distilled_patch16_224", 5, 32)
+    images, teacher = {"image": torch.randn(4, 3, 32, 32)}, {"logits": torch.randn(4, 5)}
+    labels = torch.tensor([0, 1, 2, 3])
+    together = model.train()(images)
+    assert "distilled" not in together  # of a student alone
+    model.split_heads()
+    out = model.train()(images)
+    mean = (out["logits"] + out["distilled"]) / 2
+    assert torch.allclose(together["logits"], mean, atol=1e-5) and torch.allclose(
+        model.eval()(images)["logits"], mean, atol=1e-5
+    )
+    loss = DistillationLoss({"ce": 0.5, "hard": 0.5})(model.train()(images), teacher, labels)
+    expected = 0.5 * F.cross_entropy(out["logits"], labels) + 0.5 * F.cross_entropy(
+        out["distilled"], teacher["logits"].argmax(1)
+    )
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    heads = model.backbone.head.weight, model.backbone.head_dist.weight
+    gradients = torch.autograd.grad(loss, heads)
+    for head, part in zip(heads, gradients):
+        assert part.abs().sum() > 0 and part.shape == head.shape
+    only = torch.autograd.grad(F.cross_entropy(model.train()(images)["logits"], labels), heads, allow_unused=True)
+    assert only[1] is None
+
+
+def test_distill_splits_the_heads_of_a_deit(tmp_path, teacher, monkeypatch):
+    seen = []
+    monkeypatch.setattr(ImageModel, "split_heads", lambda self: seen.append(self.name))
+    flags = [*SMALL, "--model", "deit_tiny_distilled_patch16_224", "--resolution", 32, "--epochs", 1, "--dry-run"]
+    flags += ["--teacher-checkpoint", teacher / "best.pth", "--output", tmp_path / "run"]
+    succeed("distill.py", *flags, "--method", "hard")
+    assert seen == ["deit_tiny_distilled_patch16_224"]
+    succeed("distill.py", *flags, "--loss", "kl=1")
+    assert len(seen) == 1  # without labels nothing would train the other head

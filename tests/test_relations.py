@@ -601,3 +601,41 @@ def test_rows_are_gathered_in_training_alone(name):
     for training, rows in ((True, [torch.cat([x, x.flip(1)]) for x in (ours, theirs)]), (False, [ours, theirs])):
         criterion.train(training)
         assert criterion(student, teacher, None).item() == pytest.approx(BY_HAND[name](*rows).item(), rel=1e-9)
+
+
+def test_a_queue_gives_the_student_more_negatives():
+    """MoCo's: the teacher's embeddings of the last images, in training alone; rows of the queue are never positives."""
+    generator = torch.Generator().manual_seed(0)
+    batches = [
+        ({"embedding": torch.randn(4, 6, generator=generator)}, {"embedding": torch.randn(4, 5, generator=generator)})
+        for _ in range(3)
+    ]
+    criterion = DistillationLoss({"crd": 1.0}, {"crd.queue": 6})
+    criterion.build(*batches[0])
+    projector = criterion.projectors["crd"][0]
+    first = projector.queue.clone()
+    assert first.shape == (6, 5) and torch.equal(first, torch.randn(6, 5, generator=torch.Generator().manual_seed(0)))
+    known = first
+    for student, teacher in batches:
+        value = criterion(student, teacher, None)
+        s = torch.nn.functional.normalize(projector(student["embedding"]).double(), dim=1)
+        rows = torch.cat([teacher["embedding"], known])
+        t = torch.nn.functional.normalize(rows.double(), dim=1)
+        logits = s @ t.T / 0.07
+        columns = logits[:, :4] - logits[:, :4].logsumexp(0)
+        expected = -((logits - logits.logsumexp(1, keepdim=True)).diagonal().mean() + columns.diagonal().mean()) / 2
+        assert value.item() == pytest.approx(expected.item(), rel=1e-5)
+        known = rows[:6]
+        assert torch.equal(projector.queue, known)
+    value.backward()  # what was put into the queue later does not disturb it
+    criterion.eval()
+    criterion(*batches[0], None)
+    assert torch.equal(projector.queue, known)
+    again = DistillationLoss({"crd": 1.0}, {"crd.queue": 6})
+    again.build(*batches[0])
+    again.load_state_dict(criterion.state_dict())  # as a checkpoint does
+    assert torch.equal(again.projectors["crd"][0].queue, known)
+    assert not any("queue" in name for name, _ in criterion.named_parameters())
+    plain = DistillationLoss({"crd": 1.0})
+    plain.build(*batches[0])
+    assert set(plain.state_dict()) == {"projectors.crd.0.weight", "projectors.crd.0.bias"}

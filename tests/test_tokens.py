@@ -14,7 +14,7 @@ from conftest import run_script, succeed
 from PIL import Image
 from test_resume import assert_same_run, stopped
 
-from common import unlabeled
+from common import losses, unlabeled
 from common.augment import Augmenter, Policy
 from common.data import DataError, ImageDataset, load_splits
 from common.loader import Loader
@@ -712,3 +712,32 @@ def test_a_cnn_learns_a_vit_s_tokens(here, tmp_path):
     assert code == 0, errors
     assert rows[-1]["val_distillation_loss"] < rows[0]["val_distillation_loss"], "it learns something"
     assert all(rows[-1][f"train_{term}"] < rows[0][f"train_{term}"] for term in ("cls", "patch"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_patch_relations_by_hand(dtype):
+    """Softmax over the other tokens of an image, KL(teacher || student), the mean over all tokens."""
+    generator = torch.Generator().manual_seed(3)
+    student, teacher = (torch.randn(3, 9, width, generator=generator).to(dtype) for width in (6, 4))
+    total = 0.0
+    for s, t in zip(student.double(), teacher.double()):
+        for i in range(9):
+            others = [j for j in range(9) if j != i]
+            p, q = (
+                torch.softmax(torch.stack([F.cosine_similarity(x[i], x[j], 0) / 0.2 for j in others]), 0)
+                for x in (t, s)
+            )
+            total += (p * (p / q).log()).sum()
+    value = losses.patch_relations(student, teacher, temperature=0.2)
+    assert value.item() == pytest.approx(total.item() / 27, rel=1e-9 if dtype == torch.float64 else 2e-3)
+    assert losses.patch_relations(teacher, teacher).item() == pytest.approx(0, abs=1e-6)
+    larger = torch.randn(3, 16, 4, generator=generator).to(dtype)
+    assert losses.patch_relations(student, larger).isfinite()  # the teacher's grid is resized
+    with pytest.raises(LossError, match="there is one"):
+        losses.patch_relations(student[:, :1], teacher[:, :1])
+
+
+def test_patch_relations_have_gradients():
+    student = torch.randn(2, 4, 3, dtype=torch.float64, requires_grad=True)
+    teacher = torch.randn(2, 4, 5, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda s: losses.patch_relations(s, teacher), student)
