@@ -239,7 +239,7 @@ def store_flags(stores: dict, flags: dict, stored_flags: tuple) -> dict:
                 f"{flag} and --teacher-embeddings cannot be combined: teacher and views are the stored ones"
             )
     meta = stores["train"].meta
-    stored = {name: meta.get(name) for name in ("dataset", *stored_flags)}
+    stored = {name: meta.get(name, flags.get(name)) for name in ("dataset", *stored_flags)}  # of an older store
     for name, value in stored.items():
         if given.get(name, value) != value:
             flag = f"--{name.replace('_', '-')} {given[name]}"
