@@ -58,11 +58,12 @@ def in_float32(loss: Callable) -> Callable:
     return wrapped
 
 
-def class_weights(spec: str, labels: Any, num_classes: int) -> Tensor | None:
+def class_weights(spec: str, labels: Any, num_classes: int, of_task: str = "") -> Tensor | None:
     """Class weights (C,) float32, or None: spec is "none", "balanced" or one number a class, separated by commas.
 
     balanced: N / (C * n_c), so that each class has the same sum and the mean over samples is 1 (King and Zeng 2001).
-    labels: (N,) of the training images; -1 is no label.
+    Of two classes (1, w) and w = negatives / positives, as a positive weight, up to a factor.
+    labels: (N,) of the training images; -1 is no label; of_task: for the message.
     """
     if spec == "none":
         return None
@@ -72,7 +73,7 @@ def class_weights(spec: str, labels: Any, num_classes: int) -> Tensor | None:
         counts = torch.bincount(labels, minlength=num_classes)
         if not counts.all():
             empty = int((counts == 0).nonzero()[0])
-            raise LossError(f"--class-weights balanced: class number {empty} has no training image")
+            raise LossError(f"--class-weights balanced: class number {empty}{of_task} has no training image")
         return len(labels) / (num_classes * counts.float())
     try:
         weights = torch.tensor([float(word) for word in spec.split(",")])
@@ -259,7 +260,8 @@ def task_logits(out: dict) -> dict[str, Tensor]:
 
 def task_class_weights(spec: str, targets: dict, sizes: dict[str, int]) -> dict[str, Tensor | None]:
     """{task: class_weights} of labels {task: (N,)} with {task: number of classes}."""
-    return {task: class_weights(spec, labels, sizes[task]) for task, labels in targets.items()}
+    words = {task: f" of {task}" if len(targets) > 1 else "" for task in targets}
+    return {task: class_weights(spec, labels, sizes[task], words[task]) for task, labels in targets.items()}
 
 
 def task_accuracy(out: dict, targets: dict[str, Labels]) -> Tensor:
@@ -678,6 +680,21 @@ METHODS = {
 }
 # methods that have --alpha: it weighs the first of these terms, 1 - alpha the second
 ALPHA = {"response": ("ce", "kl"), "feature": ("ce", "kl"), "feature_matching": ("feature", "ce")}
+
+
+# These compare the classes of an image with each other.  A finding has two, absent and present: of dkd kl is left, dist
+# and standardized_kl divide by what is the same for all images, and pld has nothing to rank.
+BETWEEN_CLASSES = ("dkd", "dist", "standardized_kl", "pld")
+
+
+def check_findings(terms: Iterable[str]) -> None:
+    """Refuse terms that have no meaning where each image has several findings.  Raises LossError."""
+    wrong = [term for term in terms if term in BETWEEN_CLASSES]
+    if wrong:
+        raise LossError(
+            f"the term {wrong[0]} compares an image's classes with each other, findings are independent: "
+            "take kl or hard in its place"
+        )
 
 
 def terms_on(terms: Iterable[str], *outputs: str) -> list[str]:
