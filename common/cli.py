@@ -498,8 +498,8 @@ def add_training_flags(parser: Parser, select: Iterable[str] = CLASSIFICATION) -
         "--class-weights",
         "--positive-weights",
         default="none",
-        metavar="WEIGHTS",
-        help="for the cross-entropy: none, balanced (1 / count in train) or W0,W1,...\nbalanced gives each finding the "
+        metavar="W",
+        help="for the cross-entropy: none, balanced (1 / count) or W0,W1,...\nbalanced gives each finding the "
         "positive weight negatives / positives, at a mean weight of 1",
     )
     add("--label-smoothing", type=SHARE, default=0.0, help="for the cross-entropy; a smoothed teacher teaches worse")
