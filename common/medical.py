@@ -559,7 +559,7 @@ def _npz_labels(path, split, arrays):
         labels = labels[:, 0]
     if labels.ndim not in (1, 2) or not labels.size or images is not None and images.shape[:1] != labels.shape[:1]:
         raise DataError(
-            f"{path}: {split}_labels of shape {labels.shape} are neither one class nor a row of findings for each image"
+            f"{path}: {split}_labels of shape {labels.shape} are not one class for each image, nor a row of findings"
         )
     with np.errstate(invalid="ignore"):
         if labels.dtype.kind == "f" and not (labels % 1).any():  # whole numbers; NaN % 1 is NaN, which counts as true

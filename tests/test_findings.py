@@ -283,7 +283,7 @@ def test_rare_findings_are_divided(tmp_path):
     "labels, words",
     [
         (np.full((9, 2), 2), "out of range"),
-        (np.zeros((9, 2, 2), int), "neither one class nor a row of findings"),
+        (np.zeros((9, 2, 2), int), "are not one class for each image, nor a row of findings"),
         (np.full((9, 2), 0.5), "out of range"),
         (np.zeros((9, 3), int), "train have 3 columns, val have 2 columns"),
     ],
