@@ -31,6 +31,7 @@ from common.data import (
     DATASETS,
     STORED_FLAGS,
     WITH_TEXTS,
+    are_findings,
     dataset_flags,
     dataset_info,
     load_splits,
@@ -42,6 +43,7 @@ from common.losses import (
     METHODS,
     TERMS,
     DistillationLoss,
+    check_findings,
     loss_settings,
     loss_words,
     term_options,
@@ -459,6 +461,10 @@ def open_neighbours(args, precision):
     options = {name: value for name, value in options.items() if name not in TRAIN_ONLY}
     root = cli.data_root(args.eval_data_root or (args.data_root if same else None))
     splits = load_splits(args.eval_dataset, root, splits=("train", "val"), **options)
+    if are_findings(splits.classes):
+        raise UserError(
+            f"--eval-dataset {args.eval_dataset}: neighbours vote for one class an image, these have findings"
+        )
     return Neighbours(splits, precision, **cli.options(Neighbours, vars(args)))
 
 
@@ -505,7 +511,10 @@ def make_student(args, classes, weights, splits, train, crop_mode):
 
     train: its Loader.
     """
-    texts, start, info = getattr(splits.train, "texts", None), model_starter(classes), dataset_info(args.dataset)
+    texts, info = getattr(splits.train, "texts", None), dataset_info(args.dataset)
+    start = model_starter(texts)
+    if are_findings(classes):
+        check_findings(weights)
     model, weights_from = start(classes, args.resolution, texts, **cli.options(start, vars(args)))
     preprocess = Preprocess.for_model(model, args.resolution, args.dataset, info, crop_mode)
     preprocess.prepare(splits.train, splits.val)  # texts become numbers once

@@ -35,6 +35,7 @@ from common.data import (
     DataError,
     ImageDataset,
     Splits,
+    are_findings,
     chosen_rows,
     dataset_info,
     images_below,
@@ -330,7 +331,10 @@ def accuracies(scores, classes):
 
 
 def table_rows(scores, classes):
-    """{row of the table: value} of a model's part of evaluation.json; recalls of up to MOST_CLASSES classes."""
+    """{row of the table: value} of a model's part of evaluation.json; recalls of up to MOST_CLASSES classes.
+
+    Of each finding only what does not depend on a threshold.
+    """
     hidden = ("checkpoint", "sha256")
     rows = {key: value for key, value in scores.items() if key not in hidden and not isinstance(value, dict)}
     rows["of 100 M parameters"] = f"{100 * scores['parameters'] / PARAMETERS:.1f} %"
@@ -343,6 +347,10 @@ def table_rows(scores, classes):
     recalls = scores.get("class_recalls", {})
     if len(recalls) <= MOST_CLASSES:
         rows.update({f"recall {name}": recall for name, recall in recalls.items()})
+    if are_findings(classes):
+        own = tuple(f"{before}{finding}_" for finding in classes for before in ("", "kept "))
+        ranking = ("_auc", "_average_precision")
+        rows = {name: value for name, value in rows.items() if not name.startswith(own) or name.endswith(ranking)}
     return rows
 
 
@@ -501,8 +509,9 @@ def softmax(logits):
 
 def table_header(classes):
     """Column names.  Raises UserError where two columns would have one name."""
-    header = ["path"]
-    for task, names in classes.items():
+    findings = are_findings(classes)
+    header = ["path", *(classes if findings else ())]
+    for task, names in () if findings else classes.items():
         prefix = "" if task == TASK else f"{task}_"
         header += [f"{prefix}{name}" for name in ("predicted", "confidence", *names)]
     twice = [name for name in header if header.count(name) > 1] if len(set(header)) < len(header) else []
@@ -512,15 +521,18 @@ def table_header(classes):
 
 
 def write_table(path, header, ids, classes, probabilities):
-    """A row an image: path, and of each task the likeliest class, its probability and that of each class."""
+    """A row an image: path, and of each task the likeliest class, its probability and that of each class; of each
+    finding the probability that it is present."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     encoding = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
     with atomic_write(path) as temporary, open(temporary, "w", **encoding) as file:
         writer = csv.writer(file)
         writer.writerow(header)
         for row, name in enumerate(ids):
-            cells = [name]
-            for task, values in probabilities.items():
+            cells, tasks = [name], probabilities.items()
+            if are_findings(classes):
+                cells, tasks = [name, *(f"{values[row, 1]:.8g}" for _, values in tasks)], ()
+            for task, values in tasks:
                 best = values[row].argmax()
                 cells += [classes[task][best], *(f"{p:.8g}" for p in (values[row][best], *values[row]))]
             writer.writerow(cells)

@@ -182,7 +182,7 @@ def settle_flags(args):
     """The checkpoint, or None; fills in the dataset and what its samples are from it."""
     checkpoint = load_checkpoint(args.checkpoint) if args.checkpoint else None
     one_label = f"a store holds images with one label: {LIVE}"
-    if checkpoint and checkpoint["kind"] == "image_text":
+    if checkpoint and (checkpoint["kind"] == "image_text" or isinstance(checkpoint["classes"], dict)):
         raise UserError(f"{args.checkpoint} reads texts or has several tasks, {one_label}")
     if args.images:
         flags = checkpoint["flags"] if checkpoint else {}
@@ -203,6 +203,8 @@ def read_data(args, checkpoint, reference):
     if not args.images:
         root, options = cli.data_root(args.data_root), split_options(vars(args))
         splits = load_splits(args.dataset, root, download=args.download, labels=False, **options)
+        if isinstance(splits.classes, dict):
+            raise UserError(f"--dataset {args.dataset} has several findings an image, a store holds one label: {LIVE}")
         return splits, args.dataset
     splits = Splits("images", "custom", [])
     load_folder = optional("common.unlabeled", "--images").load_folder

@@ -81,7 +81,8 @@ def main(args):
     tasks = tasks_of(splits.classes)
 
     # model and optimizer
-    texts, start = getattr(splits.train, "texts", None), model_starter(splits.classes)
+    texts = getattr(splits.train, "texts", None)
+    start = model_starter(texts)
     model, weights_from = start(splits.classes, resolution, texts, **cli.options(start, flags))
     preprocess = Preprocess.for_model(model, resolution, args.dataset, info, policy.crop_mode)
     preprocess.prepare(splits.train, splits.val)  # texts become numbers once

@@ -320,6 +320,7 @@ def add_reading_flags(add: Callable) -> None:
         help="csv: paths or names of images in --data-root (image, image_id, isic_id, file, ...)",
     )
     add("--label-column", help="csv: classes (label, target, class, diagnosis or dx)")
+    add("--label-columns", nargs="+", metavar="COLUMN", help="csv: several findings an image, a column of 0 and 1 each")
     add(
         "--group-column",
         help="csv, image_text: images that stay in one split (csv: group, patient_id, patient, lesion_id; none is off)",
@@ -495,9 +496,11 @@ def add_training_flags(parser: Parser, select: Iterable[str] = CLASSIFICATION) -
     )
     add(
         "--class-weights",
+        "--positive-weights",
         default="none",
-        metavar="WEIGHTS",
-        help="for the cross-entropy: none, balanced (1 / count in train) or W0,W1,...",
+        metavar="W",
+        help="for the cross-entropy: none, balanced (1 / count) or W0,W1,...\nbalanced gives each finding the "
+        "positive weight negatives / positives, at a mean weight of 1",
     )
     add("--label-smoothing", type=SHARE, default=0.0, help="for the cross-entropy; a smoothed teacher teaches worse")
     add(

@@ -120,7 +120,7 @@ class CustomModel(ImageModel):
             raise ModelError(f"{self.name} has no tokens: only models of timm and Hugging Face have")
         logits, out = self.backbone(batch["image"]), {}
         if self.build_args["num_classes"]:
-            out["logits"] = logits  # (B, C)
+            out.update(self.heads(logits))
         if self.feature_layers:
             out["features"] = self._hooked_features()
         if self.head is not None:

@@ -28,6 +28,7 @@ from common.augment import PRESETS, Policy, hash_id, uniform
 from common.run import UserError, barrier, optional, rank
 
 TASK = "label"  # the one task of a classification dataset
+FINDING = ["absent", "present"]  # the classes of a task of an image with several findings
 SPLITS = ("train", "val", "test")
 SPLIT_NAMES = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -115,7 +116,7 @@ DATASETS = {
 CUSTOM = DatasetInfo("custom", 224, *IMAGENET, CROP_AND_FLIP, *LARGE)  # of FILE.py:FUNCTION
 # options of `load_splits` that one dataset has
 DATASET_OPTIONS = {
-    "csv": ("table", "image_column", "label_column", "group_column", "split_column"),
+    "csv": ("table", "image_column", "label_column", "label_columns", "group_column", "split_column"),
     "ham10000": ("binary",),
     "isic2017": ("binary",),
     "isic2024": ("binary", "negatives", "extra_train"),  # it is binary anyway
@@ -134,7 +135,7 @@ STORED_FLAGS = (
     *("frame", "group_by_patient"),
     *("table", "image_column", "label_column", "group_column", "split_column", "hf_dataset", "unlabeled_root"),
 )
-SAMPLE_FLAGS = (*STORED_FLAGS, "text_fields", "tasks", "positive")
+SAMPLE_FLAGS = (*STORED_FLAGS, "label_columns", "text_fields", "tasks", "positive")
 SPLIT_FLAGS = ("limit_train", "limit_labels", "on_bad_image", "include_list", "extra_train", *SAMPLE_FLAGS)
 DIVISION = (
     "val_split",
@@ -198,6 +199,11 @@ def tasks_of(classes: list | dict) -> dict[str, list]:
     return classes if isinstance(classes, dict) else {TASK: classes}
 
 
+def are_findings(classes: list | dict) -> bool:
+    """Whether an image has several findings: every task says if one is absent or present."""
+    return isinstance(classes, dict) and bool(classes) and all(names == FINDING for names in classes.values())
+
+
 def logits_name(task: str) -> str:
     """The key of a task's logits in a model's output."""
     return "logits" if task == TASK else f"logits_{task}"
@@ -205,6 +211,8 @@ def logits_name(task: str) -> str:
 
 def in_words(classes: list | dict) -> str:
     """10 (airplane, automobile, bird, cat, ...); of several tasks modality: 2 (CT, MR) and location: ..."""
+    if are_findings(classes):
+        return f"{len(classes)} findings ({', '.join(classes)})"
     parts = []
     for task, names in tasks_of(classes).items():
         shown = ", ".join([*names[:4], *(["..."] if len(names) > 4 else [])])
@@ -516,6 +524,8 @@ class Splits:
         sizes = ", ".join(f"{len(part)} {split}" for split, part in self.parts.items())
         if self.labelled is not None:
             sizes = sizes.replace(" train", f" train ({self.labelled} with labels)")
+        if are_findings(self.classes):
+            return f"{self.name}: {sizes}, {in_words(self.classes)}"
         tasks = tasks_of(self.classes).items()
         counts = [f"{len(names)} classes" + ("" if task == TASK else f" of {task}") for task, names in tasks]
         positive = [f"{key} class: {name}" for key, name in self.positive_names().items()]
@@ -694,12 +704,13 @@ def _take_dicom(parts, frame, group_by_patient):
 
 def _in_order_of(parts, names, classes, dataset):
     """The splits and class names of a dataset in the order that a checkpoint's classes have.  Raises DataError."""
-    if isinstance(classes, dict) != isinstance(names, dict):
+    several = isinstance(names, dict)
+    if isinstance(classes, dict) != several or several and set(classes) != set(names):
         raise DataError(
             f"--dataset {dataset} has the tasks {', '.join(tasks_of(names))}, the checkpoint knows "
             f"{', '.join(tasks_of(classes))}"
         )
-    if isinstance(names, dict) or list(names) == list(classes):
+    if several or list(names) == list(classes):
         return parts, names
     unknown = [c for c in names if c not in classes]
     if unknown:
@@ -769,7 +780,7 @@ def _limited(train, images, labels, seed):
         train = limit(train, images, seed)
     if labels is not None:
         unlabelled = ~np.isin(train.ids, kept)
-        for values in train.targets.values():
+        for values in (train.labels, *train.targets.values()):
             values[unlabelled] = -1
     return train
 

@@ -173,13 +173,13 @@ def _rebuilt(path, checkpoint):
     from safetensors.torch import load_file
 
     arguments, classes, weights = timm_arguments(checkpoint), checkpoint["classes"], load_file(path)
+    model, preprocess = load_model(checkpoint)
     if arguments and classes:
         import timm
 
         bare = timm.create_model(**arguments).eval()
         bare.load_state_dict(weights)
-        return lambda image: (bare(image),)
-    model, preprocess = load_model(checkpoint)
+        return lambda image: tuple(model.heads(bare(image)).values())
     for value in _bare(model).state_dict().values():
         value.zero_()  # what counts is the file
     _bare(model).load_state_dict(weights)

@@ -11,7 +11,6 @@ Readers return ({split: ImageTextDataset}, {task: class names}) and raise DataEr
 ImageDataset.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -21,9 +20,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from common.data import MISSING, SPLITS, DataError, ImageDataset, check_folder, counted, sorted_classes
+from common.data import MISSING, SPLITS, DataError, check_folder, counted, sorted_classes
 from common.groups import check_groups
-from common.medical import images_by_name, label_numbers, match_images
+from common.medical import TasksDataset, images_by_name, label_numbers, match_images
 from common.run import UserError
 
 MEDPIX_CLASSES = {
@@ -35,52 +34,22 @@ MEDPIX_SPLITS = {"train": "train", "val": "dev", "test": "test"}  # their names 
 TOKENIZED_AT_ONCE = 10_000  # texts, so that a large dataset never lies in Python lists as a whole
 
 
-class ImageTextDataset(ImageDataset):
+class ImageTextDataset(TasksDataset):
     """Samples of one split: images in files, a text each, and a label for each task.
 
-    texts: N strings, "" where there is none; targets: {task: (N,) int}; classes: {task: its class names}.  `labels` is
-    the tasks' joint class (N,), of which splits and --limit-train keep the proportions.  The rest as in ImageDataset.
+    texts: N strings, "" where there is none; `labels` is the tasks' joint class (N,).  The rest as in TasksDataset.
     """
 
-    PER_SAMPLE = (*ImageDataset.PER_SAMPLE, "texts")
+    PER_SAMPLE = (*TasksDataset.PER_SAMPLE, "texts")
 
     def __init__(self, ids: list, targets: dict, classes: dict, texts: list, paths: list, **options):
-        self.task_labels = {task: np.asarray(labels, np.int64) for task, labels in targets.items()}
-        self.classes, self.texts = {task: list(names) for task, names in classes.items()}, list(texts)
-        joint = np.zeros(len(ids), np.int64)
-        for task, labels in self.task_labels.items():
-            joint = joint * len(self.classes[task]) + labels
-        super().__init__(ids, joint, paths=paths, **options)
-
-    @property
-    def targets(self) -> dict[str, np.ndarray]:
-        return self.task_labels
+        self.texts, joint = list(texts), np.zeros(len(ids), np.int64)
+        for task, labels in targets.items():
+            joint = joint * len(classes[task]) + np.asarray(labels, np.int64)
+        super().__init__(ids, targets, classes, joint, paths=paths, **options)
 
     def __getitem__(self, i: int) -> dict:
-        targets = {task: int(labels[i]) for task, labels in self.targets.items()}
-        return {**super().__getitem__(i), "text": self.texts[i], "targets": targets}
-
-    def subset(self, rows: np.ndarray) -> "ImageTextDataset":
-        """The samples of these rows, in their order."""
-        chosen = super().subset(rows)
-        chosen.task_labels = {task: labels[rows] for task, labels in self.targets.items()}
-        return chosen
-
-    def joined(self, other: "ImageTextDataset") -> "ImageTextDataset":
-        """These samples, then those of another dataset with the same tasks."""
-        both = super().joined(other)
-        both.task_labels = {
-            task: np.concatenate([labels, other.targets[task]]) for task, labels in self.targets.items()
-        }
-        return both
-
-    def fingerprint(self, classes: dict | None = None) -> str:
-        """SHA-256 over ids, texts and class names of each task, in order of ids; `classes` is its own."""
-        names = {
-            task: [self.classes[task][n] if n >= 0 else "" for n in labels] for task, labels in self.targets.items()
-        }
-        lines = sorted(map(list, zip(self.ids, self.texts, *names.values())))
-        return hashlib.sha256(json.dumps([list(self.targets), *lines]).encode()).hexdigest()
+        return {**super().__getitem__(i), "text": self.texts[i]}
 
 
 # ------------------------------------------------------------------------------------------------------------- reading

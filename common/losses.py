@@ -614,6 +614,21 @@ METHODS = {
 ALPHA = {"response": ("ce", "kl"), "feature": ("ce", "kl"), "feature_matching": ("feature", "ce")}
 
 
+# These compare the classes of an image with each other.  A finding has two, absent and present: of dkd kl is left, dist
+# and standardized_kl divide by what is the same for all images, and pld has nothing to rank.
+BETWEEN_CLASSES = ("dkd", "dist", "standardized_kl", "pld")
+
+
+def check_findings(terms: Iterable[str]) -> None:
+    """Refuse terms that have no meaning where each image has several findings.  Raises LossError."""
+    wrong = [term for term in terms if term in BETWEEN_CLASSES]
+    if wrong:
+        raise LossError(
+            f"the term {wrong[0]} compares an image's classes with each other, findings are independent: "
+            "take kl or hard in its place"
+        )
+
+
 def terms_on(terms: Iterable[str], *outputs: str) -> list[str]:
     """Those of these terms that compare one of these model outputs, or "labels"."""
     return [term for term in terms if TERMS[term].output in outputs]

@@ -1,4 +1,5 @@
-"""Medical images: tables, HAM10000, ISIC 2017 and 2024, MedMNIST, deep grey levels, hair removal, choices of images.
+"""Medical images: tables, several findings an image, HAM10000, ISIC 2017 and 2024, MedMNIST, deep grey levels, hair
+removal, choices of images.
 
 Readers return ({split: ImageDataset}, class names) and raise DataError; `decoding` is passed on to ImageDataset.
 Needs augment.py, data.py, groups.py, loader.py and run.py of `common`, numpy and pillow (h5py for ISIC 2024,
@@ -6,8 +7,11 @@ opencv-python-headless for hair removal).
 """
 
 import csv
+import hashlib
 import io
+import json
 import os
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,9 +20,11 @@ from PIL import Image
 
 from common.data import (
     DATASETS,
+    FINDING,
     MISSING,
     SPLIT_NAMES,
     SPLITS,
+    TASK,
     DataError,
     ImageDataset,
     check_folder,
@@ -41,6 +47,11 @@ COLUMNS = {
     "group": ("group", "patient_id", "patient", "subject_id", "subject", "lesion_id"),
     "split": ("split",),
 }
+# of ChestMNIST's 14 columns, in the order of the package medmnist; its file does not hold them
+CHESTMNIST = (
+    "atelectasis cardiomegaly effusion infiltration mass nodule pneumonia pneumothorax consolidation edema emphysema "
+    "fibrosis pleural hernia"
+).split()
 BINARY = ["benign", "malignant"]
 HAM10000 = ["akiec", "bcc", "bkl", "df", "mel", "nv", "vasc"]
 HAM10000_MALIGNANT = ("akiec", "bcc", "mel")
@@ -77,6 +88,81 @@ def to_uint8(array: np.ndarray, window: list | None, what: str) -> np.ndarray:
         levels = np.nan_to_num(array[start : start + 256].astype(np.float64), nan=low, posinf=high, neginf=low)
         out[start : start + 256] = np.rint((np.clip(levels, low, high) - low) * (255 / (high - low)))
     return out
+
+
+# ------------------------------------------------------------------------------------------ several labels an image
+
+
+class TasksDataset(ImageDataset):
+    """Samples of one split with a label for each of several tasks.
+
+    targets: {task: (N,) int}; classes: {task: its class names}; `labels` (N,): the strata of which splits, folds and
+    limits keep the proportions.  The rest as in ImageDataset.
+    """
+
+    def __init__(self, ids: list, targets: dict, classes: dict, labels: np.ndarray, **options):
+        self.task_labels = {task: np.asarray(values, np.int64) for task, values in targets.items()}
+        self.classes = {task: list(names) for task, names in classes.items()}
+        super().__init__(ids, labels, **options)
+
+    @property
+    def targets(self) -> dict[str, np.ndarray]:
+        return self.task_labels
+
+    def __getitem__(self, i: int) -> dict:
+        return {**super().__getitem__(i), "targets": {task: int(labels[i]) for task, labels in self.targets.items()}}
+
+    def subset(self, rows: np.ndarray) -> "TasksDataset":
+        """The samples of these rows, in their order."""
+        chosen = super().subset(rows)
+        chosen.task_labels = {task: labels[rows] for task, labels in self.targets.items()}
+        return chosen
+
+    def joined(self, other: "TasksDataset") -> "TasksDataset":
+        """These samples, then those of another dataset with the same tasks."""
+        both = super().joined(other)
+        both.task_labels = {
+            task: np.concatenate([labels, other.targets[task]]) for task, labels in self.targets.items()
+        }
+        return both
+
+    def fingerprint(self, classes: dict | None = None) -> str:
+        """SHA-256 over ids, texts if any and class names of each task, in order of ids; `classes` is its own."""
+        names = {
+            task: [self.classes[task][n] if n >= 0 else "" for n in labels] for task, labels in self.targets.items()
+        }
+        texts = [self.texts] if hasattr(self, "texts") else []
+        lines = sorted(map(list, zip(self.ids, *texts, *names.values())))
+        return hashlib.sha256(json.dumps([list(self.targets), *lines]).encode()).hexdigest()
+
+
+def findings_dataset(ids: list, present: np.ndarray, names: list[str], **options) -> TasksDataset:
+    """A task for each finding; present: (N, F) of 0 and 1; names: of the F findings.
+
+    An image's stratum is the rarest finding that it has, or none, so that rare findings reach every split: of their
+    2^F combinations most are too few to be divided.
+    """
+    rarest = present.sum(0).argsort(kind="stable")
+    ranked = present[:, rarest]
+    strata = np.where(ranked.any(1), 1 + rarest[ranked.argmax(1)], 0)
+    targets = dict(zip(names, present.T))
+    return TasksDataset(ids, targets, dict.fromkeys(names, FINDING), strata, **options)
+
+
+def finding_names(path: str, columns: list[str]) -> list[str]:
+    """The columns' names as names of tasks, "Pleural Effusion" as Pleural_Effusion.  Raises DataError.
+
+    A task is a part of the names of files and metrics: balanced_accuracy and top5_accuracy are metrics, label is the
+    task of a dataset with one.
+    """
+    names = [re.sub(r"[^\w-]+", "_", column) for column in columns]
+    for name, column in zip(names, columns):
+        if names.count(name) > 1 or name in ("", TASK, "balanced", "top5"):
+            raise DataError(
+                f"{path}: {column!r} cannot be the name of a finding: each is named once, and none is label, balanced "
+                "or top5"
+            )
+    return names
 
 
 # ------------------------------------------------------------------------------------------------------------ tables
@@ -171,27 +257,51 @@ def read_csv(
     table: str | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
+    label_columns: list[str] | None = None,
     group_column: str | None = None,
     split_column: str | None = None,
     **decoding,
-) -> tuple[dict, list]:
-    """Any table, beside its images; all is train where it has no split column."""
+) -> tuple[dict, list | dict]:
+    """Any table, beside its images; all is train where it has no split column.
+
+    label_columns: several of 0 and 1, each the task of a finding.
+    """
+    if label_column and label_columns:
+        raise DataError("--label-column and --label-columns cannot be combined: give one of them")
     check_folder("csv", root, "the images")
     path = _table_path(root, table)
-    content = read_table(path)
+    content = read_table(path, label_columns)
     given = {"image": image_column, "label": label_column, "group": group_column, "split": split_column}
+    if label_columns:
+        del given["label"]
     column = {kind: _column(path, content, kind, name) for kind, name in given.items()}
     files = _files_of(content[column["image"]], root)
     rows, _ = match_images(path, content[column["image"]], files, root, on_bad_image)
-    content = select_rows(content, _labelled(path, content, column, rows))
-    ids, labels, groups, splits = (content[name] if name else None for name in column.values())
-    classes = sorted_classes(path, labels)
-    labels = label_numbers(path, labels, classes, column["label"])
-    whole = ImageDataset(ids, labels, paths=[files[i] for i in ids], groups=groups, **decoding)
-    spare = [name for name in content if name and name not in column.values()]
+    content = select_rows(content, rows if label_columns else _labelled(path, content, column, rows))
+    ids, groups, splits = (content.get(column[kind]) for kind in ("image", "group", "split"))
+    options = {"paths": [files[i] for i in ids], "groups": groups, **decoding}
+    if label_columns:
+        names = finding_names(path, label_columns)
+        whole = findings_dataset(ids, _findings(path, content, label_columns, ids), names, **options)
+        classes = whole.classes
+    else:
+        classes = sorted_classes(path, content[column["label"]])
+        labels = label_numbers(path, content[column["label"]], classes, column["label"])
+        whole = ImageDataset(ids, labels, **options)
+    spare = [name for name in content if name and name not in (*column.values(), *(label_columns or ()))]
     sources = ", ".join(f"{kind} from {name}" for kind, name in column.items() if name)
     note(f"{path}: {sources}" + (f"; not used: {', '.join(spare[:12])}" if spare else ""))
     return _official_splits(path, whole, splits, column["split"]), classes
+
+
+def _findings(path, content, columns, ids):
+    """(N, F) int64 of 0 and 1, written as 0, 1, 0.0 or 1.0.  Raises DataError, which names the row, for others."""
+    for column in columns:
+        wrong = {i: value for i, value in zip(ids, content[column]) if value not in ("0", "1", "0.0", "1.0")}
+        if wrong:
+            text = counted([*wrong], f"rows of {path} have neither 0 nor 1 in {column}")
+            raise DataError(f"{text} (it has {next(iter(wrong.values()))!r}): write one, or leave out the row")
+    return np.array([[value[0] == "1" for value in content[column]] for column in columns], np.int64).T
 
 
 def _labelled(path, content, column, rows):
@@ -391,8 +501,11 @@ def _flags(path, column, values):
 # ---------------------------------------------------------------------------------------------------------- MedMNIST
 
 
-def read_medmnist(root: str | None, splits: list, window: list | None = None) -> tuple[dict, list]:
-    """A .npz file with {train,val,test}_images and _labels (Yang et al. 2023), or a folder that holds one."""
+def read_medmnist(root: str | None, splits: list, window: list | None = None) -> tuple[dict, list | dict]:
+    """A .npz file with {train,val,test}_images and _labels (Yang et al. 2023), or a folder that holds one.
+
+    Labels (N, F) of 0 and 1, as ChestMNIST's, are findings.
+    """
     if root is None:
         raise DataError("--dataset medmnist needs --data-root FILE.npz")
     path = root
@@ -404,7 +517,31 @@ def read_medmnist(root: str | None, splits: list, window: list | None = None) ->
     kept = set(splits) | ({"val"} if "train" in splits else set())
     arrays = _read_npz(path, [f"{s}_images" for s in sorted(kept)] + [f"{s}_labels" for s in SPLITS])
     labels = {split: _npz_labels(path, split, arrays) for split in SPLITS}
-    classes, parts = np.unique(labels["train"]), {}  # from 0 in MedMNIST's own files, from 1 in others
+    findings, parts = labels["train"].ndim == 2, {}
+    names = _npz_findings(path, labels) if findings else _npz_classes(path, labels)
+    for split in (split for split in SPLITS if split in kept):
+        images = _npz_images(path, split, arrays, window)
+        ids = [f"{split}/{i:06d}" for i in range(len(images))]
+        if findings:
+            parts[split] = findings_dataset(ids, labels[split], names, images=images)
+        else:
+            parts[split] = ImageDataset(ids, np.searchsorted(names, labels[split]), images)
+    return parts, parts[split].classes if findings else [str(i) for i in names]
+
+
+def _npz_findings(path, labels):
+    """The findings' names: ChestMNIST's, or else numbers."""
+    counts = {split: values.shape[1] if values.ndim == 2 else 1 for split, values in labels.items()}
+    if len({*counts.values()}) > 1:
+        raise DataError(f"{path}: the labels of {', '.join(f'{s} have {n} columns' for s, n in counts.items())}")
+    if os.path.basename(path).lower().startswith("chestmnist") and counts["train"] == len(CHESTMNIST):
+        return CHESTMNIST
+    return [f"finding_{number}" for number in range(counts["train"])]
+
+
+def _npz_classes(path, labels):
+    """The numbers that stand for the classes, in order."""
+    classes = np.unique(labels["train"])  # from 0 in MedMNIST's own files, from 1 in others
     if classes[-1] >= 2 * len(classes) + 10:  # as 255, a -1 that was written as uint8
         raise DataError(f"{path}: train_labels are out of range: {classes[-1]} where {len(classes)} differ")
     for split in SPLITS:  # the labels of all say what classes there are
@@ -412,28 +549,25 @@ def read_medmnist(root: str | None, splits: list, window: list | None = None) ->
         if len(unknown):
             known = ", ".join(map(str, classes[:12]))
             raise DataError(f"{path}: {split}_labels are out of range: {unknown[-1]}, train has {known}")
-        if split in kept:
-            images = _npz_images(path, split, arrays, window)
-            ids = [f"{split}/{i:06d}" for i in range(len(images))]
-            parts[split] = ImageDataset(ids, np.searchsorted(classes, labels[split]), images)
-    return parts, [str(i) for i in classes]
+    return classes
 
 
 def _npz_labels(path, split, arrays):
-    """(N,) integers: one class for each image."""
+    """(N,) integers: one class for each image; or (N, F) of 0 and 1, its findings."""
     images, labels = arrays.get(f"{split}_images"), arrays[f"{split}_labels"]
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
-    if labels.ndim != 1 or not len(labels) or images is not None and images.shape[:1] != labels.shape:
+    if labels.ndim not in (1, 2) or not labels.size or images is not None and images.shape[:1] != labels.shape[:1]:
         raise DataError(
-            f"{path}: {split}_labels of shape {labels.shape} are not one class for each image "
-            "(multi-label data are not supported)"
+            f"{path}: {split}_labels of shape {labels.shape} are not one class for each image, nor a row of findings"
         )
     with np.errstate(invalid="ignore"):
         if labels.dtype.kind == "f" and not (labels % 1).any():  # whole numbers; NaN % 1 is NaN, which counts as true
             labels = labels.astype(np.int64)
-    if labels.dtype.kind not in "ui" or labels.min() < 0:
-        raise DataError(f"{path}: {split}_labels are out of range ({labels.dtype}, from {labels.min()})")
+    if labels.dtype.kind not in "ui" or labels.min() < 0 or labels.ndim == 2 and labels.max() > 1:
+        raise DataError(
+            f"{path}: {split}_labels are out of range ({labels.dtype}, from {labels.min()} to {labels.max()})"
+        )
     return labels
 
 

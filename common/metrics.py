@@ -132,21 +132,26 @@ def resamples(count, groups=None, repeats=1000, seed=0):
         yield np.array(drawn, np.int32).T[group]
 
 
-def bootstrap(logits, labels, groups=None, repeats=1000, seed=0, names=RESAMPLED, positive=1):
-    """95 % percentile intervals {name: [low, high] or None} over resamples with replacement (Efron 1979).
+def bootstrap(*args, **options):
+    """{name: `interval`} of the metrics that `resampled` gives of the same arguments."""
+    return {name: interval(values) for name, values in resampled(*args, **options).items()}
 
-    groups (N,): lesions or patients, drawn whole, since their images are not independent; None: samples.  Resamples
-    without a metric (a class is absent) do not count; None where fewer than half count.  names, positive: see
-    `weighing`.
+
+def resampled(logits, labels, groups=None, repeats=1000, seed=0, names=RESAMPLED, positive=1):
+    """Metrics of resamples with replacement (Efron 1979): {name: (repeats,) float64, NaN where a class is absent}.
+
+    groups (N,): lesions or patients, drawn whole, since their images are not independent; None: samples.  The same are
+    drawn for all logits and labels of these samples.  names, positive: see `weighing`.
     """
-    values, weighed = {name: [] for name in names}, weighing(logits, labels, names, positive)
-    for weights in resamples(len(labels), groups, repeats, seed):
-        for name, numbers in weighed(weights).items():
-            values[name].extend(numbers[np.isfinite(numbers)])
-    return {
-        name: [float(v) for v in np.percentile(numbers, (2.5, 97.5))] if len(numbers) >= repeats / 2 else None
-        for name, numbers in values.items()
-    }
+    weighed = weighing(logits, labels, names, positive)
+    parts = [weighed(weights) for weights in resamples(len(labels), groups, repeats, seed)]
+    return {name: np.concatenate([part[name] for part in parts]) for name in names}
+
+
+def interval(values):
+    """95 % percentile interval [low, high] of a metric of resamples (R,); None where fewer than half have it."""
+    finite = values[np.isfinite(values)]
+    return [float(v) for v in np.percentile(finite, (2.5, 97.5))] if len(finite) >= len(values) / 2 else None
 
 
 def weighing(logits, labels, names, positive=1):

@@ -2,7 +2,7 @@
 
     model = build_model("resnet8", num_classes=10, img_size=32)
     out = model({"image": images})     # images (B, 3, H, W), normalized for this model
-    out["logits"]                      # (B, C); not there with num_classes=0
+    out["logits"]                      # (B, C); not there with num_classes=0; with findings=[...] see `heads`
     out["embedding"]                   # (B, D), pooled: see model.set_pooling
     out["tokens"]                      # (B, N, D), the grid's, without class token and registers; if model.with_tokens
     out["features"]["layer3"]          # (B, C_l, H_l, W_l), where model.set_feature_layers(["layer3"]) asked for it
@@ -149,7 +149,7 @@ class ImageModel(nn.Module):
             logits = self.backbone.forward_head(hidden)  # (B, C)
             if isinstance(logits, tuple):  # see split_heads
                 logits, out["distilled"] = logits
-            out["logits"] = logits
+            out.update(self.heads(logits))
         if self.with_tokens:
             out["tokens"] = self._tokens(hidden)  # (B, N, D)
         if order:
@@ -157,6 +157,18 @@ class ImageModel(nn.Module):
         elif self.feature_layers:  # after the head, which may be one of them
             out["features"] = self._hooked_features()
         return out
+
+    def heads(self, logits: torch.Tensor) -> dict:
+        """The backbone's (B, C) as the model's: `logits`, or of findings `logits_<finding>` (B, 2) each.
+
+        A finding's two logits are 0 (absent) and its own: their softmax is its sigmoid, their cross-entropy the binary
+        one, and their KL at a temperature the binary one.
+        """
+        names = self.build_args.get("findings")
+        if not names:
+            return {"logits": logits}
+        pairs = torch.stack([torch.zeros_like(logits), logits], 2)  # (B, F, 2)
+        return {f"logits_{name}": pair for name, pair in zip(names, pairs.unbind(1))}
 
     def _embedding(self, hidden):
         if self.pooling == "cls":
@@ -385,16 +397,19 @@ def build_model(
     hf_config: dict | None = None,
     pooling: str | None = None,
     dynamic: bool = False,
+    findings: list[str] | None = None,
 ) -> ImageModel:
     """Build an ImageModel; see the head of this file for names.
 
     img_size: input side in pixels; patch_size: a ViT's patch side in pixels, where not its own (4 of vit_6_192 and
     vit_tiny); pretrained: hub weights, with a new head, or those that a function of your own loads; hf_config: set when
     an `hf:` model is rebuilt from a checkpoint; pooling: see `set_pooling`; dynamic: images of other sides come too
-    (local crops), for which timm's ViTs then resize their positions.  num_classes 0: no head and no logits.  Raises
-    ModelError.
+    (local crops), for which timm's ViTs then resize their positions; findings: names of the num_classes logits, which
+    are independent then.  num_classes 0: no head and no logits.  Raises ModelError.
     """
     model = _build(name, num_classes, img_size, patch_size, pretrained, hf_config, dynamic)
+    if findings:
+        model.build_args["findings"] = findings
     model.set_pooling(pooling)
     return model
 

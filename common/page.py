@@ -156,6 +156,28 @@ def cost_rows(group: dict) -> list:
     ]
 
 
+def of_one_finding(group: dict, metric: str) -> bool:
+    """Whether a metric is one finding's, where images have several."""
+    return metric.startswith(tuple(f"{finding}_" for finding in group["findings"]))
+
+
+def finding_rows(group: dict) -> list:
+    """A row for each finding: its AUC and average precision in %, of each kind of model."""
+    shown = {"AUC": "auc", "AP": "average_precision"}
+    return [
+        {
+            "finding": finding,
+            **{
+                f"{name} (%), {kind}": cell(stats["mean"], metric, stats["std"])
+                for name, metric in shown.items()
+                for kind, stats in group["metrics"][f"{finding}_{metric}"].items()
+            },
+        }
+        for finding in group["findings"]
+        if f"{finding}_auc" in group["metrics"]
+    ]
+
+
 def name_cells(group: dict) -> dict:
     """The first cells of a group's row."""
     method = joined(group["method"], group["variant"]) or "-"
@@ -330,6 +352,8 @@ def markdown(report: dict, metric: str) -> str:
         "Mean ± sample standard deviation over seeds; the difference is between runs with the same seed, where both "
         "kinds have one.",
     ]
+    for group in groups:
+        parts += [f"## Findings: {label(group)}", table(finding_rows(group))] if finding_rows(group) else []
     if costs:
         parts += ["## Gain and noise", bullets(headline(groups)), "## Cost", table(costs)]
     parts += ["## Runs", table(run_rows(report["runs"], metric))]
@@ -649,7 +673,8 @@ def page_template():
     if not file.is_file():
         raise UserError(f"{file} is missing: report.py makes report.html from it; copy it from the project's common/")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    functions = cell, cost_rows, label, repeat_command, repeat_name, scale, shown_verdict, title, training_data, zip
+    functions = [cell, cost_rows, finding_rows, label, of_one_finding, repeat_command, repeat_name, scale]
+    functions += [shown_verdict, title, training_data, zip]
     environment.globals.update({function.__name__: function for function in functions})
     environment.globals.update(KINDS=KINDS, FIDELITY=FIDELITY, FIDELITY_METRICS=tuple(FIDELITY))
     return environment.from_string(file.read_text(encoding="utf-8"))

@@ -477,6 +477,7 @@ def describe(members: dict, notes: list, metric: str, firsts: list, runs: list) 
         "domain": first["dataset"].get("domain"),
         "family": first["model"]["family"],
         "label_free": label_free,
+        "findings": findings_of(first["dataset"].get("classes")),
         **compare(members, "accuracy", said),
         "metrics": {
             key: {kind: stats(by_seed(members[kind], key)) for kind in KINDS}
@@ -509,6 +510,12 @@ def describe(members: dict, notes: list, metric: str, firsts: list, runs: list) 
             for i, _ in enumerate(first["teacher"].get("teachers", []), 1)
         ]
     return group
+
+
+def findings_of(classes: list | dict | None) -> list:
+    """The findings of a run whose images have several: tasks of the classes absent and present; else []."""
+    several = isinstance(classes, dict) and all(names == ["absent", "present"] for names in classes.values())
+    return [*classes] if several else []
 
 
 def last(rows: list, key: str) -> float | None:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from common.augment import Augmenter, Policy
-from common.data import TASK, DatasetInfo, Splits, in_words
+from common.data import TASK, DatasetInfo, Splits, are_findings, in_words
 from common.loader import Loader
 from common.losses import DistillationLoss, loss_words, terms_on
 from common.metrics import classification
@@ -345,6 +345,10 @@ def judge_teacher(
     if logits is not None:
         scores = about["val"] = task_metrics(logits, splits.val.targets, positive=splits.positive)
         text += f", val accuracy {scores['accuracy']:.4f}"
+        if are_findings(splits.classes):  # together: of the rarest val has too few to judge by
+            labels = splits.val.targets.values()
+            text += check_teacher(scores["auc"], np.stack([*labels], 1), allow_weak, "on average ", name)
+            logits = {}
         for task in logits:
             auc = scores["auc" if len(logits) == 1 else f"{task}_auc"]
             how = "" if task == TASK else f"in {task} "
@@ -383,8 +387,11 @@ def chance_auc(labels: np.ndarray) -> float:
     """The AUC that guesses on `labels` (N,) stay below: 0.5 and two standard deviations; infinity for one class alone.
 
     Of guesses the AUC of n1 against n0 has the variance (n1 + n0 + 1) / (12 n1 n0), Mann and Whitney 1947.  The mean
-    over classes deviates by the mean of their deviations at most, however their scores depend on each other.
+    over classes deviates by the mean of their deviations at most, however their scores depend on each other; so does
+    that over findings, labels (N, F).
     """
+    if labels.ndim == 2:
+        return float(np.mean([chance_auc(finding) for finding in labels.T]))
     counts = np.unique(labels, return_counts=True)[1].astype(float)
     others = len(labels) - counts
     return math.inf if len(counts) < 2 else 0.5 + 2 * float(np.sqrt((len(labels) + 1) / (12 * counts * others)).mean())

@@ -24,7 +24,7 @@ from torch.nn import functional
 
 from common import metrics
 from common.augment import Augmenter, Policy, normalize
-from common.data import TASK, WITH_TEXTS, DatasetInfo, Splits, logits_name, tasks_of
+from common.data import TASK, WITH_TEXTS, DatasetInfo, Splits, are_findings, logits_name, tasks_of
 from common.loader import Loader
 from common.models import build_model, multiply_adds
 from common.run import (
@@ -211,15 +211,15 @@ def load_model(
     return model.to(device).to(memory_format=torch.channels_last).eval(), preprocess
 
 
-def model_starter(classes: list | dict) -> Callable:
-    """What makes the new model for these classes: `start_model`, for images with texts that of multimodal.py."""
-    if isinstance(classes, dict):
+def model_starter(texts: list | None) -> Callable:
+    """What makes the new model: `start_model`, for images with texts that of multimodal.py."""
+    if texts is not None:
         return optional("common.multimodal", "a model of images and texts").start_model
     return start_model
 
 
 def start_model(
-    classes: list,
+    classes: list | dict,
     resolution: int,
     texts: list | None = None,
     *,
@@ -237,13 +237,16 @@ def start_model(
 ) -> tuple[nn.Module, str | None]:
     """(new model on the CPU, line for the log or None), from the weights of the seed; keywords are the flags.
 
-    texts: for models that read them alone.  Raises UserError, ModelError.
+    classes: of images with several findings {finding: its two}; texts: for models that read them alone.  Raises
+    UserError, ModelError.
     """
     if freeze or image_model:
         flag = "--freeze" if freeze else "--image-model"
         raise UserError(f"{flag} is for images with texts (--dataset medpix, image_text)")
     torch.manual_seed(seed)
-    new = build_model(model, len(classes), resolution, patch_size, pretrained, dynamic=bool(local_crops))
+    findings = list(classes) if isinstance(classes, dict) else None
+    options = {"dynamic": bool(local_crops), "findings": findings}
+    new = build_model(model, len(classes), resolution, patch_size, pretrained, **options)
     note = start_weights(new, weights, init_checkpoint)
     new.set_dropout(dropout)
     if freeze_backbone:
@@ -325,11 +328,12 @@ def check_mixing(policy: Policy, dataset: str, one_class: list[str] = (), local_
 # ----------------------------------------------------------------------------------------------------- supervised loss
 
 
-def class_weights(spec: str, labels: Any, num_classes: int) -> torch.Tensor | None:
+def class_weights(spec: str, labels: Any, num_classes: int, of_task: str = "") -> torch.Tensor | None:
     """Class weights (C,) float32, or None: spec is "none", "balanced" or one number a class, separated by commas.
 
     balanced: N / (C * n_c), so that each class has the same sum and the mean over samples is 1 (King and Zeng 2001).
-    labels: (N,) of the training images; -1 is no label.
+    Of two classes (1, w) and w = negatives / positives, as a positive weight, up to a factor.
+    labels: (N,) of the training images; -1 is no label; of_task: for the message.
     """
     if spec == "none":
         return None
@@ -339,7 +343,7 @@ def class_weights(spec: str, labels: Any, num_classes: int) -> torch.Tensor | No
         counts = torch.bincount(labels, minlength=num_classes)
         if not counts.all():
             empty = int((counts == 0).nonzero()[0])
-            raise UserError(f"--class-weights balanced: class number {empty} has no training image")
+            raise UserError(f"--class-weights balanced: class number {empty}{of_task} has no training image")
         return len(labels) / (num_classes * counts.float())
     try:
         weights = torch.tensor([float(word) for word in spec.split(",")])
@@ -396,7 +400,8 @@ def cross_entropy(
 
 def task_class_weights(spec: str, targets: dict, sizes: dict[str, int]) -> dict[str, torch.Tensor | None]:
     """{task: class_weights} of labels {task: (N,)} with {task: number of classes}."""
-    return {task: class_weights(spec, labels, sizes[task]) for task, labels in targets.items()}
+    words = {task: f" of {task}" if len(targets) > 1 else "" for task in targets}
+    return {task: class_weights(spec, labels, sizes[task], words[task]) for task, labels in targets.items()}
 
 
 def task_accuracy(out: dict, targets: dict[str, Labels]) -> torch.Tensor:
@@ -736,21 +741,24 @@ def uncertainty(logits: dict, dataset, splits: Splits) -> dict:
     recall or None}}.
 
     logits: {task: (N, C)}; splits: for classes and positive ones; of several tasks the keys are <task>_<metric> and
-    <task>_<class>.  The intervals are of 95 %, by resampling lesions, patients or cases where the dataset has groups,
-    else images.
+    <task>_<class>, and <metric> of their mean.  The intervals are of 95 %, by resampling lesions, patients or cases
+    where the dataset has groups, else images.
     """
-    result = {"intervals": {}, "class_recalls": {}}
+    resampled, recalls, means = {}, {}, {}
     for task, names in tasks_of(splits.classes).items():
         values, labels, prefix = logits[task], dataset.targets[task], f"{task}_" if len(logits) > 1 else ""
         chosen = (
             metrics.RESAMPLED if len(names) <= 100 else metrics.RESAMPLED[:2]
         )  # curves of 1000 classes take minutes
         positive = splits.positive.get(task, 1)
-        intervals = metrics.bootstrap(values, labels, dataset.groups, names=chosen, positive=positive)
-        result["intervals"].update({prefix + name: interval for name, interval in intervals.items()})
-        recalls = metrics.class_recalls(values, labels)
-        result["class_recalls"].update({prefix + name: recall for name, recall in zip(names, recalls)})
-    return result
+        numbers = metrics.resampled(values, labels, dataset.groups, names=chosen, positive=positive)
+        resampled.update({prefix + name: values for name, values in numbers.items()})
+        recalls.update({prefix + name: value for name, value in zip(names, metrics.class_recalls(values, labels))})
+    for name in metrics.RESAMPLED if len(logits) > 1 else ():  # the same images are drawn for each task
+        parts = [resampled.get(f"{task}_{name}") for task in logits]
+        means.update({} if any(part is None for part in parts) else {name: np.mean(parts, axis=0)})
+    intervals = {name: metrics.interval(values) for name, values in {**means, **resampled}.items()}
+    return {"intervals": intervals, "class_recalls": recalls}
 
 
 def brackets(interval: list) -> str:
@@ -930,7 +938,10 @@ def summary_line(results: dict, path: str) -> str:
         return f"{', '.join(parts)} {best}; last epoch {results['final_val'][metric]:.4f}; {path}"
     test, intervals, tasks = results["test"], results["intervals"]["test"], tasks_of(results["dataset"]["classes"])
     names, bracketed = {"accuracy": "accuracy", "balanced_accuracy": "balanced"}, {metric}
-    if len(tasks) > 1:  # their mean has no interval, each task's has
+    if are_findings(results["dataset"]["classes"]):  # means of what may be many
+        names = {"auc": "auc", "average_precision": "average precision", "accuracy": "accuracy"}
+        bracketed = {*names}
+    elif len(tasks) > 1:
         names = {"accuracy": "accuracy", **{f"{task}_accuracy": task for task in tasks}}
         bracketed = {*names, metric}
     if metric in intervals:

@@ -71,8 +71,8 @@ def small_and_quick(monkeypatch):
     monkeypatch.setattr(common.training, "cost", lambda model, *args, **options: {"parameters": model.num_parameters})
     monkeypatch.setattr(
         common.metrics,
-        "bootstrap",
-        lambda *args, names=common.metrics.RESAMPLED, **options: {name: [0.25, 0.75] for name in names},
+        "resampled",
+        lambda *args, names=common.metrics.RESAMPLED, **options: {name: np.array([0.25, 0.75]) for name in names},
     )
     monkeypatch.setattr(signal, "signal", lambda *args: None)
     monkeypatch.setattr(
@@ -135,20 +135,21 @@ def archive(path, seed, counts=(24, 9, 9), classes=3, dtype=np.uint8, side=8):
 
 
 def table(folder, count=60):
-    """Coloured images, two of a patient, in a table with two columns of each kind, and a second table without its last
-    four rows."""
+    """Coloured images, two of a patient, in a table with two columns of each kind and two findings, and a second table
+    without its last four rows."""
     rng, parts = np.random.default_rng(3), ("train", "train", "train", "val", "test")
-    lines = ["image,other_image,label,other,patient_id,ward,split,part"]
+    lines = ["image,other_image,label,other,patient_id,ward,split,part,red,blue"]
     folder.mkdir()
     for i in range(count):
         shade = (30 + 60 * (i % 2), 90, 20 + 2 * i)
         Image.fromarray((rng.integers(0, 40, (12, 16, 3)) + shade).astype(np.uint8)).save(folder / f"{i}.png")
         classes, groups = f"{('cancer', 'normal')[i % 2]},{'abc'[i % 3]}", f"p{i // 2},w{i // 4}"
-        lines.append(f"{i}.png,{(i + 2) % count}.png,{classes},{groups},{parts[i // 2 % 5]},{parts[i // 2 % 4 + 1]}")
+        splits, findings = f"{parts[i // 2 % 5]},{parts[i // 2 % 4 + 1]}", f"{i % 2},{int(i // 2 % 10 > 4)}"
+        lines.append(f"{i}.png,{(i + 2) % count}.png,{classes},{groups},{splits},{findings}")
     for name, kept in (
         ("one.csv", lines),
         ("two.csv", lines[:-4]),
-        ("gone.csv", [*lines, "gone.png,1.png,normal,a,p,w,train,train"]),
+        ("gone.csv", [*lines, "gone.png,1.png,normal,a,p,w,train,train,0,0"]),
     ):
         (folder / name).write_text("\n".join(kept) + "\n")
 
@@ -352,6 +353,7 @@ TRAINED = """
 --table two.csv | --dataset csv --data-root table | --table one.csv | results
 --image-column other_image | CSV | | weights
 --label-column other | CSV | | results
+--label-columns red blue | CSV | | results
 --group-column ward | LOOSE | | results
 --split-column part | CSV | | results
 --include-list names.txt | | | weights
@@ -486,6 +488,7 @@ EXTRACTED = """
 --amp bf16 | STORED | | arrays
 --compile on | STORED | | calls
 --limit-train 12 | STORED | | lines
+--label-columns red blue | --model resnet8 CSV | | lines
 --crop-mode squash | --dataset csv --data-root table --table one.csv --model resnet8 | | arrays
 """
 EVALUATED = """
@@ -513,6 +516,7 @@ EVALUATED = """
 --table two.csv | TABLED | | arrays
 --image-column other_image | TABLED | | arrays
 --label-column other | TABLED | | lines
+--label-columns red blue | TABLED | | lines
 --group-column none | TABLED | | arrays
 --split-column part | TABLED | | arrays
 --positive normal | TABLED | | results

@@ -305,7 +305,9 @@ def test_each_task_of_a_teacher_is_judged():
     rng, labels = np.random.default_rng(0), np.arange(200) % 2
     logits = {"organ": np.stack([1.0 - labels, labels], 1), "sign": rng.normal(size=(200, 2))}
     splits = SimpleNamespace(
-        val=SimpleNamespace(targets=dict.fromkeys(logits, labels)), positive={"organ": 1, "sign": 1}
+        val=SimpleNamespace(targets=dict.fromkeys(logits, labels)),
+        classes={"organ": ["a", "b"], "sign": ["c", "d"]},
+        positive={"organ": 1, "sign": 1},
     )
     source = SimpleNamespace(title="teacher", described={}, model=None)
     with pytest.raises(UserError, match="in sign no better than chance"):
