@@ -74,8 +74,14 @@ def flags_of_each(flags: dict, kinds: Sequence[str], student_layers: int) -> lis
 
 def check_stores(stores: list[dict], names: Sequence[str], num_views: int | None) -> None:
     """Refuse stores of other data or views than the first's; names: the flags of the data.  Raises UserError."""
-    keys = ("dataset", *names, "seed", "policy", *(() if num_views else ("num_views",)))
-    metas = [{key: one["train"].meta.get(key) for key in keys} for one in stores]
+    keys = ("dataset", *names, "seed", *(() if num_views else ("num_views",)))
+
+    def described(store):  # an older store lacks flags and settings that are newer, which were off then
+        given = {key: store.meta.get(key) for key in keys}
+        given = {key: None if value is False else value for key, value in given.items()}
+        return {**given, "policy": store.policy.to_dict()}
+
+    metas = [described(one["train"]) for one in stores]
     for one, meta in zip(stores[1:], metas[1:]):
         differs = optional("common.embeddings", "--teacher-embeddings").difference(metas[0], meta)
         if differs:

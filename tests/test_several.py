@@ -1,6 +1,7 @@
 """Several teachers: each with flags, outputs, terms and projectors of its own; standardized outputs; --method radio."""
 
 import json
+import shutil
 import signal
 
 import numpy as np
@@ -490,3 +491,15 @@ def test_k_nearest_neighbours_of_each(places, tmp_path):
     done = succeed("distill.py", *SMALL, *vit, "--teacher-checkpoint", *paths, "--output", tmp_path / "run")
     row = json.loads((tmp_path / "run" / "metrics.json").read_text())[0]
     assert done.stdout.count("k-NN accuracy") == 2 and row["val_teacher_knn_1"] != row["val_teacher_knn_2"]
+
+
+def test_an_older_store_lacks_the_newer_flags(places, tmp_path):
+    """Which were off when it was made: it still teaches beside a newer one."""
+    old = tmp_path / "old"
+    shutil.copytree(places["vit store"], old)
+    for path in old.glob("*/meta.json"):
+        meta = json.loads(path.read_text())
+        assert meta.pop("hair_removal") is False and meta["policy"].pop("mixup") == 0
+        path.write_text(json.dumps(meta))
+    teachers = ["--teacher-embeddings", old, places["resnet store"], "--method", "mmd", "--epochs", 1]
+    succeed("distill.py", *DATA, *teachers, "--output", tmp_path / "run")
