@@ -489,10 +489,10 @@ def _create_timm(timm_name, build_args, pretrained):
     options = {"img_size": "img_size", "patch_size": "patch_size", "dynamic": "dynamic_img_size"}
     options = {theirs: build_args[ours] for ours, theirs in options.items() if build_args.get(ours)}
     while True:
-        arguments = {"model_name": timm_name, "num_classes": build_args["num_classes"], **options}
+        arguments = {"num_classes": build_args["num_classes"], **options}
         try:
-            model = timm.create_model(**arguments, pretrained=pretrained)
-            model.timm_arguments = arguments  # see export.py
+            model = timm.create_model(timm_name, pretrained=pretrained, **arguments)
+            model.timm_arguments = {"model_name": timm_name, **arguments}  # see export.py
             return model
         except TypeError as error:
             refused = [option for option in options if f"'{option}'" in str(error)]

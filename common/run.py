@@ -62,12 +62,16 @@ class Interrupted(Exception):
 
 def fail(text: str, code: int) -> None:
     """One line on stderr, from the first process that fails, and exit."""
-    if not first_to_fail():
-        sys.exit(code)
-    prefix = "" if text.startswith("interrupted") else "error: "
-    print(f"{prefix}{text}", file=sys.stderr, flush=True)
-    if world_size() > 1 and rank() == 0:
-        time.sleep(1)  # the others ask it who was first
+    if first_to_fail():
+        prefix = "" if text.startswith("interrupted") else "error: "
+        print(f"{prefix}{text}", file=sys.stderr, flush=True)
+        if world_size() > 1 and rank() == 0:
+            time.sleep(1)  # the others ask it who was first
+    if world_size() > 1:  # gloo's threads, which are still there, would abort an interpreter that is torn down
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)
 
 
