@@ -86,9 +86,9 @@ def test_a_file_imports_from_floors_below_its_own():
     [
         ("train_teacher", 8, 42_700),
         ("train_student", 8, 42_700),
-        ("distill", 10, 56_100),
+        ("distill", 10, 56_200),
         ("evaluate", 8, 46_900),
-        ("extract_embeddings", 9, 49_500),
+        ("extract_embeddings", 9, 49_600),
         ("report", 6, 35_400),
     ],
 )
