@@ -9,6 +9,7 @@ import torch
 from conftest import ROOT, shared_archive
 from torch import nn
 
+table = runpy.run_path(str(ROOT / "tests" / "benchmarks" / "table.py"))
 imagenet_weights = runpy.run_path(str(ROOT / "tests" / "benchmarks" / "imagenet_weights.py"))
 
 
@@ -39,3 +40,30 @@ def test_the_packages_give_the_weights(tmp_path, size):
     theirs, model = torch.load(file, weights_only=True), timm.create_model(f"tf_efficientnet_{size}")
     found = imagenet_weights["renamed"](theirs, model)
     assert set(found) == set(expected) and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_the_readme_s_rows_are_made_of_the_results():
+    lines = table["read_lines"]()
+    page = "".join((ROOT / name).read_text() for name in ("README.md", "tests/benchmarks/README.md"))
+    assert table["FILE"].stat().st_size < 1e6 and table["rows"](lines)
+    for row in table["rows"](lines):
+        assert row in page, row
+    runs = [line["run"] for line in lines if "run" in line]
+    for line in (line for line in lines if "comparison" in line):  # the means are those of the runs
+        group, title = line["comparison"], line["title"]
+        for kind, role in (("student without KD", "student"), ("student with KD", "distill")):
+            of_title = [one["run"] for one in lines if "run" in one and one["title"] == title]
+            values = [run["test"]["accuracy"] for run in of_title if run["role"] == role]
+            assert sum(values) / len(values) == pytest.approx(group["metrics"]["accuracy"][kind]["mean"])
+            assert len(values) == group["metrics"]["accuracy"][kind]["n"] >= 3
+    assert not any(str(value).startswith("/") for run in runs for value in run["flags"].values())
+
+
+def test_a_row():
+    stats = {"teacher": {"mean": 0.9, "std": None}, "student without KD": {"mean": 0.5, "std": 0.01}}
+    stats["student with KD"] = {"mean": 0.534, "std": 0.0249}
+    evidence = {"gain": 0.034, "interval": [0.02, 0.0481], "seeds_interval": None, "verdict": "gain"}
+    group = {"method": "dkd", "variant": "T 2", "metrics": {"accuracy": stats}, "evidence": evidence}
+    line = {"title": "data", "metric": "accuracy", "comparison": group}
+    expected = "| data | `dkd`, T 2 | 90.0 | 50.0 ± 1.0 | 53.4 ± 2.5 | +3.4 (+2.0 to +4.8; one seed) | **gain** |"
+    assert table["row"](line) == expected

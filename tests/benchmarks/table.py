@@ -21,6 +21,11 @@ def read_lines(path: Path = FILE) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
+def without_folder(value):
+    """The name of a file that is given by its whole path: where a machine keeps its files says nothing."""
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+
+
 def collected(report: dict, title: str, metric: str) -> list[dict]:
     """The lines of a report.json."""
     lines = []
@@ -35,6 +40,9 @@ def collected(report: dict, title: str, metric: str) -> list[dict]:
         )
     for run in report["runs"]:
         results = json.loads((Path(run["run"]) / "results.json").read_text(encoding="utf-8"))
+        results["flags"] = {key: without_folder(value) for key, value in results["flags"].items()}
+        command = results["environment"]["command"].split(" ")
+        results["environment"]["command"] = " ".join(map(without_folder, command))
         lines.append({"title": title, "run": {key: value for key, value in results.items() if key not in LONG}})
     return lines
 
