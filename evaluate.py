@@ -16,7 +16,8 @@ Writes evaluation.json, predictions and a confusion matrix for each task, and pr
 teacher.  --predict writes the class probabilities of new images as CSV; no dataset is read.
 
 Files of common: augment, cli, data, loader, metrics, models, run, training; embeddings for stored embeddings, probes
-for --knn and --linear-probe, and those that the checkpoint's dataset and model need (see train_student.py).
+for --knn and --linear-probe, export for --export, and those that the checkpoint's dataset and model need (see
+train_student.py).
 Packages: torch, timm, numpy, pillow, scikit-learn, tqdm (torchvision for CIFAR, transformers for hf: names).
 """
 

@@ -10,7 +10,8 @@ Writes the run folder: best.pth, latest.pth, metrics.csv, metrics.json, results.
 Files of common: augment, cli, data, loader, metrics, models, run, training; medical for tables, skin lesions
 and MedMNIST, groups for patients and --folds, custom for your own model and data, weights for --weights and
 --init-checkpoint, image_text, multimodal, medical and groups for images with texts, hugging_face for hf: models, sweep
-for --seeds and --sweep, dry_run for --dry-run, distributed for torchrun and srun.
+for --seeds and --sweep, dry_run for --dry-run, distributed for torchrun and srun, dicom for DICOM files, tensorboard
+for --tensorboard.
 Packages: torch, timm, numpy, pillow, scikit-learn, tqdm (torchvision for CIFAR, transformers for hf: names and texts,
 h5py for ISIC 2024, opencv-python-headless for --hair-removal).
 """

@@ -139,10 +139,12 @@ def write_graph(path: str, module: Exported, example: tuple, described: dict) ->
 def _quiet():
     """Exporters warn of what the comparison afterwards would show."""
     logging.disable(logging.CRITICAL)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-    logging.disable(logging.NOTSET)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 # ------------------------------------------------------------------------------------------------------------ runtimes
@@ -323,11 +325,17 @@ def check_export(path: str, with_preprocessing: bool, quantized: str | None, ove
             except ImportError:
                 raise UserError(f"--export {path} needs the package {package}: pip install {package}") from None
     folder = os.path.dirname(os.path.abspath(path))
-    if os.path.exists(path) and not overwrite:
-        raise UserError(f"{path} is there: --overwrite replaces it, --export names another file")
+    for file in (path, quantized_path(path, quantized)) if quantized else (path,):
+        if os.path.exists(file) and not overwrite:
+            raise UserError(f"{file} is there: --overwrite replaces it, --export names another file")
     card = os.path.join(folder, "README.md")
     if os.path.exists(card) and MARK not in open(card, encoding="utf-8", errors="replace").read():
         raise UserError(f"--export {path}: {card} is not a model card of an export, name a file in another folder")
+
+
+def quantized_path(path: str, quantized: str) -> str:
+    """model.onnx -> model.int8.onnx"""
+    return f"{os.path.splitext(path)[0]}.{quantized}.onnx"
 
 
 def _holds(kind):
@@ -375,7 +383,7 @@ def export(
         os.replace(part, path)
     lines = [report_line(path, model, preprocess, loader, inputs, described, checkpoint, positive)]
     if quantize_to:
-        small = f"{os.path.splitext(path)[0]}.{quantize_to}.onnx"
+        small = quantized_path(path, quantize_to)
         preprocess.prepare(train)
         with atomic_write(small) as temporary, _quiet():
             quantize(path, temporary, Loader(train, min(batch_size, 32), "cpu"), preprocess, whole)

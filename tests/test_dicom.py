@@ -83,6 +83,14 @@ def test_slope_intercept_and_the_window_of_the_file(tmp_path, dtype, bits):
     assert np.abs(inverted.astype(int) + found - 255).max() <= 1
 
 
+def test_a_narrow_window_ends_at_the_centres_of_pixels(tmp_path):
+    """PS3.3 C.11.2.1.2.1: c 32, w 8 shows 28 (0) to 35 (255) in seven steps, not in eight."""
+    path = write(tmp_path / "a.dcm", RAMP.astype(np.uint8), bits=6, WindowCenter=32, WindowWidth=8)
+    found = grey(path).ravel()
+    assert found[:29].max() == 0 and found[35:].min() == 255
+    assert found[28:36].tolist() == np.rint(np.arange(8) * 255 / 7).tolist()
+
+
 @pytest.mark.parametrize(
     "function, expected",
     [

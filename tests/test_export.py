@@ -166,8 +166,10 @@ def test_the_card_says_what_results_json_says(student, tmp_path):
 
 
 def test_what_is_refused(student, tmp_path, refused):
+    pytest.importorskip("onnxscript"), pytest.importorskip("onnxruntime")
     checkpoint = student / "best.pth"
     (tmp_path / "there.pt2").write_text("kept")
+    (tmp_path / "a.int8.onnx").write_text("kept")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "README.md").write_text("# My project")
     for flags, words in (
@@ -175,6 +177,7 @@ def test_what_is_refused(student, tmp_path, refused):
         (["--export", "a.pt2", "--quantize", "int8"], ["--quantize", ".pt2"]),
         (["--export", "a.safetensors", "--with-preprocessing"], ["--with-preprocessing", "weights alone"]),
         (["--export", "there.pt2"], ["there.pt2 is there", "--overwrite"]),
+        (["--export", "a.onnx", "--quantize", "int8"], ["a.int8.onnx is there", "--overwrite"]),
         (["--export", "mine/a.pt2"], ["README.md", "not a model card"]),
         (["--export", "a.pt2", "--knn"], ["--knn and --export"]),
         (["--export", "a.pt2", "--data-root", "nowhere", "--dataset", "imagefolder"], ["nowhere"]),
@@ -184,7 +187,8 @@ def test_what_is_refused(student, tmp_path, refused):
     ):
         refused("evaluate.py", checkpoint, *flags, words=words)
     assert (tmp_path / "there.pt2").read_text() == "kept"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine", "there.pt2"]
+    assert (tmp_path / "a.int8.onnx").read_text() == "kept"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.int8.onnx", "mine", "there.pt2"]
 
 
 def test_a_model_that_no_exporter_knows_is_named(tmp_path, refused):
