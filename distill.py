@@ -23,74 +23,29 @@ datasets for --hf-dataset).
 import argparse
 import functools
 
-import torch
+from common import torch_later
 
-from common import cli
-from common.augment import Augmenter, Policy
-from common.data import (
-    DATASETS,
-    STORED_FLAGS,
-    WITH_TEXTS,
-    are_findings,
-    dataset_flags,
-    dataset_info,
-    load_splits,
-    split_options,
-    tasks_of,
-)
-from common.loader import Loader, save_sample_grid
-from common.losses import (
-    METHODS,
-    TERMS,
-    DistillationLoss,
-    check_findings,
-    loss_settings,
-    loss_words,
-    term_options,
-    terms_on,
-)
-from common.metrics import CLASSIFICATION, FIDELITY
-from common.run import Recorder, RunFolder, UserError, distributed, load_checkpoint, optional, world_size
-from common.teacher import (
-    DEFAULT_TEACHER,
-    NEIGHBOURS,
-    TEACHER_FLAGS,
-    TEACHER_KINDS,
-    Found,
-    Neighbours,
-    distillation_loss,
-    find_checkpoint,
-    judge_teacher,
-    live_source,
-    load_teacher,
-    need_image_model,
-    open_stores,
-    several_views,
-    store_flags,
-    stored_source,
-)
-from common.training import (
-    Precision,
-    Preprocess,
-    Schedule,
-    Updater,
-    check_mixing,
-    check_normalization,
-    make_optimizer,
-    model_starter,
-    place,
-    predict_logits,
-    run_content,
-    select_device,
-    start_lines,
-    task_accuracy,
-    task_class_weights,
-    task_cross_entropy,
-    task_metrics,
-    write_results,
-)
+with torch_later():
+    from common import cli
+    from common.augment import Augmenter, Policy
+    from common.data import (
+        DATASETS,
+        STORED_FLAGS,
+        WITH_TEXTS,
+        are_findings,
+        dataset_flags,
+        dataset_info,
+        load_splits,
+        split_options,
+        tasks_of,
+    )
+    from common.loader import Loader, save_sample_grid
+    from common.metrics import CLASSIFICATION, FIDELITY
+    from common.run import Recorder, RunFolder, UserError, distributed, load_checkpoint, optional, world_size
 
 TEXT_MODEL = "bert-tiny-scratch"
+DEFAULT_TEACHER = "runs/teacher/best.pth"
+NEIGHBOURS = 20  # of --eval-dataset
 TRAIN_ONLY = ("limit_train", "limit_labels", "unlabeled_root")
 TOKEN_DEFAULTS = {
     "model": "vit_small_patch16_224",
@@ -100,6 +55,34 @@ TOKEN_DEFAULTS = {
     "save_every": 10,
 }
 TOKEN_ADAMW = {"lr": 5e-4, "weight_decay": 0.04}
+# --method NAME stands for these words after --loss
+METHODS = {
+    "response": "ce=0.5 kl=0.5",  # Hinton et al. 2015, arXiv:1503.02531
+    "feature": "ce=0.5 kl=0.5 feature=1",  # the same and a hint, Romero et al. 2015, arXiv:1412.6550
+    "feature_matching": "ce=0.5 feature=0.5",  # intermediate maps of Swins and ViTs in place of logits
+    "embedding": "ce=1 embedding=1",  # stored or live embeddings in a shared space
+    "tokens": "cls=1 patch=0.5",  # class token and patch tokens, without labels
+    # Ranzinger et al. 2024, arXiv:2312.06709: 1 - cosine of class tokens
+    "radio": "cls=0.5 patch=1 patch.cosine=0.9 patch.smooth_l1=0.1",
+    "projection": "ce=1 kl=1 projection=100 kl.temperature=2",  # logits, and what image + text models project
+    "combined": "ce=1 kl=1 projection=100 crd=1 kl.temperature=2",  # projection and crd
+    "crd": "ce=1 crd=1",  # Tian et al. 2020, arXiv:1910.10699, with the batch in place of their memory bank
+    "rkd": "ce=1 rkd_distance=25 rkd_angle=50",  # Park et al. 2019, arXiv:1904.05068
+    "mmd": "ce=1 mmd=1",  # Huang and Wang 2017, arXiv:1707.01219, on embeddings
+    "dkd": "ce=1 dkd=1",  # Zhao et al. 2022, arXiv:2203.08679; their code warms it up over 20 of 240 epochs: `warm_up`
+    "dist": "ce=1 dist=2",  # Huang et al. 2022, arXiv:2205.10536: both relations weigh 2 there, 1 each within our term
+    "logit_standardization": "ce=0.1 standardized_kl=9",  # Sun et al. 2024, arXiv:2403.01427, their code's weights
+    # Zagoruyko and Komodakis 2017, arXiv:1612.03928; theirs sums over layers, ours is the mean
+    "attention": "ce=1 attention=1000",
+    "pkt": "ce=1 pkt=30000",  # Passalis and Tefas 2018, arXiv:1803.10837; weight of RepDistiller, at batches of 64
+    "sp": "ce=1 sp=3000",  # Tung and Mori 2019, arXiv:1907.09682, on embeddings
+    "srd": "ce=1 srd=1",  # Miles and Mikolajczyk 2023, arXiv:2303.11098, their code's weights for ImageNet
+    "hard": "ce=0.5 hard=0.5",  # Touvron et al. 2021, arXiv:2012.12877
+    "pld": "pld=1",  # Bassam et al. 2025, arXiv:2506.12542: its first summand is a cross-entropy
+    "wkd": "ce=1 wkd=0.006",  # Lv et al. 2024, arXiv:2412.08139; for CIFAR-100 in a copy of their code
+}
+# methods that have --alpha: it weighs the first of these terms, 1 - alpha the second
+ALPHA = {"response": ("ce", "kl"), "feature": ("ce", "kl"), "feature_matching": ("feature", "ce")}
 
 
 def build_parser():
@@ -216,17 +199,27 @@ class Sum(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
+def terms_help():
+    from common.losses import TERMS
+
+    return "; ".join(f"{term}: {row.help}" for term, row in TERMS.items()) + "; of --loss and --method the later counts"
+
+
+def options_help():
+    from common.losses import TERMS, loss_words, term_options
+
+    return loss_words({key: p.default or "N" for term in TERMS for key, p in term_options(term).items()})
+
+
 def add_loss_flags(parser):
     add = parser.add_argument_group("distillation").add_argument
-    terms = "; ".join(f"{term}: {row.help}" for term, row in TERMS.items())
     add(
         "--loss",
         nargs="+",
         action=Sum,
         metavar="TERM=WEIGHT",
-        help=f"the sum of losses, in place of --method; terms: {', '.join(TERMS)}\n{terms}; of --loss and --method the "
-        "later counts",
-    )
+        help="a sum of losses in place of --method, as ce=0.5 kl=0.5; --help-all has the terms\n",
+    ).more = terms_help
     sums = "; ".join(f"{name}: {words}" for name, words in METHODS.items())
     add(
         "--method",
@@ -236,18 +229,16 @@ def add_loss_flags(parser):
         metavar="NAME",
         help=f"a name for a sum: {', '.join(METHODS)}\nwhich are {sums}",
     )
-    defaults = {key: option.default or "N" for term in TERMS for key, option in term_options(term).items()}
     add(
         "--loss-options",
         nargs="*",
         default=[],
         metavar="TERM.OPTION=VALUE",
-        help="options of the terms, as dkd.beta=2 feature.distance=cosine\nwith the defaults (N: the teacher's width) "
-        f"{loss_words(defaults)}",
-    )
+        help="options of the terms, as dkd.beta=2 feature.distance=cosine\nwith the defaults (N: the teacher's width) ",
+    ).more = options_help
     add(
         "--alpha",
-        type=float,
+        type=cli.SHARE,
         help="weight of ce in response and feature, of feature in feature_matching; 1 - alpha of the other term (0.5)",
     )
     add(
@@ -317,7 +308,65 @@ def add_crop_flags(parser):
     )
 
 
+if __name__ == "__main__":
+    cli.check_command_line(build_parser)
+
+# what loads torch
+import torch
+
+from common.losses import TERMS, DistillationLoss, LossError, check_findings, loss_words, parse_loss, terms_on
+from common.teacher import (
+    TEACHER_FLAGS,
+    TEACHER_KINDS,
+    Found,
+    Neighbours,
+    distillation_loss,
+    find_checkpoint,
+    judge_teacher,
+    live_source,
+    load_teacher,
+    need_image_model,
+    open_stores,
+    several_views,
+    store_flags,
+    stored_source,
+)
+from common.training import (
+    Precision,
+    Preprocess,
+    Schedule,
+    Updater,
+    check_mixing,
+    check_normalization,
+    make_optimizer,
+    model_starter,
+    place,
+    predict_logits,
+    run_content,
+    select_device,
+    start_lines,
+    task_accuracy,
+    task_class_weights,
+    task_cross_entropy,
+    task_metrics,
+    write_results,
+)
+
 # --------------------------------------------------------------------------------------------------- settling the flags
+
+
+def loss_settings(method="response", loss=None, loss_options=(), temperature=None, alpha=None):
+    """({term: weight}, {"TERM.OPTION": value}) of the flags; see losses.parse_loss."""
+    words = METHODS[method].split() if loss is None else loss
+    if alpha is not None:
+        if loss is not None or method not in ALPHA:
+            name = f"--method {method}" if loss is None else "--loss"
+            advice = "give the weights, as --loss ce=0.3 kl=0.7"
+            raise LossError(f"--alpha {alpha} cannot be combined with {name}: {advice}")
+        first, second = ALPHA[method]
+        weights = {first: alpha, second: 1 - alpha}
+        words = [f"{term}={weights.get(term, weight)}" for term, weight in (word.split("=") for word in words)]
+    return parse_loss(words, loss_options, temperature)
 
 
 def check_loss(args):
@@ -387,7 +436,7 @@ def find_teacher(flags):
         return Found(flags, open_stores(flags["teacher_embeddings"]), None, None)
     if flags["num_views"]:
         raise UserError("--num-views needs --teacher-embeddings DIR")
-    return Found(flags, None, *find_checkpoint(**cli.options(find_checkpoint, flags)))
+    return Found(flags, None, *find_checkpoint(DEFAULT_TEACHER, **cli.options(find_checkpoint, flags)))
 
 
 def settle_flags(args, weights, labelled, teachers=()):
@@ -465,7 +514,7 @@ def open_neighbours(args, precision):
         raise UserError(
             f"--eval-dataset {args.eval_dataset}: neighbours vote for one class an image, these have findings"
         )
-    return Neighbours(splits, precision, **cli.options(Neighbours, vars(args)))
+    return Neighbours(splits, precision, NEIGHBOURS, **cli.options(Neighbours, vars(args)))
 
 
 def views_of(flags, teachers):

@@ -26,52 +26,41 @@ import csv
 import os
 
 import numpy as np
-import torch
 
-from common import cli
-from common.data import (
-    DATASETS,
-    SPLITS,
-    TASK,
-    DataError,
-    ImageDataset,
-    Splits,
-    are_findings,
-    chosen_rows,
-    dataset_info,
-    images_below,
-    in_words,
-    load_splits,
-    logits_name,
-    note,
-    split_options,
-    tasks_of,
-    without_bad_images,
-)
-from common.loader import Loader
-from common.run import (
-    UserError,
-    atomic_write,
-    environment,
-    file_sha256,
-    load_checkpoint,
-    optional,
-    rank,
-    write_json,
-)
-from common.training import (
-    Precision,
-    brackets,
-    cost,
-    load_model,
-    model_outputs,
-    peak_memory_mb,
-    predict_logits,
-    select_device,
-    task_metrics,
-    uncertainty,
-    write_predictions,
-)
+from common import torch_later
+
+with torch_later():
+    from common import cli
+    from common.data import (
+        DATASETS,
+        SPLITS,
+        TASK,
+        DataError,
+        ImageDataset,
+        Splits,
+        are_findings,
+        chosen_rows,
+        dataset_info,
+        images_below,
+        in_words,
+        load_splits,
+        logits_name,
+        note,
+        split_options,
+        tasks_of,
+        without_bad_images,
+    )
+    from common.loader import Loader
+    from common.run import (
+        UserError,
+        atomic_write,
+        environment,
+        file_sha256,
+        load_checkpoint,
+        optional,
+        rank,
+        write_json,
+    )
 
 PARAMETERS = 100_000_000  # the mark that a deployable student stays below
 OUTPUT = "runs/evaluate"
@@ -132,6 +121,26 @@ def build_parser():
     parser.set_defaults(decode_size=None, window=None)  # the checkpoint's
     return parser
 
+
+if __name__ == "__main__":
+    cli.check_command_line(build_parser)
+
+# what loads torch
+import torch
+
+from common.training import (
+    Precision,
+    brackets,
+    cost,
+    load_model,
+    model_outputs,
+    peak_memory_mb,
+    predict_logits,
+    select_device,
+    task_metrics,
+    uncertainty,
+    write_predictions,
+)
 
 # --------------------------------------------------------------------------------------------------- one checkpoint
 

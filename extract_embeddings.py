@@ -29,49 +29,40 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
-from common import cli
-from common.augment import Augmenter
-from common.data import (
-    DATASETS,
-    SPLITS,
-    STORED_FLAGS,
-    WITH_TEXTS,
-    Splits,
-    dataset_flags,
-    dataset_info,
-    load_splits,
-    split_options,
-)
-from common.embeddings import DTYPES, Store, Writer, difference, merge, model_of, nearest, split_folder
-from common.loader import Loader
-from common.models import build_model
-from common.run import (
-    UserError,
-    atomic_write,
-    barrier,
-    environment,
-    file_sha256,
-    gather_objects,
-    launched_processes,
-    load_checkpoint,
-    optional,
-    rank,
-    stops,
-    world_size,
-)
-from common.training import (
-    Precision,
-    Preprocess,
-    live_teacher,
-    load_model,
-    need_head,
-    place,
-    select_device,
-    start_weights,
-)
+from common import torch_later
+
+with torch_later():
+    from common import cli
+    from common.augment import Augmenter
+    from common.data import (
+        DATASETS,
+        SPLITS,
+        STORED_FLAGS,
+        WITH_TEXTS,
+        Splits,
+        dataset_flags,
+        dataset_info,
+        load_splits,
+        split_options,
+    )
+    from common.embeddings import DTYPES, Store, Writer, difference, merge, model_of, nearest, split_folder
+    from common.loader import Loader
+    from common.run import (
+        UserError,
+        atomic_write,
+        barrier,
+        environment,
+        file_sha256,
+        gather_objects,
+        launched_processes,
+        load_checkpoint,
+        optional,
+        rank,
+        stops,
+        world_size,
+    )
 
 # whose resolution, normalization and views --images takes where neither checkpoint nor reference says them
 PLAIN = "csv"
@@ -136,6 +127,25 @@ def build_parser():
     cli.add_augment_flags(parser)
     parser.set_defaults(batch_size=64, split_seed=None, decode_size=None)  # the last two: the checkpoint's
     return parser
+
+
+if __name__ == "__main__":
+    cli.check_command_line(build_parser)
+
+# what loads torch
+import torch
+
+from common.models import build_model
+from common.training import (
+    Precision,
+    Preprocess,
+    live_teacher,
+    load_model,
+    need_head,
+    place,
+    select_device,
+    start_weights,
+)
 
 
 def check_flags(args):

@@ -28,41 +28,44 @@ import sys
 import time
 from pathlib import Path
 
-from common import cli
-from common.cli import data_root as find_data_root
-from common.page import (
-    comparison_tables,
-    cost_notes,
-    csv_text,
-    draw_report,
-    group_cost,
-    headline,
-    html,
-    markdown,
-    page_template,
-    ranking,
-    repeat_command,
-    summarize,
-)
-from common.run import UserError, atomic_write, write_json
-from common.statistics import (
-    DISTILLED,
-    KINDS,
-    by_seed,
-    collect,
-    disagreements,
-    find_run_folders,
-    gain_evidence,
-    is_label_free,
-    load_predictions,
-    measured,
-    number,
-    predictions_by_seed,
-    read_runs,
-    repeat_name,
-    select,
-    stats,
-)
+from common import torch_later
+
+with torch_later():  # only --reevaluate needs it
+    from common import cli
+    from common.cli import data_root as find_data_root
+    from common.page import (
+        comparison_tables,
+        cost_notes,
+        csv_text,
+        draw_report,
+        group_cost,
+        headline,
+        html,
+        markdown,
+        page_template,
+        ranking,
+        repeat_command,
+        summarize,
+    )
+    from common.run import UserError, atomic_write, write_json
+    from common.statistics import (
+        DISTILLED,
+        KINDS,
+        by_seed,
+        collect,
+        disagreements,
+        find_run_folders,
+        gain_evidence,
+        is_label_free,
+        load_predictions,
+        measured,
+        number,
+        predictions_by_seed,
+        read_runs,
+        repeat_name,
+        select,
+        stats,
+    )
 
 
 def build_parser():

@@ -16,11 +16,33 @@ Packages: torch, timm, numpy, pillow, scikit-learn, tqdm (torchvision for CIFAR,
 h5py for ISIC 2024, opencv-python-headless for --hair-removal).
 """
 
-from common import cli
-from common.augment import Augmenter
-from common.data import DATASETS, dataset_info, load_splits, split_options, tasks_of
-from common.loader import Loader, save_sample_grid
-from common.run import Recorder, RunFolder, optional
+from common import torch_later
+
+with torch_later():
+    from common import cli
+    from common.augment import Augmenter
+    from common.data import DATASETS, dataset_info, load_splits, split_options, tasks_of
+    from common.loader import Loader, save_sample_grid
+    from common.run import Recorder, RunFolder, optional
+
+ROLE, TEXT_MODEL = "student", "bert-tiny-scratch"
+
+
+def build_parser():
+    parser = cli.Parser(__doc__)
+    cli.add_run_flags(parser, output=f"runs/{ROLE}")
+    cli.add_data_flags(parser, DATASETS)
+    cli.add_augment_flags(parser)
+    cli.add_model_flags(parser)
+    cli.add_image_text_flags(parser, TEXT_MODEL)
+    cli.add_training_flags(parser)
+    return parser
+
+
+if __name__ == "__main__":
+    cli.check_command_line(build_parser)
+
+# what loads torch
 from common.training import (
     Precision,
     Preprocess,
@@ -41,19 +63,6 @@ from common.training import (
     task_metrics,
     write_results,
 )
-
-ROLE, TEXT_MODEL = "student", "bert-tiny-scratch"
-
-
-def build_parser():
-    parser = cli.Parser(__doc__)
-    cli.add_run_flags(parser, output=f"runs/{ROLE}")
-    cli.add_data_flags(parser, DATASETS)
-    cli.add_augment_flags(parser)
-    cli.add_model_flags(parser)
-    cli.add_image_text_flags(parser, TEXT_MODEL)
-    cli.add_training_flags(parser)
-    return parser
 
 
 def read_data(args, device):

@@ -11,15 +11,18 @@ View 0 is the plain image.  Nothing here depends on the batch's size, on workers
 number of processes: on a CPU the same sample gives the same bits in every batch.
 """
 
+from __future__ import annotations
+
 import functools
 import hashlib
 import math
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CROPS = ("none", "pad", "resized")
 CROP_MODES = ("center", "squash")
@@ -95,7 +98,7 @@ class Policy:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
     @classmethod
-    def from_dict(cls, values: dict) -> "Policy":
+    def from_dict(cls, values: dict) -> Policy:
         """What `to_dict` gave; an unknown setting is refused, for without it stored views could not be made again."""
         unknown = sorted(set(values) - {f.name for f in fields(cls)})
         if unknown:
@@ -411,7 +414,7 @@ def _resample(images, geometry, resolution, most_x, most_y):
     device, most, exact = images.device, max(most_x, most_y), _exact(images)
     if exact:
         side = _padded_side(images)
-        images = F.pad(images, (0, side - images.shape[-1], 0, side - images.shape[-2]))
+        images = torch.nn.functional.pad(images, (0, side - images.shape[-1], 0, side - images.shape[-2]))
     height, width = images.shape[-2:]
     at, count = _positions(resolution, device), None
     if most > resolution:
@@ -430,7 +433,8 @@ def _resample(images, geometry, resolution, most_x, most_y):
         grid.mul_(_constant((((2 / (POSITION_STEPS * width),),), ((2 / (POSITION_STEPS * height),),)), device))
         grid.add_(_constant((((1 / width - 1,),), ((1 / height - 1,),)), device))
     # past the image is padding or nothing: black
-    out = F.grid_sample(images.float(), grid.permute(0, 2, 3, 1), mode="bilinear", align_corners=False)
+    grid = grid.permute(0, 2, 3, 1)
+    out = torch.nn.functional.grid_sample(images.float(), grid, mode="bilinear", align_corners=False)
     if count is not None and exact:
         count_x, count_y = count.flatten(1).unbind(1)
         out = _shrink(_shrink(out, count_y, resolution).mT, count_x, resolution).mT.contiguous()
@@ -529,7 +533,8 @@ def _blur(images, deviation):
     taps = torch.exp(-0.5 * (steps / deviation.clamp(min=1e-6)) ** 2)
     taps = (taps / taps.sum(1, keepdim=True)).unsqueeze(2).unbind(1)  # each (B, 1, 1, 1)
     for axis in (3, 2):  # one product and one sum a tap, see `_shrink`
-        padded = F.pad(images, (radius, radius, 0, 0) if axis == 3 else (0, 0, radius, radius), mode="reflect")
+        sides = (radius, radius, 0, 0) if axis == 3 else (0, 0, radius, radius)
+        padded = torch.nn.functional.pad(images, sides, mode="reflect")
         images = sum(tap * padded.narrow(axis, start, side) for start, tap in enumerate(taps))
     return images
 

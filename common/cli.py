@@ -78,7 +78,18 @@ def run_script(main: Callable, build_parser: Callable) -> None:
         raise
 
 
-def report_error(error: Exception, batch_size: int | None, model: str | None) -> None:
+def check_command_line(build_parser: Callable) -> None:
+    """Answer --help and wrong flags now.  A script calls it before it imports what loads torch, which takes seconds;
+    `run_script` parses once more."""
+    try:
+        for argv in expand_seeds(build_parser(), sys.argv[1:]):
+            parse_flags(build_parser(), argv)
+    except Exception as error:
+        report_error(error)
+        raise
+
+
+def report_error(error: Exception, batch_size: int | None = None, model: str | None = None) -> None:
     """Exit with one line for an error that is not our own fault; batch_size, model: named where memory was short."""
     text = " ".join(str(error).split())
     if getattr(error, "exit_code", None):
@@ -146,7 +157,10 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--help-all", action=_HelpAll, help="show all flags and exit")
 
     def format_help(self, everything: bool = False) -> str:
-        """The help; without `everything` the docstring's head, FIRST_FLAGS and the first line of their help."""
+        """The help; without `everything` the docstring's head, FIRST_FLAGS and the first line of their help.
+
+        What an action's function `more` returns is added to its whole help; it may import what is slow to load.
+        """
         formatter, hidden = self._get_formatter(), 0
         formatter.add_usage(self.usage, self._actions, self._mutually_exclusive_groups)
         head = "\n\n".join(self.description.split("\n\n")[:2])  # what it does, and its commands
@@ -159,7 +173,10 @@ class Parser(argparse.ArgumentParser):
                 formatter.add_text(group.description)
             for action in actions:
                 action = copy.copy(action)
-                action.help = action.help if everything else action.help.split("\n")[0]
+                if everything:
+                    action.help += getattr(action, "more", str)()
+                else:
+                    action.help = action.help.split("\n")[0]
                 formatter.add_argument(action)
             formatter.end_section()
         if hidden:

@@ -8,6 +8,8 @@ medical.py for tables, skin lesions, MedMNIST and deep grey levels, groups.py fo
 own data, unlabeled.py for images without labels, image_text.py for texts.
 """
 
+from __future__ import annotations
+
 import copy
 import hashlib
 import os
@@ -318,7 +320,7 @@ def read_image(path: Any, decode_size: int = 512, window: list | None = None, fr
         raise DataError(f"cannot read image {path}: {str(error) or type(error).__name__}") from None
 
 
-class ImageDataset(torch.utils.data.Dataset):
+class ImageDataset:
     """Samples of one split.
 
     ids: N strings, stable when other files come or go; labels: (N,) int; images: (N, H, W) or (N, H, W, 3) uint8, or
@@ -370,7 +372,7 @@ class ImageDataset(torch.utils.data.Dataset):
         image = torch.from_numpy(np.ascontiguousarray(self.read(i).transpose(2, 0, 1)))  # (3, H, W)
         return {"index": i, "id": self.ids[i], "image": image, "targets": {TASK: int(self.labels[i])}}
 
-    def subset(self, rows: np.ndarray) -> "ImageDataset":
+    def subset(self, rows: np.ndarray) -> ImageDataset:
         """The samples of these rows, in their order."""
         chosen = copy.copy(self)
         for name in self.PER_SAMPLE:
@@ -379,7 +381,7 @@ class ImageDataset(torch.utils.data.Dataset):
                 setattr(chosen, name, values[rows] if isinstance(values, np.ndarray) else [values[i] for i in rows])
         return chosen
 
-    def joined(self, other: "ImageDataset") -> "ImageDataset":
+    def joined(self, other: ImageDataset) -> ImageDataset:
         """These samples, then those of another dataset of the same kind."""
         both = copy.copy(self)
         for name in self.PER_SAMPLE:

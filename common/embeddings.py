@@ -11,6 +11,8 @@ again.
 Needs augment.py, data.py, loader.py and run.py of `common`, torch and numpy.
 """
 
+from __future__ import annotations
+
 import contextlib
 import json
 import math

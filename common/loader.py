@@ -6,6 +6,8 @@ Needs augment.py, data.py and run.py of `common`, torch, numpy and pillow (torch
     for batch in loader.batches(epoch=1):                            # image (B, 3, H, W) uint8 on the device, ...
 """
 
+from __future__ import annotations
+
 import contextlib
 import functools
 import math
@@ -19,7 +21,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from common.augment import uniform
 from common.data import DataError, ImageDataset, available_cpus, note
@@ -167,7 +168,7 @@ def _leave_signals(ending, worker):
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if ending.value else None)
 
 
-class _Readable(torch.utils.data.Dataset):
+class _Readable:
     def __init__(self, dataset):
         self.dataset = dataset
 
@@ -452,7 +453,8 @@ def save_sample_grid(path: str, rows: list[torch.Tensor], columns: int = 16) -> 
 
     side = max(64, *(row.shape[-1] for row in rows))
     columns = min(columns, len(rows[0]))
-    tiles = [F.interpolate(row[:columns].float().cpu(), (side, side), mode="nearest-exact") for row in rows]
+    resize = functools.partial(torch.nn.functional.interpolate, size=(side, side), mode="nearest-exact")
+    tiles = [resize(row[:columns].float().cpu()) for row in rows]
     try:
         save_image(torch.cat(tiles).clamp(0, 1), path, nrow=columns, pad_value=1)
     except ValueError as error:  # the extension names no format

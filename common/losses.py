@@ -1,4 +1,4 @@
-"""Losses of knowledge distillation: one function a term, the tables of terms and methods, and their weighted sum.
+"""Losses of knowledge distillation: one function a term, the table of terms, and their weighted sum.
 
 Needs torch and no other file of `common`, so it can be copied alone.  In a training loop of your own:
 
@@ -544,7 +544,7 @@ class EmbeddingProjectors(nn.Module):
         return None
 
 
-# ---------------------------------------------------------------------------------------------------- terms and methods
+# ---------------------------------------------------------------------------------------------------- terms
 
 
 class Term(NamedTuple):
@@ -584,34 +584,6 @@ TERMS = {
     "sp": Term(similarity_preserving, "embedding", "similarities in a batch", compares_images=True),
     "srd": Term(log_sum_distance, "embedding", "log-sum distance", linear_without_bias, compares_images=True),
 }
-# --method NAME stands for these words after --loss
-METHODS = {
-    "response": "ce=0.5 kl=0.5",  # Hinton et al. 2015, arXiv:1503.02531
-    "feature": "ce=0.5 kl=0.5 feature=1",  # the same and a hint, Romero et al. 2015, arXiv:1412.6550
-    "feature_matching": "ce=0.5 feature=0.5",  # intermediate maps of Swins and ViTs in place of logits
-    "embedding": "ce=1 embedding=1",  # stored or live embeddings in a shared space
-    "tokens": "cls=1 patch=0.5",  # class token and patch tokens, without labels
-    # Ranzinger et al. 2024, arXiv:2312.06709: 1 - cosine of class tokens
-    "radio": "cls=0.5 patch=1 patch.cosine=0.9 patch.smooth_l1=0.1",
-    "projection": "ce=1 kl=1 projection=100 kl.temperature=2",  # logits, and what image + text models project
-    "combined": "ce=1 kl=1 projection=100 crd=1 kl.temperature=2",  # projection and crd
-    "crd": "ce=1 crd=1",  # Tian et al. 2020, arXiv:1910.10699, with the batch in place of their memory bank
-    "rkd": "ce=1 rkd_distance=25 rkd_angle=50",  # Park et al. 2019, arXiv:1904.05068
-    "mmd": "ce=1 mmd=1",  # Huang and Wang 2017, arXiv:1707.01219, on embeddings
-    "dkd": "ce=1 dkd=1",  # Zhao et al. 2022, arXiv:2203.08679; their code warms it up over 20 of 240 epochs: `warm_up`
-    "dist": "ce=1 dist=2",  # Huang et al. 2022, arXiv:2205.10536: both relations weigh 2 there, 1 each within our term
-    "logit_standardization": "ce=0.1 standardized_kl=9",  # Sun et al. 2024, arXiv:2403.01427, their code's weights
-    # Zagoruyko and Komodakis 2017, arXiv:1612.03928; theirs sums over layers, ours is the mean
-    "attention": "ce=1 attention=1000",
-    "pkt": "ce=1 pkt=30000",  # Passalis and Tefas 2018, arXiv:1803.10837; weight of RepDistiller, at batches of 64
-    "sp": "ce=1 sp=3000",  # Tung and Mori 2019, arXiv:1907.09682, on embeddings
-    "srd": "ce=1 srd=1",  # Miles and Mikolajczyk 2023, arXiv:2303.11098, their code's weights for ImageNet
-    "hard": "ce=0.5 hard=0.5",  # Touvron et al. 2021, arXiv:2012.12877
-    "pld": "pld=1",  # Bassam et al. 2025, arXiv:2506.12542: its first summand is a cross-entropy
-    "wkd": "ce=1 wkd=0.006",  # Lv et al. 2024, arXiv:2412.08139; for CIFAR-100 in a copy of their code
-}
-# methods that have --alpha: it weighs the first of these terms, 1 - alpha the second
-ALPHA = {"response": ("ce", "kl"), "feature": ("ce", "kl"), "feature_matching": ("feature", "ce")}
 
 
 # These compare the classes of an image with each other.  A finding has two, absent and present: of dkd kl is left, dist
@@ -651,21 +623,16 @@ def loss_words(values: dict) -> str:
     return " ".join(f"{key}={f'{value:.12g}' if isinstance(value, float) else value}" for key, value in values.items())
 
 
-def loss_settings(
-    method: str = "response",
-    loss: Sequence[str] | None = None,
-    loss_options: Sequence[str] = (),
-    temperature: float | None = None,
-    alpha: float | None = None,
+def parse_loss(
+    words: Sequence[str], loss_options: Sequence[str] = (), temperature: float | None = None
 ) -> tuple[dict[str, float], dict[str, Any]]:
-    """({term: weight above 0}, {"TERM.OPTION": value}) for `DistillationLoss`: of a method, or of the words of --loss.
+    """({term: weight above 0}, {"TERM.OPTION": value}) for `DistillationLoss`.
 
-    loss: words TERM=WEIGHT or TERM.OPTION=VALUE; loss_options: words TERM.OPTION=VALUE; temperature: of all terms on
-    logits; alpha: see ALPHA, 0.5 where it is None.  The later of these wins: an option's default, the one of METHODS or
-    --loss, temperature, loss_options.  Raises LossError.
+    words: TERM=WEIGHT or TERM.OPTION=VALUE; loss_options: TERM.OPTION=VALUE; temperature: of all terms on logits.  The
+    later of these wins: an option's default, words, temperature, loss_options.  Raises LossError.
     """
     weights, special = {}, []
-    for word in METHODS[method].split() if loss is None else loss:
+    for word in words:
         term = word.partition("=")[0]
         if "." in term:
             special.append(word)
@@ -674,15 +641,6 @@ def loss_settings(
         if term in weights:
             raise LossError(f"--loss {word}: the term {term} is given twice")
         weights[term] = _parse("--loss", word, float)
-    if alpha is not None:
-        if loss is not None or method not in ALPHA:
-            name = f"--method {method}" if loss is None else "--loss"
-            raise LossError(
-                f"--alpha {alpha} cannot be combined with {name}: give the weights, as --loss ce=0.3 kl=0.7"
-            )
-        if not 0 <= alpha <= 1:
-            raise LossError(f"--alpha {alpha} is not in 0 to 1")
-        weights.update(zip(ALPHA[method], (alpha, 1 - alpha)))
     weights = {term: weight for term, weight in weights.items() if weight}
     if not weights:
         raise LossError("--loss: no term has a weight above 0, so there is nothing to train on")

@@ -3,6 +3,8 @@
 Imports no other file of `common`.  Needs torch and tqdm (safetensors, which comes with timm, for .safetensors files).
 """
 
+from __future__ import annotations
+
 import argparse
 import contextlib
 import copy
@@ -34,7 +36,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 SCRIPT_FOLDER = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -126,23 +127,28 @@ def distributed():
     return optional("common.distributed", f"a run of {launched_processes().size} processes")
 
 
+def joined() -> bool:
+    """Whether this process has joined others."""
+    return cpu_group is not None and torch.distributed.is_initialized()
+
+
 def leave_processes() -> None:
     """At the end of a script that went well."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    if joined():
+        torch.distributed.destroy_process_group()
 
 
 def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
+    return torch.distributed.get_rank() if joined() else 0
 
 
 def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return torch.distributed.get_world_size() if joined() else 1
 
 
 def barrier() -> None:
     if world_size() > 1:
-        dist.barrier(group=cpu_group)
+        torch.distributed.barrier(group=cpu_group)
 
 
 def gather_objects(value: Any) -> list:
@@ -150,16 +156,16 @@ def gather_objects(value: Any) -> list:
     if world_size() == 1:
         return [value]
     values = [None] * world_size()
-    dist.all_gather_object(values, value, group=cpu_group)
+    torch.distributed.all_gather_object(values, value, group=cpu_group)
     return values
 
 
 def first_to_fail() -> bool:
     """Whether this process is the first that ends with an error: it alone says why."""
-    if not dist.is_initialized():
+    if not joined():
         return joining or launched_processes().rank == 0  # bad flags: all processes were given the same
     try:
-        return dist.distributed_c10d._get_default_store().add("failed", 1) == 1
+        return torch.distributed.distributed_c10d._get_default_store().add("failed", 1) == 1
     except (RuntimeError, ValueError):  # rank 0, which keeps the count, has gone
         return rank() == 0
 

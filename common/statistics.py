@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 import numpy as np
-import scipy.stats
+import scipy
 
 from common import metrics
 from common.run import UserError, better

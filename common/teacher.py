@@ -34,8 +34,6 @@ from common.training import (
     task_metrics,
 )
 
-NEIGHBOURS = 20  # of --eval-dataset
-DEFAULT_TEACHER = "runs/teacher/best.pth"
 TEACHER_KINDS = ("teacher_checkpoint", "teacher_model", "teacher_embeddings")  # flags that name teachers, in this order
 TEACHER_FLAGS = (  # that each teacher may have of its own
     *TEACHER_KINDS,
@@ -77,9 +75,17 @@ class Source(NamedTuple):
 
 
 def find_checkpoint(
-    *, teacher_checkpoint: str | None, teacher_model: str | None, teacher_pretrained: bool, teacher_weights: str | None
+    default: str,
+    *,
+    teacher_checkpoint: str | None,
+    teacher_model: str | None,
+    teacher_pretrained: bool,
+    teacher_weights: str | None,
 ) -> tuple[str | None, dict | None]:
-    """(path, checkpoint) of the teacher, or (None, None) where it is a --teacher-model.  Raises UserError."""
+    """(path, checkpoint) of the teacher, or (None, None) where it is a --teacher-model.  Raises UserError.
+
+    default: the checkpoint where neither is given.
+    """
     path = teacher_checkpoint
     if teacher_model:
         if teacher_pretrained and teacher_weights:
@@ -92,7 +98,7 @@ def find_checkpoint(
     if teacher_pretrained or teacher_weights:
         raise UserError("--teacher-pretrained and --teacher-weights need --teacher-model NAME")
     if path is None:
-        path = DEFAULT_TEACHER
+        path = default
         try:
             open(path, "rb").close()
         except FileNotFoundError:
@@ -299,12 +305,13 @@ def stored_source(
 
 
 class Neighbours:
-    """--eval-dataset: accuracy of the nearest images of its train on its val, by a model's embeddings."""
+    """--eval-dataset: accuracy of the k nearest images of its train on its val, by a model's embeddings."""
 
     def __init__(
         self,
         splits: Splits,
         precision: Precision,
+        k: int,
         *,
         epochs: int,
         eval_every: int,
@@ -313,7 +320,7 @@ class Neighbours:
         workers: int | None = None,
     ):
         self.knn = optional("common.probes", "--eval-dataset").knn
-        self.splits, self.precision, self.epochs, self.every = splits, precision, epochs, eval_every
+        self.splits, self.precision, self.k, self.epochs, self.every = splits, precision, k, epochs, eval_every
         self.loaders = [
             Loader(part, batch_size, precision.device, cache=cache, workers=workers)
             for part in (splits.train, splits.val)
@@ -326,7 +333,7 @@ class Neighbours:
             for loader in self.loaders
         )
         tensors = (torch.from_numpy(v).to(self.precision.device) for v in (train, self.splits.train.labels, val))
-        votes = self.knn(*tensors, len(self.splits.classes), k=(NEIGHBOURS,))
+        votes = self.knn(*tensors, len(self.splits.classes), k=(self.k,))
         scores = classification(next(iter(votes.values())).cpu().numpy(), self.splits.val.labels)
         return {name: scores[name] for name in ("accuracy", "balanced_accuracy", "auc")}
 

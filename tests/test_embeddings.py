@@ -587,7 +587,9 @@ def test_the_division_is_the_teacher_s(monkeypatch, script, given, words):
     args = module.build_parser().parse_args(
         [str(flag) for flag in ["--checkpoint", "t.pth"] * (script != "distill") + given]
     )
-    monkeypatch.setattr("extract_embeddings.load_checkpoint", lambda path: {"flags": FLAGS, "kind": "image", "classes": []})
+    monkeypatch.setattr(
+        "extract_embeddings.load_checkpoint", lambda path: {"flags": FLAGS, "kind": "image", "classes": []}
+    )
 
     def settle():
         if script == "distill":

@@ -14,10 +14,11 @@ from common import cli, run
 from common.augment import Augmenter, Policy
 from common.data import DataError, ImageDataset, load_splits
 from common.loader import REPEAT_STRIDE, Loader, repeats
-from common.losses import DistillationLoss, loss_settings
+from common.losses import DistillationLoss
 from common.models import build_model
 from common.run import load_checkpoint
 from common.training import load_model
+from distill import loss_settings
 
 LABELS = [0] * 40 + [1] * 7 + [2] * 3
 

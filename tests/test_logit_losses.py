@@ -21,14 +21,13 @@ from common.losses import (
     dist,
     gaussian_wasserstein,
     hard_label,
-    loss_settings,
     plackett_luce,
     standardized_kl,
     temperature_kl,
     terms_on,
 )
 from common.models import ImageModel, build_model
-from distill import build_parser, check_loss, settle_flags
+from distill import build_parser, check_loss, loss_settings, settle_flags
 
 B, C = 6, 5
 LOGIT_TERMS = ("kl", "dkd", "dist", "standardized_kl", "hard", "pld")

@@ -12,7 +12,7 @@ from torch import nn
 
 from common import cli
 from common.augment import Augmenter, Policy, normalize, render, sample_parameters
-from common.losses import DistillationLoss, loss_settings
+from common.losses import DistillationLoss
 from common.models import build_model
 from common.run import UserError, better
 from common.training import (
@@ -25,7 +25,7 @@ from common.training import (
     live_teacher,
     make_optimizer,
 )
-from distill import build_parser, check_loss, settle_flags
+from distill import build_parser, check_loss, loss_settings, settle_flags
 
 CPU = torch.device("cpu")
 OFF = Precision("off", CPU)

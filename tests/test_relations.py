@@ -14,7 +14,6 @@ from common.losses import (
     contrastive,
     embedding_mse,
     log_sum_distance,
-    loss_settings,
     mmd,
     pairwise_distances,
     probabilistic_transfer,
@@ -25,7 +24,7 @@ from common.losses import (
     task_mean,
 )
 from common.training import task_accuracy, task_class_weights, task_cross_entropy
-from distill import build_parser, check_loss, make_loss
+from distill import build_parser, check_loss, loss_settings, make_loss
 
 LOSSES = {
     "crd": contrastive,

@@ -17,7 +17,7 @@ from common.losses import DistillationLoss, LossError, patch_loss
 from common.run import UserError
 from common.several import SeveralLosses, Standardizer, equal_variances, flags_of_each, standardize
 from common.teacher import TEACHER_FLAGS, TEACHER_KINDS
-from distill import build_parser
+from distill import build_parser, loss_settings
 
 RANDOM = torch.Generator().manual_seed(0)
 DATA = ["--dataset", "digits", "--batch-size", 32, "--limit-train", 160, "--device", "cpu", "--epochs", 3]
@@ -127,7 +127,6 @@ def test_a_collapse_names_the_teacher():
 
 def test_radio_by_its_formula():
     """1 - cosine of class tokens, and 0.9 (1 - cosine) + 0.1 smooth L1 of patch tokens; smooth L1 by its two cases."""
-    from common.losses import loss_settings
 
     student, teacher = outputs(8, None), {name: 2 * value for name, value in outputs(12, None).items()}
     loss = DistillationLoss(*loss_settings("radio"))

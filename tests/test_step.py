@@ -23,7 +23,7 @@ from common.augment import PRESETS, Augmenter, Policy
 from common.data import ImageDataset
 from common.embeddings import Store, StoredTeacher, Writer
 from common.loader import ImageCache, Loader, pad_images
-from common.losses import DistillationLoss, loss_settings
+from common.losses import DistillationLoss
 from common.models import build_model
 from common.run import Meter
 from common.teacher import distillation_loss, live_source
@@ -38,7 +38,7 @@ from common.training import (
     task_accuracy,
     task_cross_entropy,
 )
-from distill import Student, make_planner
+from distill import Student, loss_settings, make_planner
 
 
 @pytest.fixture(autouse=True)
