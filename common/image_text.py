@@ -20,9 +20,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from common.data import MISSING, SPLITS, DataError, check_folder, counted, sorted_classes
+from common.data import FINDING, MISSING, SPLITS, DataError, are_findings, check_folder, counted, sorted_classes
 from common.groups import check_groups
-from common.medical import TasksDataset, images_by_name, label_numbers, match_images
+from common.medical import (
+    TasksDataset,
+    finding_names,
+    findings_strata,
+    images_by_name,
+    label_numbers,
+    match_images,
+)
 from common.run import UserError
 
 MEDPIX_CLASSES = {
@@ -37,7 +44,8 @@ TOKENIZED_AT_ONCE = 10_000  # texts, so that a large dataset never lies in Pytho
 class ImageTextDataset(TasksDataset):
     """Samples of one split: images in files, a text each, and a label for each task.
 
-    texts: N strings, "" where there is none; `labels` is the tasks' joint class (N,).  The rest as in TasksDataset.
+    texts: N strings, "" where there is none; `labels` is the tasks' joint class (N,), of findings `findings_strata`.
+    The rest as in TasksDataset.
     """
 
     PER_SAMPLE = (*TasksDataset.PER_SAMPLE, "texts")
@@ -46,6 +54,8 @@ class ImageTextDataset(TasksDataset):
         self.texts, joint = list(texts), np.zeros(len(ids), np.int64)
         for task, labels in targets.items():
             joint = joint * len(classes[task]) + np.asarray(labels, np.int64)
+        if are_findings(classes):
+            joint = findings_strata(np.stack([*targets.values()], 1))
         super().__init__(ids, targets, classes, joint, paths=paths, **options)
 
     def __getitem__(self, i: int) -> dict:
@@ -221,19 +231,23 @@ def read_image_text(
 
     image: its path in the folder or in its images/; tasks: the keys of the labels (by default those of classes), whose
     classes are those in train, or classes {task: names} in a checkpoint's order; group_field: the key of whose image it
-    is, where lines have it.
+    is, where lines have it.  Labels of one task may be lists, {"findings": ["mass", "effusion"]}: then each finding is
+    a task, absent or present.
     """
     check_folder("image_text", root, "train.jsonl, test.jsonl and the images that they name")
     tasks = list(tasks or classes or [])
     _check_task_names(tasks)
-    _check_tasks(classes, tasks, "image_text")
     paths = {split: os.path.join(root, f"{split}.jsonl") for split in SPLITS}
     if not os.path.exists(paths["val"]):  # it is split off train then, which is the caller's to do
         splits = ["train" if split == "val" else split for split in splits]
     wanted = [split for split in paths if split in splits or (split == "train" and classes is None)]
-    content, names = {}, {}
+    content, names, keys = {}, {}, ("image", group_field, *tasks)
     for split in wanted:
         content[split] = _with_images(paths[split], read_jsonl(paths[split], ["image", *tasks]), root, on_bad_image)
+    if any(isinstance(row[task], list) for rows, *_ in content.values() for _, row in rows for task in tasks):
+        tasks = classes = _spread_findings(paths, content, tasks, classes)
+    _check_tasks(classes, tasks, "image_text")
+    for split in wanted:
         names[split] = {task: _names(paths[split], content[split][0], task) for task in tasks}
     if classes is None:
         classes = {task: sorted_classes(paths["train"], names["train"][task]) for task in tasks}
@@ -242,12 +256,39 @@ def read_image_text(
         rows, ids, files = content[split]
         targets = {task: label_numbers(paths[split], names[split][task], classes[task], task) for task in tasks}
         records = [row for _, row in rows]
-        _check_text_fields(paths[split], records, text_fields, ("image", group_field, *tasks))
+        _check_text_fields(paths[split], records, text_fields, keys)
         groups = [as_text(record.get(group_field)) for record in records]
         texts, groups = _joined_texts(records, text_fields), groups if any(groups) else None
         parts[split] = ImageTextDataset(ids, targets, classes, texts, files, groups=groups, **decoding)
     check_groups(parts)
     return parts, classes
+
+
+def _spread_findings(paths, content, tasks, classes):
+    """{finding: absent, present} of lists of findings, those in train or in classes; each becomes a key of the rows."""
+    if len(tasks) > 1:
+        raise DataError(f"--tasks {' '.join(tasks)}: where labels are lists, give the one task that has them")
+    key, given = tasks[0], {}
+    for split, (rows, *_) in content.items():
+        for number, row in rows:
+            if not isinstance(row[key], list) or not all(isinstance(v, str) and v not in MISSING for v in row[key]):
+                where = f"{paths[split]} line {number}"
+                raise DataError(f"{where}: {key!r} must be a list of names, not {json.dumps(row[key])[:40]}")
+            given.setdefault(split, {}).update(dict.fromkeys(row[key], number))
+    every = sorted({value for values in given.values() for value in values})
+    name = dict(zip(every, finding_names(key, every)))
+    known = list(classes or (name[value] for value in sorted(given["train"])))
+    if not known:
+        raise DataError(f"{paths['train']} has no finding: {key!r} is empty in each line")
+    for split, (rows, *_) in content.items():
+        for value, number in given.get(split, {}).items():
+            if name[value] not in known:
+                who = "the checkpoint" if classes else "train"
+                raise DataError(f"{paths[split]} line {number}: {who} has no {key!r} {value!r}")
+        for _, row in rows:
+            here = {name[value] for value in row[key]}
+            row.update({finding: FINDING[finding in here] for finding in known})
+    return dict.fromkeys(known, FINDING)
 
 
 def _check_task_names(tasks):

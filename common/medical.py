@@ -136,17 +136,20 @@ class TasksDataset(ImageDataset):
         return hashlib.sha256(json.dumps([list(self.targets), *lines]).encode()).hexdigest()
 
 
-def findings_dataset(ids: list, present: np.ndarray, names: list[str], **options) -> TasksDataset:
-    """A task for each finding; present: (N, F) of 0 and 1; names: of the F findings.
+def findings_strata(present: np.ndarray) -> np.ndarray:
+    """(N, F) of 0 and 1 -> (N,): the rarest finding that an image has, from 1, or 0.
 
-    An image's stratum is the rarest finding that it has, or none, so that rare findings reach every split: of their
-    2^F combinations most are too few to be divided.
+    So rare findings reach every split: of their 2^F combinations most are too few to be divided.
     """
     rarest = present.sum(0).argsort(kind="stable")
     ranked = present[:, rarest]
-    strata = np.where(ranked.any(1), 1 + rarest[ranked.argmax(1)], 0)
+    return np.where(ranked.any(1), 1 + rarest[ranked.argmax(1)], 0)
+
+
+def findings_dataset(ids: list, present: np.ndarray, names: list[str], **options) -> TasksDataset:
+    """A task for each finding; present: (N, F) of 0 and 1; names: of the F findings."""
     targets = dict(zip(names, present.T))
-    return TasksDataset(ids, targets, dict.fromkeys(names, FINDING), strata, **options)
+    return TasksDataset(ids, targets, dict.fromkeys(names, FINDING), findings_strata(present), **options)
 
 
 def finding_names(path: str, columns: list[str]) -> list[str]:

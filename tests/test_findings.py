@@ -313,6 +313,63 @@ def test_a_missing_value_names_its_row(folder, tmp_path):
         load_splits("csv", str(folder[0]), label_column="note", label_columns=COLUMNS)
 
 
+# ----------------------------------------------------------------------------------------------------------- JSON Lines
+
+
+def write_lines(root, split, rows):
+    with open(root / f"{split}.jsonl", "w") as file:
+        for image, findings in rows:
+            file.write(
+                json.dumps({"image": image, "text": "seen " + " ".join(findings or ()), "found": findings}) + "\n"
+            )
+
+
+@pytest.fixture
+def lists(folder, tmp_path):
+    """The images of `folder`, their findings as lists."""
+    root, present, _ = folder
+    rows = [(f"{i}.png", [name for name, there in zip(COLUMNS, row) if there]) for i, row in enumerate(present)]
+    (tmp_path / "images").symlink_to(root)
+    for split, part in (("train", rows[:160]), ("test", rows[160:])):
+        write_lines(tmp_path, split, part)
+    return tmp_path, present
+
+
+def test_lists_of_findings(lists):
+    root, present = lists
+    splits = load_splits("image_text", str(root), tasks=["found"])
+    assert splits.classes == {name: ["absent", "present"] for name in sorted(TASKS)} and are_findings(splits.classes)
+    seen = {}
+    for part in splits.parts.values():
+        for row, name in enumerate(part.ids):
+            seen[int(name.split(".")[0])] = [int(part[row]["targets"][task]) for task in TASKS]
+    assert [seen[i] for i in range(240)] == present.tolist()
+    assert {*splits.train.labels} == {0, 1, 2, 3}, "the rarest finding, not one of the 8 combinations"
+    two = {name: ["absent", "present"] for name in (*TASKS[::-1], "nodule")}
+    other = load_splits("image_text", str(root), tasks=["found"], classes=two)
+    assert [*other.classes] == [*two] and not other.test.targets["nodule"].any()
+    assert (other.test.targets["mass"] == present[160:, 0]).all()
+
+
+@pytest.mark.parametrize(
+    "split, row, words",
+    [
+        ("train", ("0.png", None), "train.jsonl line 1: 'found' must be a list of names, not null"),
+        ("train", ("0.png", "mass"), "train.jsonl line 1: 'found' must be a list of names, not \"mass\""),
+        ("train", ("0.png", ["mass", ""]), '\'found\' must be a list of names, not \\["mass", ""\\]'),
+        ("test", ("0.png", ["mass", "nodule"]), "test.jsonl line 1: train has no 'found' 'nodule'"),
+        ("test", ("0.png", ["Pleural-effusion", "Pleural effusion", "Pleural,effusion"]), "cannot be the name of a f"),
+        ("train", ("0.png", []), "train.jsonl has no finding: 'found' is empty in each line"),
+    ],
+)
+def test_bad_lists_of_findings(lists, split, row, words):
+    write_lines(lists[0], split, [row] + [("1.png", ["mass"])] * (row[1] != []))
+    with pytest.raises(DataError, match=words):
+        load_splits("image_text", str(lists[0]), tasks=["found"])
+    with pytest.raises(DataError, match="--tasks found image: where labels are lists, give the one task"):
+        load_splits("image_text", str(lists[0]), tasks=["found", "image"])
+
+
 # -------------------------------------------------------------------------------------------------------------- scripts
 
 QUICK = ["--resolution", 8, "--batch-size", 16, "--device", "cpu", "--workers", 0, "--select-metric", "auc"]
@@ -445,3 +502,20 @@ def test_one_label_stays_as_it_was():
     assert not are_findings(["absent", "present"]) and not are_findings({}) and not are_findings({"organ": ["a", "b"]})
     dataset = ImageDataset(["a"], [0], np.zeros((1, 2, 2), np.uint8))
     assert [*dataset.targets] == ["label"]
+
+
+def test_lists_of_findings_train_and_teach_images_with_texts(lists, here, tmp_path):
+    data = ["--dataset", "image_text", "--data-root", lists[0], "--tasks", "found", "--image-model", "resnet8"]
+    for script, name, more in (
+        ("train_teacher.py", "teacher", ["--epochs", 3, *data, "--text-model", "bert-tiny-scratch"]),
+        ("distill.py", "distill", ["--epochs", 1, "--teacher-checkpoint", "runs/teacher/best.pth", *data[-2:]]),
+    ):
+        code, _, errors = here(script, *more, "--fusion-dim", 16, *QUICK, "--output", f"runs/{name}")
+        assert code == 0, errors
+    taught = results_of(tmp_path / "runs/distill")
+    assert taught["dataset"]["classes"] == {name: ["absent", "present"] for name in sorted(TASKS)}
+    assert results_of(tmp_path / "runs/teacher")["test"]["auc"] > 0.9 and "mass_average_precision" in taught["test"]
+    code, out, errors = here("evaluate.py", "runs/distill/best.pth", "--device", "cpu")
+    assert code == 0 and f"{taught['test']['hernia_auc']:.4f}"[:5] in out, errors
+    code, out, errors = here("report.py", "runs", "--metric", "auc", "--output", "page", "--gallery", 0)
+    assert code == 0 and "## Findings: image_text" in (tmp_path / "page/report.md").read_text(), errors
