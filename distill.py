@@ -23,10 +23,9 @@ datasets for --hf-dataset).
 import argparse
 import functools
 
-from common import torch_later
+from common import cli
 
-with torch_later():
-    from common import cli
+with cli.torch_later():
     from common.augment import Augmenter, Policy
     from common.data import (
         DATASETS,

@@ -27,10 +27,9 @@ import os
 
 import numpy as np
 
-from common import torch_later
+from common import cli
 
-with torch_later():
-    from common import cli
+with cli.torch_later():
     from common.data import (
         DATASETS,
         SPLITS,

@@ -31,10 +31,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from tqdm import tqdm
 
-from common import torch_later
+from common import cli
 
-with torch_later():
-    from common import cli
+with cli.torch_later():
     from common.augment import Augmenter
     from common.data import (
         DATASETS,

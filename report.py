@@ -28,10 +28,9 @@ import sys
 import time
 from pathlib import Path
 
-from common import torch_later
+from common import cli
 
-with torch_later():  # only --reevaluate needs it
-    from common import cli
+with cli.torch_later():  # only --reevaluate needs it
     from common.cli import data_root as find_data_root
     from common.page import (
         comparison_tables,

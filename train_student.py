@@ -16,10 +16,9 @@ Packages: torch, timm, numpy, pillow, scikit-learn, tqdm (torchvision for CIFAR,
 h5py for ISIC 2024, opencv-python-headless for --hair-removal).
 """
 
-from common import torch_later
+from common import cli
 
-with torch_later():
-    from common import cli
+with cli.torch_later():
     from common.augment import Augmenter
     from common.data import DATASETS, dataset_info, load_splits, split_options, tasks_of
     from common.loader import Loader, save_sample_grid

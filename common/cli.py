@@ -4,30 +4,56 @@ Needs augment.py, metrics.py and run.py of `common` (sweep.py for --seeds and --
 """
 
 import argparse
+import contextlib
 import copy
 import difflib
 import errno
+import importlib
 import inspect
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from types import ModuleType
 
-from common.augment import CROP_MODES, CROPS, PRESETS, Policy
-from common.metrics import CLASSIFICATION
-from common.run import (
-    SCRIPT_FOLDER,
-    RunFolder,
-    UserError,
-    fail,
-    first_to_fail,
-    leave_processes,
-    lost_process,
-    optional,
-    read_json,
-    stops,
-    world_size,
-)
+
+class _Later(ModuleType):
+    def __getattr__(self, name):
+        return getattr(importlib.import_module("torch"), name)
+
+
+@contextlib.contextmanager
+def torch_later() -> Iterator[None]:
+    """Files that are imported in this block, and `import torch` at their heads, load it when they first use it.
+
+    It takes seconds, for which --help and a wrong flag should not wait.  For files that use torch in functions alone.
+    """
+    if "torch" in sys.modules:
+        yield
+        return
+    sys.modules["torch"] = _Later("torch")
+    try:
+        yield
+    finally:
+        del sys.modules["torch"]
+
+
+with torch_later():
+    from common.augment import CROP_MODES, CROPS, PRESETS, Policy
+    from common.metrics import CLASSIFICATION
+    from common.run import (
+        SCRIPT_FOLDER,
+        RunFolder,
+        UserError,
+        fail,
+        first_to_fail,
+        leave_processes,
+        lost_process,
+        optional,
+        read_json,
+        stops,
+        world_size,
+    )
 
 RESUME_MAY_CHANGE = {"resume", "device", "workers", "epochs", "data_root", "output", "overwrite", "config", "dry_run"}
 NOT_IN_CONFIG = {"resume", "output", "overwrite", "config", "sweep", "sweep_index", "dry_run", "seeds"}
