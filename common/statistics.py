@@ -9,6 +9,7 @@ Needs cli.py and metrics.py of `common`, numpy, and scipy, which scikit-learn br
 
 import json
 import math
+import re
 import shlex
 import zipfile
 from dataclasses import dataclass, field, replace
@@ -105,6 +106,8 @@ def check(results: dict):
     """Fills in what is optional.  Raises KeyError, ValueError, TypeError or AttributeError where more is missing."""
     if results["role"] not in ROLES:
         raise ValueError(f"the role is {results['role']!r}, not teacher, student or distill")
+    if re.fullmatch(r"ce=\S+", str(results.get("method"))):  # of distill.py, but nothing of its teacher: a baseline
+        results.update(role="student", method=None, teacher=None)
     results.update((key, results.get(key) or kind()) for key, kind in OPTIONAL.items())
     required = {**OPTIONAL, **REQUIRED}
     if results["role"] == "distill":

@@ -385,6 +385,19 @@ def test_seeds_that_do_not_match(tmp_path):
     assert matching(report["missing"], "seeds differ", "[1, 2]", "[0, 1]")
 
 
+def test_a_loss_of_the_labels_alone_is_a_baseline(tmp_path):
+    """distill.py --loss ce=1: the same steps and labels in each batch, nothing of the teacher."""
+    teacher = write_run(tmp_path / "runs/t", "teacher", 0.9)
+    for name, method, accuracy in (("alone", "ce=1", 0.4), ("kd", "response", 0.7), ("other", "ce=0.5 kl=1", 0.6)):
+        write_run(tmp_path / "runs" / name, "distill", accuracy, method=method, teacher=teacher, labelled="few")
+    report, _ = report_of(tmp_path, "runs")
+    found = {group["method"]: (group["runs"]["students"], group["gain"]) for group in report["groups"]}
+    assert found == {
+        "response": (["runs/alone"], pytest.approx(0.3)),
+        "ce=0.5 kl=1": (["runs/alone"], pytest.approx(0.2)),
+    }
+
+
 def test_a_baseline_without_distillation(tmp_path):
     write_run(tmp_path / "runs/t", "teacher", 0.9)
     write_run(tmp_path / "runs/s", "student", 0.6)
