@@ -495,7 +495,11 @@ def add_model_flags(parser: Parser) -> None:
     )
     add("--patch-size", type=POSITIVE, metavar="PX", help="patch side of a ViT (vit_tiny, vit_6_192: 4)")
     switch(add, "--pretrained", "start from the hub's weights")
-    add("--weights", metavar="FILE", help="start from a foreign state dict (.pth or .safetensors), strictly")
+    add(
+        "--weights",
+        metavar="FILE",
+        help="start from a foreign state dict (.pth or .safetensors), strictly; with texts: of the image side",
+    )
     add("--init-checkpoint", metavar="FILE", help="start from a checkpoint of these scripts")
     switch(add, "--freeze-backbone", "train the head alone, of a model that starts from weights")
     add("--dropout", type=number(float, 0, 0.99), default=0.0, help="dropout of the head's input in training")

@@ -1,4 +1,5 @@
-"""Models that read an image and a text.  Needs data.py and models.py of `common`, torch, timm and transformers.
+"""Models that read an image and a text.  Needs data.py, models.py, run.py and training.py of `common`, torch, timm and
+transformers.
 
     model = build_image_text_model("timm:resnet18", "bert-mini-scratch", {"modality": 2, "location": 5}, 96,
     texts=train_texts)
@@ -28,6 +29,7 @@ from torch import nn
 from common.data import logits_name
 from common.models import ModelError, build_model, one_line
 from common.run import UserError
+from common.training import start_weights
 
 IMAGE_MODELS = {
     "vit-large": "hf:google/vit-large-patch16-224",
@@ -594,7 +596,8 @@ def build_image_text_model(
     """Build an ImageTextModel; see the head of this file for names.
 
     tasks: {task: its number of classes}; img_size: input side in pixels; fusion: of FUSIONS, with fusion_layers of its
-    layers at the width fusion_dim; pretrained: hub weights of both sides (none for a model from scratch); inputs: both,
+    layers at the width fusion_dim; pretrained: hub weights of both sides (none for a model from scratch), or a tuple of
+    those sides that have them; inputs: both,
     or image or text alone, which has no other side to be fused with (it gets `Simple`); texts: those of train, for the
     vocabulary of a model from scratch; max_length: tokens to which texts are cut; text_pooling: mean or cls, see
     `ImageTextModel`; image_args, text_files: set when it is rebuilt from a checkpoint.  Raises ModelError.
@@ -615,17 +618,18 @@ def build_image_text_model(
         if not task or "." in task:
             raise ModelError(f"a task cannot be named {task!r}")
     image = text = None
+    from_hub = ("image", "text") if pretrained is True else pretrained or ()
     if inputs != "text":
         new_args = {
             "name": IMAGE_MODELS.get(image_name, image_name),
             "num_classes": 0,
             "img_size": img_size,
-            "pretrained": pretrained,
+            "pretrained": "image" in from_hub,
         }
         image = build_model(**(image_args or new_args))
         _drop_pooler(getattr(image.backbone, "body", nn.Identity()))
     if inputs != "image":
-        text = build_text_model(text_name, max_length, pretrained, texts, text_files)
+        text = build_text_model(text_name, max_length, "text" in from_hub, texts, text_files)
         if text_pooling == "cls" and text.tokenizer.cls_token_id is None:
             raise ModelError(f"--text-pooling cls: {text_name} has no class token")
     build_args = {
@@ -667,13 +671,16 @@ def start_model(
     inputs: str = "both",
     max_length: int = 128,
     text_pooling: str = "mean",
-) -> tuple[ImageTextModel, None]:
-    """(new model on the CPU, None: no line for the log), as training.start_model; keywords are the flags.
+) -> tuple[ImageTextModel, str | None]:
+    """(new model on the CPU, line for the log or None), as training.start_model; keywords are the flags.
 
-    classes: {task: names}; texts: those of train, for a new vocabulary.  Raises UserError, ModelError.
+    classes: {task: names}; texts: those of train, for a new vocabulary; weights: of the image side, --pretrained is the
+    text side's then.  Raises UserError, ModelError.
     """
     torch.manual_seed(seed)
-    refused = {"--weights": weights, "--init-checkpoint": init_checkpoint, "--patch-size": patch_size}
+    if weights and inputs == "text":
+        raise UserError("--weights are those of the image side, and --inputs text has none")
+    refused = {"--init-checkpoint": init_checkpoint, "--patch-size": patch_size}
     for flag in (flag for flag, value in refused.items() if value):
         raise UserError(f"{flag} is for image models alone, not for images with texts")
     new = build_image_text_model(
@@ -684,13 +691,17 @@ def start_model(
         fusion,
         fusion_layers,
         fusion_dim,
-        pretrained,
+        ("text",) * pretrained if weights else pretrained,
         inputs=inputs,
         texts=texts,
         max_length=max_length,
         text_pooling=text_pooling,
     )
+    note = None
+    if weights:
+        note = start_weights(new.image, weights)
+        new.mean, new.std = new.image.mean, new.image.std
     new.set_dropout(dropout)
     if freeze_backbone or freeze:
         new.freeze_backbone(("image", "text") if freeze_backbone else freeze)
-    return new, None
+    return new, note

@@ -14,8 +14,17 @@ from torch.nn import functional as F
 
 from common import multimodal
 from common.image_text import token_batch, tokenize
-from common.models import ModelError
-from common.multimodal import FUSIONS, AttentionBlock, Gated, build_image_text_model, build_text_model, train_wordpiece
+from common.models import ModelError, build_model
+from common.multimodal import (
+    FUSIONS,
+    AttentionBlock,
+    Gated,
+    build_image_text_model,
+    build_text_model,
+    start_model,
+    train_wordpiece,
+)
+from common.run import UserError
 from common.training import make_optimizer, task_cross_entropy
 
 TEXTS = [
@@ -561,3 +570,23 @@ def test_it_learns_from_both_sides(fusion):
         loss.backward()
         optimizer.step()
     assert loss < 0.1
+
+
+def test_weights_are_those_of_the_image_side(text_folder, tmp_path):
+    """With --pretrained the text side has those of its folder or hub; the image side asks none."""
+    import transformers
+
+    reference = transformers.AutoModel.from_pretrained(text_folder / "bert").state_dict()
+    theirs = build_model("timm:resnet10t", 5, 32).backbone.state_dict()
+    torch.save(theirs, tmp_path / "w.pth")
+    flags = {"model": "resnet10t", "seed": 0, "text_model": f"hf:{text_folder / 'bert'}", "max_length": 16}
+    flags.update(weights=str(tmp_path / "w.pth"), fusion_dim=64)
+    for pretrained in (False, True):
+        model, note = start_model({"organ": ["a", "b"]}, 32, ["x"], pretrained=pretrained, **flags)
+        assert note == f"weights of {tmp_path / 'w.pth'}"
+        ours = model.image.backbone.state_dict()
+        assert ours and all(torch.equal(value, theirs[name]) for name, value in ours.items())
+        found, name = model.text.body.state_dict(), "encoder.layer.0.output.dense.weight"
+        assert torch.equal(found[name], reference[name]) == pretrained
+    with pytest.raises(UserError, match="--weights are those of the image side, and --inputs text has none"):
+        start_model({"organ": ["a", "b"]}, 32, ["x"], inputs="text", **flags)

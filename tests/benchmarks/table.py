@@ -35,6 +35,7 @@ def collected(report: dict, title: str, metric: str) -> list[dict]:
         }
         metrics = {name: group["metrics"].get(name) for name in dict.fromkeys((metric, "accuracy", "ece", "auc"))}
         kept = {key: group.get(key) for key in KEPT}
+        kept["runs"] = {kind: [Path(run).name for run in group["runs"][kind]] for kind in ("students", "distilled")}
         lines.append(
             {"title": title, "metric": metric, "comparison": {**kept, "metrics": metrics, "evidence": evidence}}
         )
@@ -43,7 +44,8 @@ def collected(report: dict, title: str, metric: str) -> list[dict]:
         results["flags"] = {key: without_folder(value) for key, value in results["flags"].items()}
         command = results["environment"]["command"].split(" ")
         results["environment"]["command"] = " ".join(map(without_folder, command))
-        lines.append({"title": title, "run": {key: value for key, value in results.items() if key not in LONG}})
+        kept = {key: value for key, value in results.items() if key not in LONG}
+        lines.append({"title": title, "name": Path(run["run"]).name, "run": kept})
     return lines
 
 
@@ -55,7 +57,7 @@ def percent(stats: dict | None) -> str:
 
 
 def interval(values: list | None) -> str:
-    return " to ".join(f"{100 * value:+.1f}" for value in values) if values else "one seed"
+    return " to ".join(f"{100 * value:+.1f}" for value in values)
 
 
 def row(line: dict) -> str:
@@ -65,13 +67,19 @@ def row(line: dict) -> str:
     method = f"`{group['method']}`" + (f", {group['variant']}" if group["variant"] else "")
     values = [percent(stats[kind]) for kind in ("teacher", "student without KD", "student with KD")]
     gain = "" if evidence["gain"] is None else f"{100 * evidence['gain']:+.1f}"
-    gain += f" ({interval(evidence['interval'])}; {interval(evidence['seeds_interval'])})" if gain else ""
+    gain += f" ({'; '.join(interval(evidence[key]) for key in ('interval', 'seeds_interval') if evidence[key])})"
     verdict = f"**{evidence['verdict']}**" if evidence["verdict"] in ("gain", "loss") else evidence["verdict"] or ""
+    verdict = verdict if evidence["seeds_interval"] else "one seed"
     return f"| {' | '.join([line['title'], method, *values, gain, verdict])} |"
 
 
 def rows(lines: list[dict]) -> list[str]:
-    return [row(line) for line in lines if "comparison" in line]
+    """The table's rows; a title stands in the first of its own."""
+    rows, title = [], None
+    for line in (line for line in lines if "comparison" in line):
+        rows.append(row({**line, "title": "" if line["title"] == title else line["title"]}))
+        title = line["title"]
+    return rows
 
 
 def main():
