@@ -178,7 +178,7 @@ class _HelpAll(argparse.Action):
 class Parser(argparse.ArgumentParser):
     def __init__(self, description: str):
         super().__init__(
-            description=description, usage="%(prog)s [flags]", formatter_class=HelpFormatter, allow_abbrev=False
+            description=description or "", usage="%(prog)s [flags]", formatter_class=HelpFormatter, allow_abbrev=False
         )
         self.add_argument("--help-all", action=_HelpAll, help="show all flags and exit")
 
@@ -232,7 +232,7 @@ def number(kind: type, low: float = -math.inf, high: float = math.inf, above: bo
 
     def convert(text):
         value = kind(text)
-        if not (low < value if above else low <= value) or not value <= high or value != value:
+        if not (low < value if above else low <= value) or not value <= high or not math.isfinite(value):
             limits = f"{'above' if above else 'at least'} {low}" + (f" and at most {high}" if high < math.inf else "")
             raise argparse.ArgumentTypeError(f"{text} must be {limits}")
         return value

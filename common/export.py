@@ -10,6 +10,7 @@ onnxscript and onnxruntime for .onnx).
 """
 
 import contextlib
+import glob
 import json
 import logging
 import os
@@ -92,10 +93,11 @@ def output_names(classes: list | dict) -> list[str]:
 
 def write_safetensors(path: str, model: nn.Module, described: dict) -> None:
     """The backbone's weights under its own names (of a model of images and texts all), `described` in the metadata."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     weights = {name: value.detach().clone().contiguous() for name, value in _bare(model).state_dict().items()}
-    save_file(weights, path, metadata={"format": "pt", "description": json.dumps(described)})
+    with open(path, "wb") as file:  # their save_file lets nobody else read it
+        file.write(save(weights, metadata={"format": "pt", "description": json.dumps(described)}))
 
 
 def _bare(model):
@@ -277,8 +279,12 @@ def quantize(path: str, target: str, loader: Loader, preprocess: Preprocess, who
 # ---------------------------------------------------------------------------------------------------------------- card
 
 
-def model_card(described: dict, results: dict, licence: str | None) -> str:
-    """README.md in the format of Hugging Face: what results.json of the run says, and nothing else."""
+def model_card(described: dict, results: dict, exports: list[dict]) -> str:
+    """README.md in the format of Hugging Face: what results.json of the run says, and nothing else.
+
+    exports: what their FILE.json say, of all exports of the checkpoint that lie there.
+    """
+    licence = described["data_licence"]
     scores, intervals = results.get("test") or results.get("val") or {}, results.get("intervals") or {}
     split = "test" if results.get("test") else "val"
     spread, dataset = intervals.get(split) or {}, results.get("dataset") or {}
@@ -302,8 +308,11 @@ def model_card(described: dict, results: dict, licence: str | None) -> str:
         "",
         "The figures hold for images like those of the data named above, no others were judged.",
     ]
-    lines += ["", "## Files", "", f"`{described['file']}`: inputs {', '.join(described['inputs'])}; outputs"]
-    lines[-1] += f" {', '.join(described['outputs'])}; normalization and sides in `{described['file']}.json`."
+    lines += ["", "## Files", ""]
+    for export in exports:
+        names = " and ".join(f"`{name}`" for name in (export["file"], export.get("quantized")) if name)
+        ends = f"inputs {', '.join(export['inputs'])}; outputs {', '.join(export['outputs'])}"
+        lines.append(f"- {names}: {ends}; normalization and sides in `{export['file']}.json`.")
     return "\n".join(lines) + "\n"
 
 
@@ -388,6 +397,7 @@ def export(
         with atomic_write(small) as temporary, _quiet():
             quantize(path, temporary, Loader(train, min(batch_size, 32), "cpu"), preprocess, whole)
         lines.append(report_line(small, model, preprocess, loader, inputs, described, checkpoint, positive))
+        described["quantized"] = os.path.basename(small)
     write_beside(path, described, source, model, licence)
     return [*lines, f"{path}.json, {os.path.join(os.path.dirname(path), 'README.md')}"]
 
@@ -433,9 +443,14 @@ def report_line(path, model, preprocess, loader, inputs, described, checkpoint, 
 
 def write_beside(path: str, described: dict, source: str, model: nn.Module, licence: str | None) -> None:
     """FILE.json, README.md and, of a model that reads texts, its tokenizer's files in FILE.tokenizer."""
+    folder = glob.escape(os.path.dirname(path) or ".")
+    files = [file for kind in KINDS for file in sorted(glob.glob(f"{folder}/*{kind}.json")) if file != path + ".json"]
+    others = [one for one in map(read_json, files) if one.get("checkpoint_sha256") == described["checkpoint_sha256"]]
+    known = (licence, *(one.get("data_licence") for one in others))
+    described["data_licence"] = next(filter(None, known), None)
     write_json(path + ".json", described)
     results = os.path.join(os.path.dirname(source), "results.json")
-    card = model_card(described, read_json(results) if os.path.exists(results) else {}, licence)
+    card = model_card(described, read_json(results) if os.path.exists(results) else {}, [described, *others])
     with atomic_write(os.path.join(os.path.dirname(path), "README.md")) as temporary:
         with open(temporary, "w", encoding="utf-8") as file:
             file.write(card)

@@ -271,10 +271,12 @@ def _spread_findings(paths, content, tasks, classes):
     key, given = tasks[0], {}
     for split, (rows, *_) in content.items():
         for number, row in rows:
-            if not isinstance(row[key], list) or not all(isinstance(v, str) and v not in MISSING for v in row[key]):
+            names = [as_text(v) if isinstance(v, str) else "" for v in row[key]] if isinstance(row[key], list) else [""]
+            if not MISSING.isdisjoint(names):
                 where = f"{paths[split]} line {number}"
                 raise DataError(f"{where}: {key!r} must be a list of names, not {json.dumps(row[key])[:40]}")
-            given.setdefault(split, {}).update(dict.fromkeys(row[key], number))
+            row[key] = names
+            given.setdefault(split, {}).update(dict.fromkeys(names, number))
     every = sorted({value for values in given.values() for value in values})
     name = dict(zip(every, finding_names(key, every)))
     known = list(classes or (name[value] for value in sorted(given["train"])))

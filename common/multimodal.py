@@ -166,6 +166,8 @@ def build_text_model(name, max_length=128, pretrained=False, texts=None, files=N
     if files is None and name in SCRATCH_MODELS:
         if texts is None:
             raise ModelError(f"{name} needs the texts of train: its vocabulary comes from them")
+        if not any(map(str.strip, texts)):
+            raise ModelError(f"{name}: all texts of train are empty, --inputs image trains on the images alone")
         files, pretrained = _scratch_files(*SCRATCH_MODELS[name], train_wordpiece(texts)), False
     if files is not None:
         with tempfile.TemporaryDirectory() as folder:

@@ -755,6 +755,9 @@ class Recorder:
             raise UserError(f"--select-metric {self.metric} is not one of {', '.join(values)}")
         self.updater.check_finite()
         value = values[self.metric]
+        if value is None:
+            advice = "take another --select-metric or --split-seed"
+            raise UserError(f"--select-metric {self.metric} has no value on val, which lacks a class: {advice}")
         gain = better(self.metric, value, self.best)
         if gain or not self.best_epoch:
             self.best, self.last_gain = value, self.epoch

@@ -612,6 +612,8 @@ class Predictions:
             metrics.weighing(self.logits[task], self.targets[task], (name,), self.positive.get(task, 1))
             for task in tasks
         ]
+        once = np.ones((len(self.ids), 1), np.int32)
+        functions = [function for function in functions if np.isfinite(function(once)[name][0])] or functions
         return lambda weights: np.mean([function(weights)[name] for function in functions], axis=0)
 
     def value(self, metric: str) -> float | None:

@@ -720,7 +720,7 @@ def task_metrics(logits: dict, targets: dict, teacher: dict | None = None, posit
     """Metrics of {task: logits (N, C)} against {task: labels (N,)}, and fidelity to a teacher's logits {task: (N, C)}.
 
     positive: {task: index} of the positive class of two (1).  Of several tasks <task>_<metric> for each, and <metric>,
-    their mean (None where one is).
+    the mean of those that are defined: a finding that no image has, has no AUC.
     """
     scores = {}
     for task, values in logits.items():
@@ -731,8 +731,8 @@ def task_metrics(logits: dict, targets: dict, teacher: dict | None = None, posit
         return scores[task]
     means = {}
     for name in scores[task]:
-        values = [row[name] for row in scores.values()]
-        means[name] = None if None in values else float(np.mean(values))
+        values = [row[name] for row in scores.values() if row[name] is not None]
+        means[name] = float(np.mean(values)) if values else None
     return {**means, **{f"{task}_{name}": value for task, row in scores.items() for name, value in row.items()}}
 
 
@@ -756,7 +756,8 @@ def uncertainty(logits: dict, dataset, splits: Splits) -> dict:
         recalls.update({prefix + name: value for name, value in zip(names, metrics.class_recalls(values, labels))})
     for name in metrics.RESAMPLED if len(logits) > 1 else ():  # the same images are drawn for each task
         parts = [resampled.get(f"{task}_{name}") for task in logits]
-        means.update({} if any(part is None for part in parts) else {name: np.mean(parts, axis=0)})
+        if all(part is not None for part in parts):
+            means[name] = np.mean([part for part in parts if np.isfinite(part).any()] or parts, axis=0)
     intervals = {name: metrics.interval(values) for name, values in {**means, **resampled}.items()}
     return {"intervals": intervals, "class_recalls": recalls}
 
@@ -949,6 +950,7 @@ def summary_line(results: dict, path: str) -> str:
     figures = [
         f"{name} {test[key]:.4f}" + (f" {brackets(intervals[key])}" if key in bracketed and intervals.get(key) else "")
         for key, name in names.items()
+        if test[key] is not None
     ]
     return f"test {', '.join(figures)} {best}; last epoch {results['final_test']['accuracy']:.4f}; {path}"
 

@@ -163,6 +163,11 @@ def test_the_card_says_what_results_json_says(student, tmp_path):
         text=True,
     )
     assert "vit_tiny_patch16_224" in weights.stdout  # timm's arguments are in its metadata too
+    exported(student, tmp_path / "other.pt2")
+    card = (tmp_path / "README.md").read_text()
+    assert "`model.safetensors`: inputs" in card and "`other.pt2`: inputs" in card and "CC-BY-4.0" in card
+    modes = {oct(os.stat(tmp_path / name).st_mode) for name in ("model.safetensors", "other.pt2", "README.md")}
+    assert len(modes) == 1, modes
 
 
 def test_what_is_refused(student, tmp_path, refused):

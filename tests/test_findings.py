@@ -15,7 +15,7 @@ from conftest import succeed
 from PIL import Image
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from common import metrics
+from common import metrics, statistics
 from common.data import DataError, ImageDataset, Splits, are_findings, load_splits
 from common.losses import TERMS, DistillationLoss, LossError, check_findings
 from common.medical import CHESTMNIST, findings_dataset
@@ -329,6 +329,7 @@ def lists(folder, tmp_path):
     """The images of `folder`, their findings as lists."""
     root, present, _ = folder
     rows = [(f"{i}.png", [name for name, there in zip(COLUMNS, row) if there]) for i, row in enumerate(present)]
+    rows[0][1][:] = [f" {name} " for name in rows[0][1]]
     (tmp_path / "images").symlink_to(root)
     for split, part in (("train", rows[:160]), ("test", rows[160:])):
         write_lines(tmp_path, split, part)
@@ -359,6 +360,7 @@ def test_lists_of_findings(lists):
         ("train", ("0.png", ["mass", ""]), '\'found\' must be a list of names, not \\["mass", ""\\]'),
         ("test", ("0.png", ["mass", "nodule"]), "test.jsonl line 1: train has no 'found' 'nodule'"),
         ("test", ("0.png", ["Pleural-effusion", "Pleural effusion", "Pleural,effusion"]), "cannot be the name of a f"),
+        ("train", ("0.png", [" "]), "'found' must be a list of names, not \\[\" \"\\]"),
         ("train", ("0.png", []), "train.jsonl has no finding: 'found' is empty in each line"),
     ],
 )
@@ -368,6 +370,51 @@ def test_bad_lists_of_findings(lists, split, row, words):
         load_splits("image_text", str(lists[0]), tasks=["found"])
     with pytest.raises(DataError, match="--tasks found image: where labels are lists, give the one task"):
         load_splits("image_text", str(lists[0]), tasks=["found", "image"])
+
+
+# ------------------------------------------------------------------------------- a finding that no image of a split has
+
+
+def test_means_are_of_the_findings_that_are_there(outputs):
+    _, student, present = outputs
+    present = present.clone()
+    present[:, 2] = 0
+    logits = {name: torch.stack([torch.zeros(64), student[:, i]], 1).numpy() for i, name in enumerate(NAMES)}
+    targets = {name: values.numpy() for name, values in targets_of(present).items()}
+    found, two = task_metrics(logits, targets), slice(0, 2)
+    expected = roc_auc_score(present[:, two], student[:, two], average="macro")
+    assert found["auc"] == pytest.approx(expected) and found["hernia_auc"] is None
+    names = dict.fromkeys(NAMES, ["absent", "present"])
+    predictions = statistics.Predictions(np.arange(64), None, targets, logits, names)
+    assert predictions.value("auc") == pytest.approx(expected)
+    dataset = findings_dataset([*map(str, range(64))], present.numpy(), NAMES, images=np.zeros((64, 2, 2), np.uint8))
+    found = uncertainty(logits, dataset, Splits("toy", "natural", names, dataset, dataset, dataset))
+    low, high = found["intervals"]["auc"]
+    assert low < expected < high
+    nothing = {name: np.zeros(64, np.int64) for name in NAMES}
+    assert task_metrics(logits, nothing)["auc"] is None
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_a_split_without_a_finding(folder, here, refused, tmp_path, split):
+    """Its mean is of the others, and the run ends well; without any finding val cannot choose by AUC."""
+    lines = list(csv.reader(open(folder[0] / "labels.csv", newline="")))
+    rows = [[*row, ("train", "val", "test")[i % 3]] for i, row in enumerate(lines[1:])]
+    few = [[*row[:5], "0" if row[6] == split else row[5], row[6]] for row in rows]
+    none = [[*row[:3], *["0" if row[6] == split else v for v in row[3:6]], row[6]] for row in rows]
+    data = ["--dataset", "csv", "--data-root", folder[0], "--label-columns", *COLUMNS, "--model", "resnet8", *QUICK]
+    for name, content in (("few", few), ("none", none)):
+        with open(tmp_path / f"{name}.csv", "w", newline="") as file:
+            csv.writer(file).writerows([[*lines[0], "split"], *content])
+        args = ["train_student.py", *data, "--group-column", "none", "--table", tmp_path / f"{name}.csv", "--epochs", 2]
+        if (name, split) == ("none", "val"):
+            refused(*args, "--output", name, words=["--select-metric auc has no value on val, which lacks a class"])
+            continue
+        code, out, errors = here(*args, "--output", name)
+        assert code == 0, errors
+        scores = results_of(tmp_path / name)[split]
+        assert (scores["auc"] is None) == (name == "none") and scores["hernia_auc"] is None
+        assert (f"auc {results_of(tmp_path / name)['test']['auc'] or 0:.4f}" in out) == (scores["auc"] is not None)
 
 
 # -------------------------------------------------------------------------------------------------------------- scripts

@@ -362,6 +362,7 @@ def test_scratch_tokenizer():
             width // 64,
         )
     assert "needs the texts of train" in refusal(build_text_model, "bert-tiny-scratch")
+    assert "all texts of train are empty" in refusal(build_text_model, "bert-tiny-scratch", texts=["", " "])
 
 
 # ---------------------------------------------------------------------------------------------------- folders and hubs

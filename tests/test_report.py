@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -1004,6 +1005,19 @@ def test_a_legend_has_one_entry_for_each_label(tmp_path, monkeypatch):
             for label in ("seeds", "seeds", "best"):
                 axis.plot([0, 1], label=label)
     assert legends == [["seeds", "best"]]
+
+
+def test_a_long_legend_leaves_the_axes_their_height(tmp_path):
+    heights = []
+    for count in (1, 15):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with page.Figures(tmp_path).new(f"f{count}", "title", 3) as axis:
+                for i in range(count):
+                    axis.plot([0, 1], label=f"{i}: a label of many words that takes a line of its own")
+                figure = axis.figure
+        heights.append(axis.get_position().height * figure.get_figheight())
+    assert heights[1] > 0.9 * heights[0]
 
 
 @pytest.mark.parametrize(("count", "labels"), [(3, 4), (40, 2)])

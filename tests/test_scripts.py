@@ -405,6 +405,7 @@ def test_samples_that_cannot_be_written_are_refused_before_data(tmp_path, monkey
         (["--alpha", 1.5], ["--alpha"]),
         (["--alpha", -0.1], ["--alpha"]),
         (["--alpha", "nan"], ["--alpha"]),
+        (["--lr", "inf"], ["--lr", "inf"]),
         (["--temperature", 0], ["--temperature"]),
         (["--loss", "kl=-1"], ["--loss kl=-1"]),
         (["--loss", "ce=0", "kl=0"], ["weight"]),
