@@ -400,7 +400,7 @@ class Figures:
                 handles.update(zip(*axis.get_legend_handles_labels()[::-1]))
             if handles:
                 columns = max(1, min(3, 50 // max(map(len, handles))))
-                figure.set_figheight(height + 0.2 * len(handles) / columns)  # the axes stay as high
+                figure.set_figheight(height + 0.25 * len(handles) / columns)  # the axes stay as high
                 figure.legend(handles.values(), handles, loc="outside lower center", ncols=columns)
             image = io.BytesIO()
             figure.savefig(image, format="png", bbox_inches="tight", pad_inches=0.15)
