@@ -89,7 +89,7 @@ def build_parser():
     add("--seed", type=cli.NATURAL, default=0, help="fixes the probe's held-out part and order")
     add(
         "--dataset",
-        type=cli.name_or_file,
+        type=cli.dataset_name(DATASETS),
         metavar="NAME",
         help=f"{', '.join(DATASETS)}, FILE.py:FUNCTION; else the checkpoint's",
     )

@@ -257,6 +257,18 @@ def name_or_file(text: str) -> str:
     return os.path.abspath(text) if ".py:" in text else text
 
 
+def dataset_name(datasets: Iterable[str]) -> Callable:
+    """An argparse type: one of these names, or FILE.py:FUNCTION."""
+
+    def convert(text):
+        if ".py:" not in text and text not in datasets:
+            names = ", ".join(datasets)
+            raise argparse.ArgumentTypeError(f"unknown dataset {text!r}: choose one of {names}, or FILE.py:FUNCTION")
+        return name_or_file(text)
+
+    return convert
+
+
 def switch(add: Callable, flag: str, help: str) -> None:
     """Add a flag that is off by default, with a --no- form that overrides a config; add: a group's add_argument."""
     add(flag, action=argparse.BooleanOptionalAction, default=False).help = help
@@ -302,7 +314,7 @@ def add_data_flags(parser: Parser, datasets: Iterable[str], default: str | None 
     text = f"{', '.join(datasets)}, or FILE.py:FUNCTION"
     add(
         "--dataset",
-        type=name_or_file,
+        type=dataset_name(datasets),
         default=default,
         help=text if default else f"{text}; else the checkpoint's",
     )
