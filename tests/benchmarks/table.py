@@ -14,7 +14,7 @@ from pathlib import Path
 
 FILE = Path(__file__).with_name("results.jsonl")
 LONG = ("class_recalls", "final_val", "final_test")  # of a run, left out
-KEPT = ("dataset", "teacher", "student", "method", "variant", "resolution", "trained_on", "gain", "gain_std")
+KEPT = ("dataset", "teacher", "teachers", "student", "method", "variant", "resolution", "trained_on", "gain", "gain_std")
 
 
 def read_lines(path: Path = FILE) -> list[dict]:
@@ -66,6 +66,8 @@ def row(line: dict) -> str:
     stats, evidence = group["metrics"][metric], group["evidence"]
     method = f"`{group['method']}`" + (f", {group['variant']}" if group["variant"] else "")
     values = [percent(stats[kind]) for kind in ("teacher", "student without KD", "student with KD")]
+    if group.get("teachers"):  # several
+        values[0] = " + ".join(f"{100 * teacher[metric]:.1f}" for teacher in group["teachers"])
     gain = "" if evidence["gain"] is None else f"{100 * evidence['gain']:+.1f}"
     gain += f" ({'; '.join(interval(evidence[key]) for key in ('interval', 'seeds_interval') if evidence[key])})"
     verdict = f"**{evidence['verdict']}**" if evidence["verdict"] in ("gain", "loss") else evidence["verdict"] or ""
