@@ -14,7 +14,18 @@ from pathlib import Path
 
 FILE = Path(__file__).with_name("results.jsonl")
 LONG = ("class_recalls", "final_val", "final_test")  # of a run, left out
-KEPT = ("dataset", "teacher", "teachers", "student", "method", "variant", "resolution", "trained_on", "gain", "gain_std")
+KEPT = (
+    "dataset",
+    "teacher",
+    "teachers",
+    "student",
+    "method",
+    "variant",
+    "resolution",
+    "trained_on",
+    "gain",
+    "gain_std",
+)
 
 
 def read_lines(path: Path = FILE) -> list[dict]:
