@@ -279,7 +279,7 @@ def _spread_findings(paths, content, tasks, classes):
             given.setdefault(split, {}).update(dict.fromkeys(names, number))
     every = sorted({value for values in given.values() for value in values})
     name = dict(zip(every, finding_names(key, every)))
-    known = list(classes or (name[value] for value in sorted(given["train"])))
+    known = list(classes or (name[value] for value in sorted(given.get("train", ()))))
     if not known:
         raise DataError(f"{paths['train']} has no finding: {key!r} is empty in each line")
     for split, (rows, *_) in content.items():
