@@ -6,11 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, shared_archive
+from conftest import ROOT, shared_archive, succeed
 from torch import nn
 
 table = runpy.run_path(str(ROOT / "tests" / "benchmarks" / "table.py"))
 imagenet_weights = runpy.run_path(str(ROOT / "tests" / "benchmarks" / "imagenet_weights.py"))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests" / "benchmarks").glob("*.py")), ids=lambda path: path.stem)
+def test_a_benchmark_finds_what_it_imports(path):
+    assert "usage" in succeed(path.relative_to(ROOT), "--help").stdout
 
 
 def test_tensors_are_renamed_in_order():

@@ -141,6 +141,7 @@ def test_eight_bits(student, tmp_path):
     (_, whole), (difference, small) = exported(student, tmp_path / "model.onnx", "--quantize", "int8")
     assert os.path.getsize(tmp_path / "model.int8.onnx") < 0.4 * os.path.getsize(tmp_path / "model.onnx")
     assert 1e-4 < difference and small["accuracy"][1] == whole["accuracy"][1]
+    assert "`model.onnx` and `model.int8.onnx`: inputs" in (tmp_path / "README.md").read_text()
     assert abs(small["accuracy"][0] - small["accuracy"][1]) < 0.1
 
 

@@ -166,6 +166,13 @@ def test_help_without_docstrings():
     assert done.returncode == 0 and "--method" in done.stdout, done.stderr
 
 
+def test_an_unknown_dataset_is_refused_as_early():
+    command = [sys.executable, "-X", "importtime", ROOT / "distill.py", "--dataset", "cifr10"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "unknown dataset 'cifr10': choose one of digits, cifar10" in done.stderr
+    assert " torch\n" not in done.stderr
+
+
 @pytest.mark.parametrize("words, code", [(["--help"], 0), (["--no-such-flag"], 2), (["--batch-size", "0"], 2)])
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_and_wrong_flags_are_answered_before_what_takes_seconds_is_loaded(script, words, code):

@@ -585,6 +585,7 @@ def test_weights_are_those_of_the_image_side(text_folder, tmp_path):
     for pretrained in (False, True):
         model, note = start_model({"organ": ["a", "b"]}, 32, ["x"], pretrained=pretrained, **flags)
         assert note == f"weights of {tmp_path / 'w.pth'}"
+        assert model.mean == [0.485, 0.456, 0.406], "what these weights expect"
         ours = model.image.backbone.state_dict()
         assert ours and all(torch.equal(value, theirs[name]) for name, value in ours.items())
         found, name = model.text.body.state_dict(), "encoder.layer.0.output.dense.weight"

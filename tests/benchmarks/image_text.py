@@ -27,9 +27,9 @@ from common.augment import Augmenter
 from common.data import DATASETS, load_splits
 from common.image_text import tokenize
 from common.loader import Loader
-from common.losses import DistillationLoss, task_cross_entropy
+from common.losses import DistillationLoss
 from common.run import load_checkpoint
-from common.training import Precision, load_model, make_optimizer
+from common.training import Precision, load_model, make_optimizer, task_cross_entropy
 from distill import loss_settings
 
 

@@ -32,9 +32,9 @@ sys.path.insert(0, str(ROOT))
 from common.augment import PRESETS, Augmenter, Policy
 from common.data import ImageDataset
 from common.loader import Loader
-from common.losses import DistillationLoss, cross_entropy, temperature_kl
+from common.losses import DistillationLoss, temperature_kl
 from common.models import build_model
-from common.training import Precision, Preprocess, Schedule, Updater, make_optimizer, place
+from common.training import Precision, Preprocess, Schedule, Updater, cross_entropy, make_optimizer, place
 from common.unlabeled import load_folder
 from distill import loss_settings
 
