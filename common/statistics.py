@@ -106,8 +106,10 @@ def check(results: dict):
     """Fills in what is optional.  Raises KeyError, ValueError, TypeError or AttributeError where more is missing."""
     if results["role"] not in ROLES:
         raise ValueError(f"the role is {results['role']!r}, not teacher, student or distill")
-    if re.fullmatch(r"ce=\S+", str(results.get("method"))):  # of distill.py, but nothing of its teacher: a baseline
+    if re.fullmatch(r"ce=\S+( fine-tuned,?)*", str(results.get("method"))):  # of distill.py, without its teacher
         results.update(role="student", method=None, teacher=None)
+    elif results["role"] == "student" and results.get("method"):  # of train_student.py, fine-tuned after distill.py
+        results["role"] = "distill"
     results.update((key, results.get(key) or kind()) for key, kind in OPTIONAL.items())
     required = {**OPTIONAL, **REQUIRED}
     if results["role"] == "distill":
@@ -140,8 +142,7 @@ def identity(results: dict) -> dict:
     """Everything in which the repeats of a group agree, flat, so that a label can show where groups differ."""
     dataset, model, teacher, flags = results["dataset"], results["model"], results["teacher"], dict(results["flags"])
     sha256 = dataset["sha256"]
-    if flags.get("teacher_embeddings"):
-        stores = flags["teacher_embeddings"]
+    if stores := flags.get("teacher_embeddings"):
         stores = stores if isinstance(stores, list) else [stores]
         flags["teacher_embeddings"] = "/".join(Path(store).name for store in stores)  # of a staged copy only it stays
     result = {
@@ -158,6 +159,8 @@ def identity(results: dict) -> dict:
         "labels": (dataset.get("labelled") or {}).get("sha256", sha256["train"]),
         "teacher sha256": teacher.get("sha256"),
     }
+    if start := flags.get("init_checkpoint"):  # of runs/pretrained_3, whose number is that of a seed, `pretrained`
+        flags["init_checkpoint"] = re.sub(r"_\d+$", "", Path(start).parent.name)
     if is_fold(flags):  # each has its own images, which choose_baselines and find_teachers compare fold by fold
         images = flags.get("limit_train") or 0
         labels = flags.get("limit_labels") or images
@@ -570,7 +573,8 @@ def cell(value: float | None, metric: str, std: float | None = None, sign: str =
     """0.9123 as '91.23', or '91.23 ± 0.40' where there are several seeds; losses stay as they are."""
     if number(value) is None:
         return "-"
-    factor, digits = scale(metric), 4 if scale(metric) == 1 else 2
+    factor = scale(metric)
+    digits = 2 if factor == 100 else 4
     return f"{factor * value:{sign}.{digits}f}" + ("" if std is None else f" ± {factor * std:.{digits}f}")
 
 
@@ -650,8 +654,9 @@ def align(predictions: Predictions, reference: Predictions) -> Predictions:
         raise ValueError(f"its {len(rows)} test images are not the {len(reference.ids)} of the other runs")
     if predictions.classes != reference.classes:
         raise ValueError("its classes, or their order, are not those of the other runs")
-    in_order = np.array_equal(predictions.ids, reference.ids)
-    order = slice(None) if in_order else [rows[sample] for sample in reference.ids]  # a slice copies nothing
+    order = slice(None)  # which copies nothing
+    if not np.array_equal(predictions.ids, reference.ids):
+        order = [rows[sample] for sample in reference.ids]
     targets, logits = (
         {task: values[order] for task, values in arrays.items()} for arrays in (predictions.targets, predictions.logits)
     )

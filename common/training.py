@@ -135,14 +135,12 @@ class Preprocess:
     @classmethod
     def for_model(cls, model, resolution: int, dataset: str, info: DatasetInfo, crop_mode: str = "center"):
         """For a model that comes from no checkpoint: what its weights expect, else what suits the dataset."""
-        mean, std, source = model.mean, model.std, f"the weights of {model.name}"
-        if not mean:
-            assumed = f", assumed: the weights of {model.name} come without mean and std"
-            mean, std, source = (
-                info.mean,
-                info.std,
-                dataset + ("" if getattr(model, "known_classes", None) is None else assumed),
-            )
+        if model.mean:
+            mean, std, source = model.mean, model.std, f"the weights of {model.name}"
+        else:
+            mean, std, source = info.mean, info.std, dataset
+            if getattr(model, "known_classes", None) is not None:
+                source += f", assumed: the weights of {model.name} come without mean and std"
         return cls(resolution, mean, std, source, crop_mode).reads(model)
 
     def __str__(self):
@@ -387,8 +385,9 @@ def cross_entropy(
     weights = None if weights is None else weights.to(logits)
 
     def loss(labels):  # (B,), 0 without a label
-        smoothing = {"label_smoothing": label_smoothing}
-        return functional.cross_entropy(logits, labels, weights, ignore_index=-1, reduction="none", **smoothing)
+        return functional.cross_entropy(
+            logits, labels, weights, ignore_index=-1, reduction="none", label_smoothing=label_smoothing
+        )
 
     def weight(labels):
         counted = (labels >= 0).to(logits)
@@ -431,8 +430,6 @@ def task_cross_entropy(
         task: cross_entropy(out[logits_name(task)], labels, label_smoothing, weights.get(task), batch_targets[task])
         for task, labels in targets.items()
     }
-    if len(losses) == 1:
-        return next(iter(losses.values()))
     shares = {task: shares.get(task, 1.0) for task in losses}
     return sum(shares[task] * loss for task, loss in losses.items()) / sum(shares.values())
 
@@ -804,7 +801,10 @@ def cost(model: nn.Module, resolution: int, batch_size: int, precision: Precisio
 
 
 def run_content(role: str, splits: Splits, preprocess: Preprocess, policy: Policy, flags: dict, **more: Any) -> dict:
-    """The constant part of a run's checkpoints; see run.Recorder."""
+    """The constant part of a run's checkpoints; see run.Recorder.  A distilled student keeps its teacher when tuned."""
+    origin = load_checkpoint(flags["init_checkpoint"]) if flags.get("init_checkpoint") else {}
+    if origin.get("method"):
+        more = {"method": f"{origin['method']}, fine-tuned", "teacher": origin["teacher"], **more}
     return {
         "role": role,
         "classes": splits.classes,
@@ -826,13 +826,13 @@ def start_lines(
     weights_from: str | None = None,
 ) -> list[str]:
     """What the log says before the first epoch."""
-    size = f"{model.num_parameters:,} parameters, {preprocess.resolution} px"
-    lines = [
-        f"{model.name}: {size}, {precision.device}, {precision.name}",
+    return [
+        f"{model.name}: {model.num_parameters:,} parameters, {preprocess.resolution} px, "
+        f"{precision.device}, {precision.name}",
         f"normalization: {preprocess}",
         f"{splits}, {train.cache_kind} cache",
+        *filter(None, [weights_from]),
     ]
-    return lines + ([weights_from] if weights_from else [])
 
 
 def write_results(

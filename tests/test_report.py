@@ -399,6 +399,26 @@ def test_a_loss_of_the_labels_alone_is_a_baseline(tmp_path):
     }
 
 
+def test_students_fine_tuned_after_distillation_have_a_gain(tmp_path):
+    """train_student.py from a student of distill.py: of one group over seeds, taught, and never the baseline."""
+    flags = {"seed": 0, "init_checkpoint": None}
+    for seed in (0, 1):
+        write_run(tmp_path / f"runs/alone_{seed}", "student", 0.4, flags={**flags, "seed": seed})
+        for start, method, accuracy in (
+            ("runs/tokens_{}/best.pth", "tokens, fine-tuned", 0.7 + 0.1 * seed),
+            ("elsewhere/long_{}/best.pth", "tokens, fine-tuned", 0.8),
+            ("runs/plain_{}/best.pth", "ce=1, fine-tuned", 0.6),
+        ):
+            more = {**flags, "seed": seed, "init_checkpoint": start.format(seed)}
+            folder = tmp_path / "runs" / f"tuned_{start.split('/')[1].format(seed)}"
+            write_run(folder, "student", accuracy, method=method, teacher=sha("teacher"), flags=more)
+    report, _ = report_of(tmp_path, "runs")
+    found = {group["variant"]: (group["method"], len(group["runs"]["distilled"])) for group in report["groups"]}
+    assert found == {f"--init-checkpoint {name}": ("tokens, fine-tuned", 2) for name in ("tokens", "long")}
+    assert [group["gain"] for group in report["groups"]] == [pytest.approx(0.4), pytest.approx(0.35)]
+    assert all(group["runs"]["students"] == ["runs/alone_0", "runs/alone_1"] for group in report["groups"])
+
+
 def test_a_baseline_without_distillation(tmp_path):
     write_run(tmp_path / "runs/t", "teacher", 0.9)
     write_run(tmp_path / "runs/s", "student", 0.6)

@@ -533,24 +533,17 @@ def test_what_follows_a_run_without_labels(taught, tmp_path):
     )
     done = run_script("evaluate.py", folder / "run" / "best.pth")
     assert done.returncode == 2 and "--knn" in done.stderr
-    done = succeed(
-        "train_student.py",
-        "--model",
-        "vit_6_192",
-        "--patch-size",
-        4,
-        "--init-checkpoint",
-        folder / "run" / "best.pth",
-        "--epochs",
-        1,
-        "--limit-train",
-        64,
-        "--output",
-        tmp_path / "tuned",
-        "--device",
-        "cpu",
-    )
+    small = ["--model", "vit_6_192", "--patch-size", 4, "--epochs", 1, "--limit-train", 64, "--device", "cpu"]
+    again = [*small, "--output", tmp_path / "again"]
+    start = folder / "run" / "best.pth"
+    done = succeed("train_student.py", "--init-checkpoint", start, *small, "--output", tmp_path / "tuned")
     assert "new head" in done.stdout
+    succeed("train_student.py", "--init-checkpoint", tmp_path / "tuned" / "best.pth", *again)
+    before = load_checkpoint(str(start))
+    for name, method in (("tuned", "tokens, fine-tuned"), ("again", "tokens, fine-tuned, fine-tuned")):
+        results = json.loads((tmp_path / name / "results.json").read_text())
+        assert (results["role"], results["method"]) == ("student", method)
+        assert results["teacher"]["sha256"] == before["teacher"]["sha256"], name
     done = run_script(
         "extract_embeddings.py",
         "--checkpoint",
