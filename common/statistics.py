@@ -135,7 +135,8 @@ def trained_on(results: dict) -> str:
     labelled = (dataset.get("labelled") or {}).get("train", images) if dataset.get("classes") else 0
     if not labelled:
         return f"{images} images without labels"
-    return f"{labelled} labels" + f" and {images - labelled} images without" * (images > labelled)
+    without = f" and {images - labelled} images without" * (images > labelled and results["role"] == "distill")
+    return f"{labelled} labels{without}{', after distillation' * ('fine-tuned' in (results.get('method') or ''))}"
 
 
 def identity(results: dict) -> dict:

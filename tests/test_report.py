@@ -390,13 +390,16 @@ def test_a_loss_of_the_labels_alone_is_a_baseline(tmp_path):
     """distill.py --loss ce=1: the same steps and labels in each batch, nothing of the teacher."""
     teacher = write_run(tmp_path / "runs/t", "teacher", 0.9)
     for name, method, accuracy in (("alone", "ce=1", 0.4), ("kd", "response", 0.7), ("other", "ce=0.5 kl=1", 0.6)):
-        write_run(tmp_path / "runs" / name, "distill", accuracy, method=method, teacher=teacher, labelled="few")
+        more = {"teacher": teacher, "labelled": "few", "images": 130}
+        write_run(tmp_path / "runs" / name, "distill", accuracy, method=method, **more)
     report, _ = report_of(tmp_path, "runs")
     found = {group["method"]: (group["runs"]["students"], group["gain"]) for group in report["groups"]}
     assert found == {
         "response": (["runs/alone"], pytest.approx(0.3)),
         "ce=0.5 kl=1": (["runs/alone"], pytest.approx(0.2)),
     }
+    told = {"student without KD": "100 labels", "student with KD": "100 labels and 30 images without"}
+    assert all({**group["trained_on"], **told} == group["trained_on"] for group in report["groups"])
 
 
 def test_students_fine_tuned_after_distillation_have_a_gain(tmp_path):
@@ -416,7 +419,12 @@ def test_students_fine_tuned_after_distillation_have_a_gain(tmp_path):
     found = {group["variant"]: (group["method"], len(group["runs"]["distilled"])) for group in report["groups"]}
     assert found == {f"--init-checkpoint {name}": ("tokens, fine-tuned", 2) for name in ("tokens", "long")}
     assert [group["gain"] for group in report["groups"]] == [pytest.approx(0.4), pytest.approx(0.35)]
-    assert all(group["runs"]["students"] == ["runs/alone_0", "runs/alone_1"] for group in report["groups"])
+    for group in report["groups"]:
+        assert group["runs"]["students"] == ["runs/alone_0", "runs/alone_1"]
+        assert group["trained_on"] == {
+            "student without KD": "90 labels",
+            "student with KD": "90 labels, after distillation",
+        }
 
 
 def test_a_baseline_without_distillation(tmp_path):
