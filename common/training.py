@@ -274,7 +274,7 @@ def start_weights(
         taken = model.name
     wanted, known = model.build_args["num_classes"], model.known_classes
     new = f", with a new head of {wanted} classes: theirs has {known or 'none'}"
-    return f"weights of {taken}" + (new if wanted not in (0, known) else "")
+    return f"weights of {taken}" + new * (wanted not in (0, known))
 
 
 def need_head(model: nn.Module, classes: list, weights: str | None) -> None:
@@ -340,7 +340,7 @@ def class_weights(spec: str, labels: Any, num_classes: int, of_task: str = "") -
         labels = labels[labels >= 0]
         counts = torch.bincount(labels, minlength=num_classes)
         if not counts.all():
-            empty = int((counts == 0).nonzero()[0])
+            empty = int(counts.argmin())
             raise UserError(f"--class-weights balanced: class number {empty}{of_task} has no training image")
         return len(labels) / (num_classes * counts.float())
     try:
@@ -430,6 +430,8 @@ def task_cross_entropy(
         task: cross_entropy(out[logits_name(task)], labels, label_smoothing, weights.get(task), batch_targets[task])
         for task, labels in targets.items()
     }
+    if len(losses) == 1:
+        return losses.popitem()[1]
     shares = {task: shares.get(task, 1.0) for task in losses}
     return sum(shares[task] * loss for task, loss in losses.items()) / sum(shares.values())
 
@@ -802,9 +804,10 @@ def cost(model: nn.Module, resolution: int, batch_size: int, precision: Precisio
 
 def run_content(role: str, splits: Splits, preprocess: Preprocess, policy: Policy, flags: dict, **more: Any) -> dict:
     """The constant part of a run's checkpoints; see run.Recorder.  A distilled student keeps its teacher when tuned."""
-    origin = load_checkpoint(flags["init_checkpoint"]) if flags.get("init_checkpoint") else {}
-    if origin.get("method"):
-        more = {"method": f"{origin['method']}, fine-tuned", "teacher": origin["teacher"], **more}
+    if start := flags.get("init_checkpoint"):
+        origin = load_checkpoint(start)
+        if "method" in origin:
+            more = {"method": f"{origin['method']}, fine-tuned", "teacher": origin["teacher"], **more}
     return {
         "role": role,
         "classes": splits.classes,
